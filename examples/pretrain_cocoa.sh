@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+''''true
+# Train the three CoCoA stages. Without arguments this is the toy preset; --help lists all settings.
+#
+#   torchrun --nproc-per-node 4 examples/pretrain_cocoa.sh --parallel.tensor_model_parallel_size 2
+#   NPROC_PER_NODE=4 bash examples/pretrain_cocoa.sh --parallel.tensor_model_parallel_size 2
+#
+# The second form also takes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
+#
+# One file, two languages: torchrun hands its script to Python, people hand theirs to a shell. The four quotes above
+# are two empty strings to a shell, which then runs the lines down to `exec` and takes the rest for a here-document.
+# To Python they open a string that ends with the quotes after the here-document's name.
+here=$(cd "$(dirname "$0")" && pwd)
+command -v torchrun >/dev/null || PATH="$here/../.venv/bin:$PATH"
+command -v torchrun >/dev/null || {
+    echo "torchrun was not found: activate an environment with torch, or run examples/quickstart.sh once" >&2
+    exit 1
+}
+if [ "${NNODES:-1}" = 1 ]; then
+    nodes="--standalone"
+else
+    nodes="--nnodes $NNODES --node-rank ${NODE_RANK:?} --master-addr ${MASTER_ADDR:?}"
+    nodes="$nodes --master-port ${MASTER_PORT:-29500}"
+fi
+exec torchrun $nodes --nproc-per-node "${NPROC_PER_NODE:-1}" "$here/${0##*/}" "$@"
+: <<'# end of the Python half' # '''
+import runpy
+import sys
+from pathlib import Path
+
+# Saving a checkpoint starts processes that import this file again: only the run itself may start training.
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parents[1]
+    sys.path.insert(0, str(root))
+    runpy.run_path(str(root / "tools" / "train.py"), run_name="__main__")
+# end of the Python half

@@ -1,0 +1,373 @@
+"""Every setting of a run, as a tree of frozen dataclasses.
+
+Read by jsonargparse in this order, later wins: the defaults below (the published CoCoA recipe where it is
+published, see each field), a preset or YAML file, the command line. Unknown keys are errors. Relations between
+fields are checked at construction, before any process group exists, so that a wrong number costs seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+STAGES = ("warmup", "bridge", "contrastive")
+"""CoCoA's stages in their order; the paper's figure calls them 1, 2, 3, the authors' code 1, 1.5, 2."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_ratio(name: str, value: float) -> None:
+    _require(0.0 < value <= 1.0, f"{name} is {value}: a ratio must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, in which precision, on which kernels.
+
+    Args:
+        path: folder with a Hugging Face ``config.json``, tokenizer and ``preprocessor_config.json``. Its
+            safetensors are loaded if it has any, else the weights are drawn from ``seed``.
+        load: Megatron checkpoint to start from instead of the weights in ``path``.
+        dtype: parameters and activations; gradients and master weights stay FP32 under ``bf16``.
+        transformer_impl: ``local`` is torch and Megatron-Core alone, ``transformer_engine`` needs the package
+            and a GPU, ``auto`` takes Transformer Engine where both are present.
+        attention_backend: ``auto`` takes the fastest that is present and can serve.
+        fp8: recipe for the language model's linear layers under Transformer Engine.
+        vision_ffn_multiple: zero-pad the tower's ffn width to a multiple of this (exact; the published 3420
+            needs 128 for FP8 or for tensor parallel degrees that do not divide it). 1 pads nothing.
+        make_vocab_size_divisible_by: vocabulary rows are padded to a multiple of this times the tensor
+            parallel degree, as in Megatron-LM.
+        mask_token: token that replaces masked text; its id is the first unused row of the tokenizer.
+        bridge_token: token that carries the embedding.
+    """
+
+    path: str | None = None
+    load: str | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine", "flex"] = "auto"
+    fp8: Literal["delayed", "tensorwise"] | None = None
+    vision_ffn_multiple: int = 1
+    make_vocab_size_divisible_by: int = 128
+    mask_token: str = "<|mask|>"
+    bridge_token: str = "<|im_end|>"
+
+    def __post_init__(self) -> None:
+        _require(self.vision_ffn_multiple >= 1, f"vision_ffn_multiple is {self.vision_ffn_multiple}, needs 1 or more")
+        _require(
+            self.make_vocab_size_divisible_by >= 1,
+            f"make_vocab_size_divisible_by is {self.make_vocab_size_divisible_by}, needs 1 or more",
+        )
+        _require(
+            self.fp8 is None or self.transformer_impl != "local",
+            "fp8 needs Transformer Engine: set model.transformer_impl to transformer_engine, or model.fp8 to null",
+        )
+
+
+@dataclass(frozen=True)
+class FreezeSettings:
+    """Parts that do not train. The image decoder and the mask token's row always do.
+
+    Args:
+        vision: the tower without its merger.
+        merger: the tower's patch merger.
+        language: decoder, embeddings and output layer.
+    """
+
+    vision: bool = False
+    merger: bool = False
+    language: bool = False
+
+
+@dataclass(frozen=True)
+class RecomputeSettings:
+    """Activation recompute, separately for tower and language model.
+
+    Args:
+        vision, language: ``selective`` recomputes core attention, ``full`` whole layers.
+        language_num_layers, vision_num_layers: layers per recomputed block under ``full``.
+    """
+
+    vision: Literal["none", "selective", "full"] = "none"
+    language: Literal["none", "selective", "full"] = "none"
+    vision_num_layers: int = 1
+    language_num_layers: int = 1
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Degrees and overlaps. What remains of the world size after TP x PP x CP is data parallel.
+
+    Args:
+        tensor_model_parallel_size: shards of each layer.
+        pipeline_model_parallel_size: stages; the tower lives on the first.
+        virtual_pipeline_model_parallel_size: chunks of layers per stage (interleaved schedule).
+        context_parallel_size: shards of the sequence, exchanged over heads inside attention.
+        sequence_parallel: shard norms and residuals of the language model over tensor parallel ranks.
+        num_layers_in_first_pipeline_stage: fewer language layers where the tower is, to balance it.
+        num_layers_in_last_pipeline_stage: fewer where the heads are.
+        use_distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO-1).
+        overlap_grad_reduce, overlap_param_gather: hide data-parallel traffic behind compute.
+        distributed_timeout_minutes: how long a collective may wait for a rank before all ranks end.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    distributed_timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            _require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}, needs 1 or more")
+        virtual = self.virtual_pipeline_model_parallel_size
+        _require(
+            virtual is None or (virtual >= 2 and self.pipeline_model_parallel_size > 1),
+            f"virtual_pipeline_model_parallel_size {virtual} needs to be 2 or more, with a pipeline of at least two "
+            f"stages (found {self.pipeline_model_parallel_size})",
+        )
+        _require(
+            not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
+            "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce",
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas that ``world_size`` ranks hold.
+
+        Raises:
+            ValueError: if the degrees do not divide the world size.
+        """
+        _require(
+            world_size % self.model_parallel_size == 0,
+            f"{world_size} rank(s) cannot be divided into replicas of {self.model_parallel_size} "
+            f"(tensor {self.tensor_model_parallel_size} x pipeline {self.pipeline_model_parallel_size} x context "
+            f"{self.context_parallel_size}): start a multiple of {self.model_parallel_size} ranks "
+            f"(torchrun --nproc-per-node), or change parallel.*_parallel_size",
+        )
+        return world_size // self.model_parallel_size
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where samples come from and how pictures are sized.
+
+    Args:
+        path: folder with ``warmup.jsonl``, ``bridge.jsonl`` and ``contrastive.jsonl`` (see docs/data.md), whose
+            image paths are relative to it.
+        max_length: tokens per sample; longer texts are cut, image tokens never are.
+        num_workers: processes that prepare batches ahead of the step; 0 prepares in the step.
+        tokens_per_microbatch: fill every pack to exactly this length with a tail segment, which spares pipeline
+            stages the exchange of shapes; None keeps packs as long as their samples.
+    """
+
+    path: str | None = None
+    max_length: int = 2048
+    num_workers: int = 0
+    tokens_per_microbatch: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW as Megatron-Core runs it.
+
+    Args:
+        weight_decay: decoupled; biases and norms are exempt.
+        clip_grad: global gradient norm above which gradients are scaled down; 0 never clips.
+        adam_beta1, adam_beta2, adam_eps: Adam's moments and epsilon.
+    """
+
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the three stages share.
+
+    Args:
+        steps: optimizer steps.
+        global_batch_size: samples (stage ``contrastive``: pairs) per step over all ranks.
+        micro_batch_size: samples (pairs) per pack.
+        lr: peak learning rate; linear warm-up over ``lr_warmup_steps``, then ``lr_decay_style`` down to
+            ``min_lr`` at ``steps``.
+        image_size: pictures are resized to this many pixels square; None keeps them as the processor would.
+    """
+
+    steps: int = 1000
+    global_batch_size: int = 128
+    micro_batch_size: int = 16
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    lr_warmup_steps: int = 100
+    lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, needs 1 or more")
+        _require(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"need 0 <= min_lr <= lr, found {self.min_lr}, {self.lr}")
+        _require(
+            0 <= self.lr_warmup_steps <= self.steps,
+            f"lr_warmup_steps is {self.lr_warmup_steps}, must lie in [0, steps = {self.steps}]",
+        )
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Packs per rank and step.
+
+        Raises:
+            ValueError: if the global batch does not divide.
+        """
+        per_pack = self.micro_batch_size * data_parallel_size
+        _require(
+            self.global_batch_size % per_pack == 0,
+            f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
+            f"{self.micro_batch_size} x data parallel size {data_parallel_size} = {per_pack}",
+        )
+        return self.global_batch_size // per_pack
+
+
+@dataclass(frozen=True)
+class WarmupSettings(StageSettings):
+    """Stage 1: bidirectional warm-up by joint reconstruction, MNTP + ``mae_weight`` x MAE.
+
+    Args:
+        text_mask_ratio: share of eligible text tokens replaced by the mask token (published: 0.2).
+        unit_mask_ratio: share of merged image units replaced by noise (figure 0.5, code 0.3; here 0.5).
+        mae_weight: weight of the pixel loss (CoCoA 0.5, MoCa 0.1; here 0.5).
+        mae_noise: what replaces a masked unit, in normalised pixel space: independent standard-normal values
+            (``normal``), one such vector per batch as in MoCa (``shared``), ``zero``, or the unit's ``mean``.
+        mae_target: ``pixels`` as the processor normalises them (MoCa), or ``normalized``: zero mean and unit
+            variance per patch (MAE, arXiv 2111.06377).
+        mask_at_least_one: mask one eligible token where the draw masked none.
+    """
+
+    steps: int = 3000
+    global_batch_size: int = 128
+    image_size: int | None = 336
+    text_mask_ratio: float = 0.2
+    unit_mask_ratio: float = 0.5
+    mae_weight: float = 0.5
+    mae_noise: Literal["normal", "shared", "zero", "mean"] = "normal"
+    mae_target: Literal["pixels", "normalized"] = "pixels"
+    mask_at_least_one: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_ratio("warmup.text_mask_ratio", self.text_mask_ratio)
+        _require_ratio("warmup.unit_mask_ratio", self.unit_mask_ratio)
+        _require(self.mae_weight >= 0, f"warmup.mae_weight is {self.mae_weight}, must not be negative")
+
+
+@dataclass(frozen=True)
+class BridgeSettings(StageSettings):
+    """Stage 2: EOS-bridged reconstruction of block B through the bridge alone.
+
+    Args:
+        target_mask_ratio: share of block B's eligible tokens that are masked (published: 0.7).
+        bridge_sees_target: whether the bridge's row attends to block B (published code and figure: yes). False
+            is the strict variant, whose training-time embedding equals the one at inference.
+        query_unit_mask_ratio: share of block A's image units replaced by noise (published: none).
+        mask_at_least_one: mask one eligible token where the draw masked none.
+    """
+
+    steps: int = 2000
+    global_batch_size: int = 64
+    micro_batch_size: int = 8
+    image_size: int | None = 448
+    target_mask_ratio: float = 0.7
+    bridge_sees_target: bool = True
+    query_unit_mask_ratio: float = 0.0
+    mask_at_least_one: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_ratio("bridge.target_mask_ratio", self.target_mask_ratio)
+        _require(
+            0.0 <= self.query_unit_mask_ratio < 1.0,
+            f"bridge.query_unit_mask_ratio is {self.query_unit_mask_ratio}, must lie in [0, 1)",
+        )
+
+
+@dataclass(frozen=True)
+class ContrastiveSettings(StageSettings):
+    """Stage 3: InfoNCE over the bridge's normalised hidden state, in-batch negatives across all ranks.
+
+    Args:
+        temperature: divides the cosine similarities (published: 0.02).
+        symmetric: add the target-to-query direction (published: query to target only).
+        mask_equal_targets: leave a target out of a row's negatives where it equals the row's own target.
+    """
+
+    steps: int = 2000
+    global_batch_size: int = 1024
+    micro_batch_size: int = 32
+    lr_warmup_steps: int = 200
+    image_size: int | None = None
+    temperature: float = 0.02
+    symmetric: bool = False
+    mask_equal_targets: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.temperature > 0, f"contrastive.temperature is {self.temperature}, must be positive")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One run: some of the three stages, one after the other, each starting from the previous one's weights.
+
+    Args:
+        stages: which stages, in CoCoA's order.
+        output_dir: checkpoints, TensorBoard events, resolved configuration and reports go here.
+        overwrite: allow ``output_dir`` to hold an earlier run.
+        seed: everything random follows from it: weights, masks, noise, order of samples.
+        log_interval: steps between two log lines.
+        evaluate: measure retrieval on ``eval_*.jsonl`` of the data folder before the first and after each stage.
+        with_baseline: also train stage ``contrastive`` alone from the same initial weights, for comparison.
+    """
+
+    stages: tuple[str, ...] = STAGES
+    output_dir: str = "outputs/run"
+    overwrite: bool = False
+    seed: int = 1234
+    log_interval: int = 10
+    evaluate: bool = False
+    with_baseline: bool = False
+    model: ModelSettings = field(default_factory=ModelSettings)
+    freeze: FreezeSettings = field(default_factory=FreezeSettings)
+    recompute: RecomputeSettings = field(default_factory=RecomputeSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    warmup: WarmupSettings = field(default_factory=WarmupSettings)
+    bridge: BridgeSettings = field(default_factory=BridgeSettings)
+    contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
+
+    def __post_init__(self) -> None:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        _require(not unknown, f"unknown stage(s) {unknown}: choose from {', '.join(STAGES)}")
+        order = [STAGES.index(stage) for stage in self.stages]
+        _require(
+            bool(order) and order == sorted(set(order)),
+            f"stages {list(self.stages)} must be one or more of {', '.join(STAGES)}, in this order, each once",
+        )
+
+    def stage(self, name: str) -> StageSettings:
+        """The settings of stage ``name``."""
+        return getattr(self, name)

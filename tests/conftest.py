@@ -1,0 +1,26 @@
+"""Settings that every test shares. Markers and the default selection stand in pyproject.toml."""
+
+import os
+
+# Before torch is imported: test processes share few cores, and results must not depend on the thread count.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+# Claims here are about results: a busy machine must not fail them, and a red run must be red again.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, with that reason."""
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device is available"))

@@ -1,0 +1,110 @@
+"""The launch script as users type it: its three forms, and mistakes that must end at once in one clear message."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path("examples") / "pretrain_cocoa.sh"
+SECONDS = 120
+"""Far above what any case needs (2 to 10 s): only a hang gets there."""
+
+STAND_IN = '''
+import multiprocessing, os, sys
+from megatron_cocoa.settings import parse_settings
+
+def child(queue):
+    queue.put("child")
+
+if __name__ == "__main__":
+    settings = parse_settings(sys.argv[1:])
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    answer = queue.get(timeout=60)
+    process.join()
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    print(f"rank {rank} of {size}: {settings.stages[0]} {answer}\\n", end="", flush=True)
+'''
+
+
+def launch(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` with this interpreter's ``torchrun`` first on PATH and no launcher variables of the outside."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NNODES", "NPROC_PER_NODE")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = inherited | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the repository whose tools/train.py only says on which rank it ran, after spawning a process."""
+    root = tmp_path_factory.mktemp("tree")
+    shutil.copytree(ROOT / "megatron_cocoa", root / "megatron_cocoa", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("examples", "tools"):
+        (root / folder).mkdir()
+    shutil.copy(ROOT / SCRIPT, root / SCRIPT)
+    (root / "tools" / "train.py").write_text(STAND_IN)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        (["torchrun", "{script}", "--stages", "bridge"], 1),
+        (["torchrun", "--nproc-per-node", "2", "{script}", "--stages", "bridge"], 2),
+        (["bash", "{script}", "--stages", "bridge"], 1),
+        (["sh", "{script}", "--stages=bridge"], 1),
+    ],
+    ids=["torchrun", "torchrun-2", "bash", "sh"],
+)
+def test_each_form_runs_every_rank_once(tree, tmp_path, command, ranks):
+    """Claim: the file is valid Python and valid shell, from any folder, and spawned processes do not re-run it."""
+    done = launch(*(part.format(script=tree / SCRIPT) for part in command), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = sorted(re.findall(r"^rank .*$", done.stdout, flags=re.MULTILINE))
+    assert said == [f"rank {rank} of {ranks}: bridge child" for rank in range(ranks)]
+
+
+def test_shell_form_takes_the_number_of_ranks_from_the_environment(tree, tmp_path):
+    """Claim: NPROC_PER_NODE reaches torchrun."""
+    done = launch("bash", str(tree / SCRIPT), cwd=tmp_path, NPROC_PER_NODE="2")
+    assert done.stdout.count("of 2: warmup child") == 2, done.stderr
+
+
+def test_the_script_is_valid_shell_to_its_end():
+    """Claim: shells, editors and linters that read the whole file find no syntax error."""
+    subprocess.run(["bash", "-n", str(ROOT / SCRIPT)], check=True)
+
+
+@pytest.mark.parametrize("script", ["examples/quickstart.sh", "examples/setup_env.sh", "tests/run.sh", ".ci/run"])
+def test_the_other_scripts_are_valid_shell(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        (1, ["--warmpu.lr", "1e-4"], "unknown setting --warmpu.lr, did you mean --warmup.lr?"),
+        (1, ["--warmup.steps", "many"], "--warmup.steps is 'many', needed a whole number"),
+        (1, ["--stages", "contrastive,bridge"], "in this order, each once"),
+        (3, ["--parallel.tensor_model_parallel_size", "2"], "3 rank(s) cannot be divided into replicas of 2"),
+    ],
+    ids=["key", "type", "order", "ranks"],
+)
+def test_a_mistake_ends_in_one_message(tmp_path, ranks, arguments, message):
+    """Claim: a wrong setting is told once, on rank 0, without a traceback of ours, and the exit is not zero."""
+    output = str(tmp_path / "output")
+    done = launch(
+        "torchrun", f"--nproc-per-node={ranks}", str(ROOT / SCRIPT), "--output_dir", output, *arguments, cwd=tmp_path
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert text.count(message) == 1, text
+    assert "tools/train.py\", line" not in text, "the message must not come with our own stack"

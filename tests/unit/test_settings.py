@@ -1,0 +1,261 @@
+"""From argv to settings: the order of sources, every shipped YAML, and messages a user can act on."""
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cocoa.config import ContrastiveSettings, TrainSettings
+from megatron_cocoa.settings import (
+    PRESETS_DIR,
+    SettingsError,
+    available_presets,
+    parse_settings,
+    save_settings,
+    settings_to_dict,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ["--model.path", "model", "--data.path", "data"]
+PUBLISHED = [name for name in available_presets() if name != "toy"]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(SettingsError) as error:
+        parse_settings(argv)
+    message = str(error.value)
+    assert "\n" not in message, "a message must be one line"
+    return message
+
+
+def test_no_arguments_give_the_toy_preset():
+    """Claim: the launch command without arguments is the toy, and leaves its folders to the entry point."""
+    settings = parse_settings([])
+    toy = yaml.safe_load((PRESETS_DIR / "toy.yaml").read_text())
+    assert settings.warmup.steps == toy["warmup"]["steps"]
+    assert settings.model.path is None and settings.data.path is None
+
+
+def test_preset_none_is_the_dataclass_defaults():
+    """Claim: nothing stands between ``--preset none`` and config.py."""
+    assert parse_settings(["--preset", "none"]) == TrainSettings()
+
+
+def test_later_sources_win(tmp_path):
+    """Claim: preset < first config < second config < command line, whatever the order on the command line."""
+    first = write(tmp_path / "a.yaml", "warmup: {steps: 11, lr: 3e-4, lr_warmup_steps: 1}\nseed: 5\n")
+    second = write(tmp_path / "b.yaml", "warmup: {steps: 12, min_lr: 1e-6}\n")
+    settings = parse_settings(["--seed", "7", "--config", first, "--preset", "toy", "--config", second])
+    assert (settings.warmup.steps, settings.warmup.lr, settings.warmup.min_lr) == (12, 3e-4, 1e-6)
+    assert settings.seed == 7
+    assert settings.warmup.image_size == parse_settings([]).warmup.image_size
+
+
+@pytest.mark.parametrize(
+    "argv", [["--stages", "bridge,contrastive"], ["--stages=bridge,contrastive"], ["--stages", "[bridge, contrastive]"]]
+)
+def test_stages_as_a_comma_list(argv):
+    """Claim: stages are written as people write lists, on the command line and in YAML."""
+    assert parse_settings(argv).stages == ("bridge", "contrastive")
+
+
+def test_single_stage_and_yaml_list(tmp_path):
+    assert parse_settings(["--stages", "warmup"]).stages == ("warmup",)
+    config = write(tmp_path / "c.yaml", "stages: [warmup, bridge]\n")
+    assert parse_settings(["--config", config]).stages == ("warmup", "bridge")
+
+
+def test_values_take_their_types():
+    """Claim: booleans, null, exponents and numbers arrive as Python values."""
+    settings = parse_settings(
+        ["--evaluate", "true", "--model.load", "null", "--warmup.lr", "1e-4", "--output_dir", "12", "--seed=-3"]
+    )
+    assert (settings.evaluate, settings.model.load, settings.warmup.lr) == (True, None, 1e-4)
+    assert (settings.output_dir, settings.seed) == ("12", -3)
+
+
+@pytest.mark.parametrize("preset", available_presets())
+def test_every_preset_parses(preset):
+    """Claim: no shipped preset holds a key or a value that the parser refuses."""
+    parse_settings(["--preset", preset, *FOLDERS])
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", [*available_presets(), "none"])
+def test_every_example_config_parses_over_every_preset(preset, config):
+    """Claim: stage files combine with the preset of any size."""
+    parse_settings(["--preset", preset, "--config", str(config), *FOLDERS])
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_carry_the_published_recipe(preset):
+    """Claim: arXiv 2603.01471's numbers are what a size's preset trains with."""
+    s = parse_settings(["--preset", preset, *FOLDERS])
+    assert (s.warmup.steps, s.warmup.global_batch_size, s.warmup.image_size) == (3000, 128, 336)
+    assert (s.warmup.text_mask_ratio, s.warmup.unit_mask_ratio, s.warmup.mae_weight) == (0.2, 0.5, 0.5)
+    assert (s.bridge.global_batch_size, s.bridge.image_size, s.bridge.target_mask_ratio) == (64, 448, 0.7)
+    assert (s.contrastive.steps, s.contrastive.global_batch_size, s.contrastive.temperature) == (2000, 1024, 0.02)
+    assert {s.stage(name).lr for name in s.stages} == {2e-5}
+    assert [s.stage(name).lr_warmup_steps for name in s.stages] == [100, 100, 200]
+
+
+HEADS_KV_LAYERS_GPUS = {
+    "qwen2-vl-2b": (12, 2, 28, 8),
+    "qwen2-vl-7b": (28, 4, 28, 8),
+    "qwen2-vl-72b": (64, 8, 80, 32),
+    "qwen2.5-vl-3b": (16, 2, 36, 8),
+    "qwen2.5-vl-7b": (28, 4, 28, 8),
+    "qwen2.5-vl-32b": (40, 8, 64, 16),
+    "qwen2.5-vl-72b": (64, 8, 80, 32),
+}
+"""From each size's published config.json, and the number of GPUs that its preset's first lines name."""
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_preset_layouts_divide(preset):
+    """Claim: a preset's degrees divide heads, layers, GPUs and batches, so that it starts at all."""
+    settings = parse_settings(["--preset", preset, *FOLDERS])
+    heads, _, layers, gpus = HEADS_KV_LAYERS_GPUS[preset]
+    parallel = settings.parallel
+    assert heads % (parallel.tensor_model_parallel_size * parallel.context_parallel_size) == 0
+    first = parallel.num_layers_in_first_pipeline_stage
+    stages = parallel.pipeline_model_parallel_size - (first is not None)
+    assert (layers - (first or 0)) % stages == 0
+    for name in settings.stages:
+        settings.stage(name).num_microbatches(parallel.data_parallel_size(gpus))
+
+
+def test_saved_settings_parse_back(tmp_path):
+    """Claim: the configuration saved with a run reproduces it, without naming its preset again."""
+    settings = parse_settings(["--preset", "qwen2.5-vl-7b", *FOLDERS, "--stages", "bridge", "--warmup.lr", "1.5e-5"])
+    save_settings(settings, tmp_path / "settings.yaml")
+    assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == settings
+
+
+@given(
+    temperature=st.floats(1e-6, 10, allow_nan=False),
+    image_size=st.none() | st.integers(1, 4096),
+    output_dir=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1),
+)
+def test_any_value_survives_saving(tmp_path_factory, temperature, image_size, output_dir):
+    """Claim: floats and odd texts are written so that they read back equal."""
+    contrastive = ContrastiveSettings(temperature=temperature, image_size=image_size)
+    settings = replace(TrainSettings(), contrastive=contrastive, output_dir=output_dir)
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    save_settings(settings, path)
+    assert parse_settings(["--preset", "none", "--config", str(path)]) == settings
+
+
+def test_settings_to_dict_is_plain():
+    """Claim: what is saved holds no Python object, so that YAML's safe loader reads it."""
+    tree = settings_to_dict(TrainSettings())
+    assert yaml.safe_load(yaml.safe_dump(tree)) == tree
+    assert list(tree) == [field.name for field in fields(TrainSettings)]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("warmpu.lr", "warmup.lr"),
+        ("warmup.learning_steps", "warmup.lr_warmup_steps"),
+        ("contrastive.temprature", "contrastive.temperature"),
+        ("optimizer.temperature", "contrastive.temperature"),
+        ("tensor-model-parallel-size", "parallel.tensor_model_parallel_size"),
+        ("output-dir", "output_dir"),
+        ("presett", "preset"),
+    ],
+)
+def test_unknown_option_names_the_nearest(key, near):
+    """Claim: a mistyped option is an error that names the one meant."""
+    message = refusal(f"--{key}", "1")
+    assert f"unknown setting --{key}, did you mean --{near}?" in message
+
+
+def test_unknown_key_in_yaml_names_file_and_nearest(tmp_path):
+    """Claim: a mistyped key in a file is an error too, and says which file."""
+    config = write(tmp_path / "mine.yaml", "bridge:\n  target_mask_ration: 0.5\n")
+    message = refusal("--config", config)
+    assert "mine.yaml" in message
+    assert "unknown setting bridge.target_mask_ration, did you mean bridge.target_mask_ratio?" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--warmup.lr", "fast"], "--warmup.lr is 'fast', needed a number"),
+        (["--warmup.steps", "2.5"], "--warmup.steps is '2.5', needed a whole number"),
+        (["--warmup.steps", "null"], "--warmup.steps is 'null', needed a whole number"),
+        (["--warmup.image_size", "big"], "needed a whole number or null"),
+        (["--model.dtype", "fp16"], "needed one of fp32, bf16"),
+        (["--evaluate", "1"], "needed true or false"),
+        (["--evaluate"], "--evaluate has no value"),
+        (["--evaluate", "--seed", "1"], "--evaluate has no value"),
+        (["--warmup", "3"], "--warmup is a group of settings, such as --warmup.steps"),
+        (["bridge"], "unexpected 'bridge'"),
+        (["--preset", "qwen2.5-vl-7"], "did you mean qwen2.5-vl-7b?"),
+        (["--config", "absent.yaml"], "absent.yaml cannot be read"),
+        (["--stages", "contrastive,bridge"], "in this order, each once"),
+        (["--stages", "warm"], "unknown stage(s) ['warm']"),
+        (["--warmup.steps", "10"], "warmup: lr_warmup_steps is 30, must lie in [0, steps = 10]"),
+        (["--model.path", "x"], "no preset was chosen"),
+        (["--preset", "qwen2.5-vl-3b"], "needs --model.path"),
+        (["--preset", "qwen2.5-vl-3b", "--model.path", "x"], "needs --data.path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_values_are_refused_in_one_line(argv, part):
+    """Claim: each mistake says what was found and what was needed."""
+    assert part in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("warmup: {lr: fast}", "warmup.lr is 'fast', needed a number"),
+        ("warmup: {lr: null}", "warmup.lr is None, needed a number"),
+        ("warmup: 3", "warmup is a group of settings"),
+        ("stages: bridge", "needed a list of names"),
+        ("- warmup", "needed a mapping"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_line(tmp_path, text, part):
+    """Claim: the same holds for files, which cannot run code either."""
+    assert part in refusal("--config", write(tmp_path / "mine.yaml", text))
+
+
+def test_three_ranks_for_tensor_parallel_two():
+    """Claim: a world size that the degrees do not divide is refused with both numbers and what to change."""
+    parallel = parse_settings(["--parallel.tensor_model_parallel_size", "2"]).parallel
+    with pytest.raises(ValueError, match=r"3 rank\(s\) cannot be divided into replicas of 2.*--nproc-per-node"):
+        parallel.data_parallel_size(3)
+
+
+def test_help_shows_the_chosen_presets_defaults(capsys):
+    """Claim: --help lists every setting with its documentation and the value it has now."""
+    for preset, temperature in (("toy", "0.001"), ("none", "2e-05")):
+        with pytest.raises(SystemExit) as leaving:
+            parse_settings(["--preset", preset, "--help"])
+        assert leaving.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"default: {temperature})" in text
+        assert "--contrastive.temperature TEMPERATURE divides the cosine similarities" in text
+        assert all(name in text for name in available_presets())
+
+
+def test_parsing_does_not_import_torch():
+    """Claim: a mistyped key fails at once, because nothing heavy is loaded to find it."""
+    code = "import sys; from megatron_cocoa.settings import parse_settings as p; p([]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
