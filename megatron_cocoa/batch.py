@@ -1,0 +1,198 @@
+"""The contract that data, model and objectives share.
+
+Data emits token ids, positions, where features and labels go, and a mask *kind*; the model turns that into
+hidden states and head outputs; objectives turn those into a loss. None of the three imports another: they
+meet here. A batch is one micro-batch, packed: its samples lie one after the other in a single sequence with
+no padding between them, and at most one *tail* segment at the end where a layout needs a divisible length.
+
+Every rank of a data-parallel replica holds the whole micro-batch; the model slices what its tensor-,
+pipeline- or context-parallel rank needs. Positions in a batch are therefore *global* row numbers of the pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class MaskKind(str, Enum):
+    """Who may attend to whom inside one packed sample ``[0, n)`` with bridge ``e``. Nobody crosses samples.
+
+    ``CAUSAL``: row ``i`` sees ``[0, i]``. ``BIDIRECTIONAL``: every row sees ``[0, n)``.
+    ``EOS_BRIDGED`` (CoCoA, arXiv 2603.01471, stage 2, as published): block A = ``[0, e)`` sees ``[0, e]``, block
+    B = ``(e, n)`` sees ``[e, n)``, the bridge sees ``[0, n)``.
+    ``EOS_BRIDGED_STRICT``: the same, but the bridge sees ``[0, e]`` only, so that the embedding it carries in
+    training equals the one at inference, where there is no block B.
+    """
+
+    CAUSAL = "causal"
+    BIDIRECTIONAL = "bidirectional"
+    EOS_BRIDGED = "eos_bridged"
+    EOS_BRIDGED_STRICT = "eos_bridged_strict"
+
+    @property
+    def needs_bridge(self) -> bool:
+        return self in (MaskKind.EOS_BRIDGED, MaskKind.EOS_BRIDGED_STRICT)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch, packed. ``tokens`` is the pack's length, samples and tail together.
+
+    Host-side layout (plain ints, so that no step ever waits for the device to learn a shape):
+
+    sample_lengths:      tokens of each sample, in pack order; ``sum(sample_lengths) + tail_length == tokens``.
+    bridge_positions:    for each sample the global row of its bridge, or None where the sample has none.
+    tail_length:         rows after the last sample; they attend to each other only and carry no label.
+    grid_thw:            ``(t, h, w)`` in patches of each image or video, in pack order.
+    sample_ids:          names of the samples, for error messages and seeds.
+
+    Tensors:
+
+    input_ids:           int64 ``(tokens,)``.
+    position_ids:        int64 ``(3, tokens)``: M-RoPE time, height, width; restarts at each sample.
+    pixel_values:        float ``(patches, channels * temporal_patch_size * patch_size**2)`` in the order of
+                         ``grid_thw`` (the layout of Hugging Face's image processor), or None without images.
+    feature_positions:   int64 ``(merged_units,)``: row of each placeholder token, in the order in which the
+                         tower emits merged units. ``merged_units == patches / spatial_merge_size**2``.
+    text_positions:      int64 ``(supervised,)``: row whose hidden state predicts the label (``i - 1`` for the
+                         masked token ``i``).
+    text_labels:         int64 ``(supervised,)``: the original token id.
+    unit_positions:      int64 ``(masked_units,)``: row of each masked merged unit.
+    unit_targets:        float ``(masked_units, spatial_merge_size**2 * patch_dim)``: its original pixels.
+    embedding_positions: int64 ``(embeddings,)``: rows whose final hidden state is an embedding (bridges).
+    query_rows, target_rows: int64 ``(pairs,)``: which embeddings are queries, and which their targets.
+    target_keys:         int64 ``(pairs,)``: equal where two targets are the same text and pictures.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sample_lengths: tuple[int, ...]
+    mask_kind: MaskKind
+    bridge_positions: tuple[int | None, ...] = ()
+    tail_length: int = 0
+    grid_thw: tuple[tuple[int, int, int], ...] = ()
+    sample_ids: tuple[str, ...] = ()
+    pixel_values: Tensor | None = None
+    feature_positions: Tensor | None = None
+    text_positions: Tensor | None = None
+    text_labels: Tensor | None = None
+    unit_positions: Tensor | None = None
+    unit_targets: Tensor | None = None
+    embedding_positions: Tensor | None = None
+    query_rows: Tensor | None = None
+    target_rows: Tensor | None = None
+    target_keys: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the pack, the tail included."""
+        return self.input_ids.shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        return sum(t * h * w for t, h, w in self.grid_thw)
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> PackedBatch:
+        """Copy the tensors to ``device``; ``dtype`` casts the floating-point ones (pixels and targets)."""
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                cast = dtype if value.is_floating_point() else None
+                moved[f.name] = value.to(device, dtype=cast, non_blocking=True)
+        return replace(self, **moved)
+
+    def validate(self, *, spatial_merge_size: int) -> None:
+        """Refuse a batch whose parts do not fit together.
+
+        Raises:
+            ValueError: with the numbers, where a mismatch would otherwise corrupt a run silently: lengths that
+                do not cover the tokens, patches that do not match the grids, placeholders that do not match
+                the merged units, a bridge outside of its sample or missing for a mask kind that needs one,
+                positions outside of the pack, labels without positions.
+        """
+        tokens = self.num_tokens
+        if sum(self.sample_lengths) + self.tail_length != tokens:
+            raise ValueError(
+                f"sample_lengths sum to {sum(self.sample_lengths)} and the tail has {self.tail_length}, but the "
+                f"pack has {tokens} tokens: the three must agree"
+            )
+        if any(n < 1 for n in self.sample_lengths) or self.tail_length < 0:
+            raise ValueError(f"every sample needs at least one token, found lengths {self.sample_lengths}")
+        if tuple(self.position_ids.shape) != (3, tokens):
+            raise ValueError(f"position_ids has shape {tuple(self.position_ids.shape)}, needed (3, {tokens})")
+        self._validate_bridges()
+        self._validate_vision(spatial_merge_size)
+        for positions, values in (
+            ("text_positions", "text_labels"),
+            ("unit_positions", "unit_targets"),
+            ("query_rows", "target_rows"),
+        ):
+            p, v = getattr(self, positions), getattr(self, values)
+            if (p is None) != (v is None) or (p is not None and p.shape[0] != v.shape[0]):
+                found = tuple(None if x is None else x.shape[0] for x in (p, v))
+                raise ValueError(f"{positions} and {values} must come together and in equal number, found {found}")
+        for name in ("feature_positions", "text_positions", "unit_positions", "embedding_positions"):
+            rows = getattr(self, name)
+            if rows is not None and rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < tokens):
+                raise ValueError(f"{name} spans [{int(rows.min())}, {int(rows.max())}], the pack has rows [0, {tokens})")
+
+    def _validate_bridges(self) -> None:
+        if not self.bridge_positions and not self.mask_kind.needs_bridge:
+            return
+        if len(self.bridge_positions) != len(self.sample_lengths):
+            raise ValueError(
+                f"{len(self.bridge_positions)} bridge positions for {len(self.sample_lengths)} samples: each sample "
+                f"needs exactly one entry (None for a sample without a bridge)"
+            )
+        start = 0
+        for index, (length, bridge) in enumerate(zip(self.sample_lengths, self.bridge_positions)):
+            if bridge is None and self.mask_kind.needs_bridge:
+                raise ValueError(f"sample {index} has no bridge, and mask kind {self.mask_kind.value} needs one")
+            if bridge is not None and not start <= bridge < start + length:
+                raise ValueError(f"sample {index} spans rows [{start}, {start + length}), its bridge is at {bridge}")
+            start += length
+
+    def _validate_vision(self, spatial_merge_size: int) -> None:
+        for grid in self.grid_thw:
+            if grid[0] < 1 or any(side < 1 or side % spatial_merge_size for side in grid[1:]):
+                raise ValueError(f"grid {grid} has a side that spatial_merge_size {spatial_merge_size} does not divide")
+        patches = self.num_patches
+        found = 0 if self.pixel_values is None else self.pixel_values.shape[0]
+        if self.pixel_values is not None and found != patches:
+            raise ValueError(f"pixel_values has {found} patches, the grids {self.grid_thw} need {patches}")
+        units = patches // spatial_merge_size**2
+        placeholders = 0 if self.feature_positions is None else self.feature_positions.shape[0]
+        if placeholders != units:
+            raise ValueError(
+                f"{placeholders} image placeholder tokens for {units} image features: "
+                f"truncation must never cut image tokens"
+            )
+
+
+@dataclass
+class ModelOutput:
+    """What the last pipeline stage returns for one micro-batch.
+
+    A head runs where the batch holds positions for it, and nowhere else: no logits without labels.
+
+    hidden_states:   ``(tokens, hidden)`` after the final norm, full sequence, in the model's dtype. For tests
+                     and inspection, on request; training never gathers it.
+    token_nll:       float32 ``(supervised_local,)``: cross-entropy in nats at the supervised positions that lie
+                     on this context-parallel rank; full (not sharded) over tensor parallel.
+    predicted_units: ``(masked_units_local, unit_dim)``: the image decoder's pixels, rows as in ``token_nll``.
+    unit_targets:    the rows of ``PackedBatch.unit_targets`` that belong to ``predicted_units``.
+    embeddings:      ``(embeddings, hidden)``, *not* normalised, gathered over context parallel (every rank holds
+                     all; its backward passes each rank the gradient of its own rows only).
+    """
+
+    hidden_states: Tensor | None = None
+    token_nll: Tensor | None = None
+    predicted_units: Tensor | None = None
+    unit_targets: Tensor | None = None
+    embeddings: Tensor | None = None
+

@@ -1,0 +1,234 @@
+"""The one file that knows which device runs the model: CUDA where there is one, else the CPU route.
+
+Megatron-Core names CUDA in its layers, optimizer and checkpoints. On a machine without a GPU the CPU route
+redirects those names to the CPU and to gloo, so that the same model, schedules, DDP and checkpoints run there.
+It refuses to activate where CUDA is available, and it names what is missing if a Megatron-Core release moves
+something that it relies on: a silent half of a redirect would be worse than an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_active_mode: TorchFunctionMode | None = None
+
+REQUIRED_NAMES = {
+    "torch.cuda": (
+        "current_device device_count set_device synchronize empty_cache current_stream default_stream stream Stream "
+        "get_rng_state set_rng_state manual_seed"
+    ).split(),
+    "megatron.core.tensor_parallel.random": ["_get_cuda_rng_state", "_set_cuda_rng_state"],
+    "megatron.core.optimizer": ["Adam", "USING_PYTORCH_OPTIMIZER"],
+    "megatron.core.optimizer.distrib_optimizer": ["Adam", "HAVE_APEX_OR_TE"],
+    "megatron.core.optimizer.optimizer": ["multi_tensor_applier", "multi_tensor_scale_impl"],
+    "megatron.core.optimizer.clip_grads": ["multi_tensor_applier", "multi_tensor_scale_impl", "l2_norm_impl"],
+    "megatron.core.utils": ["local_multi_tensor_applier", "local_multi_tensor_l2_norm", "local_multi_tensor_scale"],
+}
+"""Everything that the CPU route redirects or reads, by module: checked before anything is touched."""
+
+
+def has_gpu() -> bool:
+    """Whether the model runs on CUDA in this process."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that holds this rank's parameters and activations."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
+
+
+def distributed_backend() -> str:
+    return "nccl" if has_gpu() else "gloo"
+
+
+def setup_device(local_rank: int) -> torch.device:
+    """Bind this rank to its GPU, or activate the CPU route.
+
+    Args:
+        local_rank: index of the rank on its host.
+
+    Raises:
+        RuntimeError: if the host has fewer GPUs than local ranks.
+    """
+    if not has_gpu():
+        activate_cpu_route()
+        return _CPU
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start at most that "
+            f"many ranks on it (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local_rank)
+    if not (optional_kernels()["Transformer Engine"] or optional_kernels()["apex"]):
+        from megatron_cocoa.parallel import adam
+
+        adam.install()
+    return device()
+
+
+def optional_kernels() -> dict[str, str | None]:
+    """Versions of the optional kernel packages that this process can use, None where absent or unusable."""
+    found: dict[str, str | None] = {}
+    for title, module in (("Transformer Engine", "transformer_engine"), ("apex", "amp_C"), ("flash-attn", "flash_attn")):
+        present = has_gpu() and importlib.util.find_spec(module) is not None
+        found[title] = _version(module) if present else None
+    return found
+
+
+def _version(module: str) -> str:
+    try:
+        return getattr(importlib.import_module(module), "__version__", "present")
+    except (ImportError, OSError) as error:
+        raise RuntimeError(f"{module} is installed but does not load ({error}): repair it or remove it") from error
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process so far: allocated on the GPU, or resident on the CPU route."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seed_everything(seed: int) -> None:
+    """Set the default and Megatron's tracked random states of this rank from ``seed``.
+
+    Tensor-parallel ranks draw apart where Megatron needs them to; needs Megatron's process groups.
+    """
+    from megatron.core import tensor_parallel
+
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def missing_names() -> list[str]:
+    """Names in ``REQUIRED_NAMES`` that the installed torch or Megatron-Core does not have."""
+    missing = []
+    for module_name, names in REQUIRED_NAMES.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            missing.append(module_name)
+            continue
+        missing += [f"{module_name}.{name}" for name in names if not hasattr(module, name)]
+    return missing
+
+
+def activate_cpu_route() -> None:
+    """Redirect Megatron-Core from CUDA to the CPU, for the life of the process. A second call does nothing.
+
+    Raises:
+        RuntimeError: where CUDA is available, or where the installed torch or Megatron-Core lacks a name that
+            the route relies on (the message lists them).
+    """
+    global _active_mode
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU route must not be activated where CUDA is available: it would hide the GPU")
+    if _active_mode is not None:
+        return
+    missing = missing_names()
+    if missing:
+        raise RuntimeError(
+            f"the CPU route does not fit this Megatron-Core and torch, missing: {', '.join(missing)}; install a "
+            f"megatron-core release within the range that setup.py names"
+        )
+    _redirect_torch()
+    _redirect_megatron()
+    _active_mode = _CudaToCpu()
+    _active_mode.__enter__()
+
+
+class _Stream:
+    """Stands for ``torch.cuda.Stream``: a class, since libraries subclass it. Everything on it is in order anyway."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _no_op():
+    """A function that does nothing; a new one each time, since torch.compile keys its rules by function."""
+    return lambda *args, **kwargs: None
+
+
+def _redirect_torch() -> None:
+    stream = _Stream()
+    replacements = {
+        "current_device": lambda: _CPU,
+        "device_count": lambda: 1,
+        "set_device": _no_op(),
+        "synchronize": _no_op(),
+        "empty_cache": _no_op(),
+        "current_stream": lambda *a, **k: stream,
+        "default_stream": lambda *a, **k: stream,
+        "stream": lambda *a, **k: stream,
+        "Stream": _Stream,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+
+
+def _redirect_megatron() -> None:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.tensor_parallel import random
+
+    from megatron_cocoa.parallel import adam
+
+    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, *a, **k: torch.set_rng_state(new_state)
+    # Transformer Engine or apex may be installed without a GPU: their kernels must not be picked.
+    for module in (optimizer, clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    adam.install()
+
+
+def _names_cuda(value) -> bool:
+    return (isinstance(value, str) and value.split(":")[0] == "cuda") or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Sends factory calls, ``.to("cuda")`` and ``.cuda()`` to the CPU.
+
+    ``Tensor.type()`` answers with the ``torch.cuda.`` prefix, because Megatron's optimizers sort parameters by
+    comparing with ``'torch.cuda.FloatTensor'`` and refuse anything else.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)

@@ -1,0 +1,100 @@
+"""Process groups: which rank this is in tensor, pipeline, context and data parallel, and how it started."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_cocoa.config import ParallelSettings
+from megatron_cocoa.parallel import device
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """What the launcher says about this process (torchrun's environment; one lone rank without it)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> LaunchInfo:
+        return cls(
+            rank=int(env.get("RANK", "0")),
+            world_size=int(env.get("WORLD_SIZE", "1")),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+        )
+
+
+def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> None:
+    """Start torch.distributed, Megatron's process groups and its random states.
+
+    Args:
+        parallel: the degrees.
+        launch: this process's place in the world.
+        seed: base of all random states; tensor-parallel ranks draw apart where Megatron needs them to.
+
+    Raises:
+        ValueError: if the degrees do not divide the world size; before any process group exists.
+    """
+    parallel.data_parallel_size(launch.world_size)
+    target = device.setup_device(launch.local_rank)
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+        os.environ.setdefault("MASTER_PORT", "29531")
+        dist.init_process_group(
+            device.distributed_backend(),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
+            device_id=target if target.type != "cpu" else None,
+        )
+    set_layout(parallel, seed=seed)
+
+
+def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
+    """Build Megatron's process groups over the running world, replacing earlier ones (tests change layouts)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+    )
+    device.seed_everything(seed)
+
+
+def shutdown() -> None:
+    """Leave the process groups; the process may exit afterwards without a warning."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def data_parallel_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_pipeline_first_stage() -> bool:
+    """Whether this rank holds the tower and the embeddings (whatever its virtual chunks)."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_pipeline_last_stage() -> bool:
+    """Whether this rank holds the heads."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
