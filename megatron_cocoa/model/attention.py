@@ -1,0 +1,183 @@
+"""Core attention for tower and language model: rotary positions, segments, context parallelism.
+
+It takes the place of Megatron-Core's ``DotProductAttention`` (which materialises n x n scores) and of
+``TEDotProductAttention``, with their constructor and call. What the layers of one forward pass share, segments and
+rotary tables, travels in a ``SequenceContext`` through Megatron's ``packed_seq_params``: computed once, used by all
+layers. Megatron's own rotary path is not used: on packed sequences it indexes frequencies within each sequence,
+which is wrong for M-RoPE, waits for the device in each layer, and assumes zig-zag context-parallel shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_cocoa.model import flex, sdpa, varlen
+from megatron_cocoa.model.segments import SegmentTable
+from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.collectives import heads_to_sequence, sequence_to_heads
+
+AttendFunction = Callable[[Tensor, Tensor, Tensor, SegmentTable, float], Tensor]
+
+
+@dataclass
+class SequenceContext(PackedSeqParams):
+    """What all layers of one forward pass share about the packed sequence.
+
+    segments:       who attends to whom, over the *whole* pack (every context-parallel rank holds it).
+    layer_segments: tables of the layers that differ, by 1-based layer number (the tower's full-attention blocks).
+    cos, sin:       ``(tokens, head_dim / 2)`` rotary tables of the whole pack. Rotation runs in their dtype and
+                    returns to the activations' one.
+    """
+
+    qkv_format: str = "sbhd"
+    segments: SegmentTable | None = None
+    layer_segments: dict[int, SegmentTable] | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+    def segments_of(self, layer_number: int) -> SegmentTable:
+        """The table of the layer with this 1-based number."""
+        return (self.layer_segments or {}).get(layer_number, self.segments)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split layout, as in Hugging Face's ``apply_rotary_pos_emb``.
+
+    Args:
+        x: ``(tokens, heads, head_dim)``.
+        cos, sin: ``(tokens, head_dim / 2)``.
+    """
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attend_function(backend: str, *, on_gpu: bool) -> AttendFunction:
+    """The attention of a backend name.
+
+    Args:
+        backend: ``sdpa``, ``flash``, ``transformer_engine``, ``flex``, or ``auto``: flash on a GPU where a kernel
+            is present, else sdpa.
+        on_gpu: whether the tensors live on a GPU.
+
+    Raises:
+        ValueError: for a backend whose package or device is absent, with what to install or choose.
+    """
+    if backend == "sdpa" or (backend == "auto" and not on_gpu):
+        return sdpa.attend
+    if backend == "flex":
+        return flex.attend
+    if backend in ("auto", "flash"):
+        kernel, package = varlen.flash_kernel(), "flash-attn, or torch with torch.nn.attention.varlen"
+    elif backend == "transformer_engine":
+        kernel, package = varlen.transformer_engine_kernel(), "transformer-engine"
+    else:
+        raise ValueError(f"unknown attention backend {backend!r}: choose auto, sdpa, flash, transformer_engine or flex")
+    if kernel is None or not on_gpu:
+        if backend == "auto":
+            return sdpa.attend
+        missing = f"{package} installed" if kernel is None else "a GPU"
+        raise ValueError(f"attention backend {backend} needs {missing}: choose model.attention_backend=sdpa instead")
+    return lambda query, key, value, table, scale: varlen.attend_with(kernel, query, key, value, table, scale)
+
+
+def check_head_split(*, num_attention_heads: int, tensor_parallel: int, context_parallel: int, name: str) -> None:
+    """Refuse degrees that the head count forbids.
+
+    Context parallelism exchanges sequence for heads, so TP x CP must divide the query heads. Key-value heads
+    are repeated where there are too few.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    degree = tensor_parallel * context_parallel
+    if num_attention_heads % degree:
+        raise ValueError(
+            f"{num_attention_heads} attention heads of the {name} are not divisible by tensor parallel size "
+            f"{tensor_parallel} x context parallel size {context_parallel} = {degree}: choose degrees whose product "
+            f"divides {num_attention_heads}"
+        )
+
+
+class SegmentAttention(MegatronModule):
+    """Drop-in core attention over a ``SequenceContext``; see Megatron's ``DotProductAttention`` for the contract.
+
+    ``backend`` is bound by the layer spec (see ``model/specs.py``), the remaining arguments are Megatron's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        backend: str = "auto",
+        **later_arguments,
+    ):
+        super().__init__(config=config)
+        if attention_dropout or config.attention_dropout:
+            raise ValueError("segment attention has no dropout: set attention_dropout to 0")
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.context_group = groups.cp if config.context_parallel_size > 1 else None
+        self.layer_number = layer_number
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.attend = attend_function(backend, on_gpu=device.has_gpu())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: SequenceContext | None = None,
+        **later_arguments,
+    ) -> Tensor:
+        """Attention of this rank's heads.
+
+        Args:
+            query: ``(tokens_local, 1, heads_local, head_dim)``, not yet rotated.
+            key, value: ``(tokens_local, 1, key_value_heads_local, head_dim)``, not yet rotated.
+            packed_seq_params: the shared context; masks come from it alone, the other arguments are unused.
+
+        Returns:
+            ``(tokens_local, 1, heads_local * head_dim)``.
+
+        Raises:
+            ValueError: if the segment table does not cover the rows at hand.
+        """
+        context = packed_seq_params
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_group is not None:
+            query, key, value = self._to_heads(query, key, value)
+        table = context.segments_of(self.layer_number)
+        if table.length != query.shape[0]:
+            raise ValueError(f"the segment table covers {table.length} rows, attention has {query.shape[0]}")
+        if context.cos is not None:
+            query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        out = self.attend(query, key, value, table, self.softmax_scale)
+        if self.context_group is not None:
+            out = heads_to_sequence(out, self.context_group)
+        return out.reshape(out.shape[0], 1, -1)
+
+    def _to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.context_group.size()
+        groups, ratio = key.shape[1], query.shape[1] // key.shape[1]
+        repeat = next(r for r in range(1, ratio + 1) if ratio % r == 0 and groups * r % size == 0)
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        return tuple(sequence_to_heads(x, self.context_group) for x in (query, key, value))

@@ -1,0 +1,96 @@
+"""From settings to the model chunks of this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.model.qwen_vl import QwenVL
+from megatron_cocoa.model.specs import build_provider
+from megatron_cocoa.model.transformer_configs import build_configs
+from megatron_cocoa.parallel import device
+
+
+@dataclass(frozen=True)
+class Model:
+    """This rank's part of the model.
+
+    chunks: one per virtual pipeline stage (a single one without interleaving), each in Megatron's DDP, or bare
+            for inference.
+    config: the language model's config, which Megatron's schedules read.
+    """
+
+    chunks: list[nn.Module]
+    config: TransformerConfig
+    architecture: QwenVLArchitecture
+
+    @property
+    def bare_chunks(self) -> list[QwenVL]:
+        """The chunks without their data-parallel wrapper."""
+        return [chunk if isinstance(chunk, QwenVL) else chunk.module for chunk in self.chunks]
+
+    def train(self, mode: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+
+def build_model(
+    architecture: QwenVLArchitecture,
+    settings: TrainSettings,
+    *,
+    with_image_decoder: bool,
+) -> Model:
+    """Build this rank's chunks at the layout that is initialised; weights are not set.
+
+    Args:
+        architecture: the model's numbers.
+        settings: of the run.
+        with_image_decoder: stage ``warmup`` needs it.
+
+    Raises:
+        ValueError: if the layout does not fit the architecture.
+    """
+    configs = build_configs(
+        architecture,
+        model=settings.model,
+        parallel=settings.parallel,
+        recompute=settings.recompute,
+        fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
+    )
+    provider = build_provider(settings.model)
+    num_chunks = settings.parallel.virtual_pipeline_model_parallel_size or 1
+    rank, size = parallel_state.get_pipeline_model_parallel_rank(), settings.parallel.pipeline_model_parallel_size
+    chunks = [
+        QwenVL(
+            architecture,
+            configs,
+            provider,
+            vocab_multiple=settings.model.make_vocab_size_divisible_by,
+            pre_process=rank == 0 and index == 0,
+            post_process=rank == size - 1 and index == num_chunks - 1,
+            with_image_decoder=with_image_decoder,
+            vp_stage=index if num_chunks > 1 else None,
+        ).to(device.device())
+        for index in range(num_chunks)
+    ]
+    for chunk in chunks:
+        freeze(chunk, settings)
+    return Model(chunks, configs.language, architecture)
+
+
+def freeze(chunk: QwenVL, settings: TrainSettings) -> None:
+    """Turn off gradients of the parts that ``settings.freeze`` names."""
+    parts: list[nn.Module] = []
+    if chunk.pre_process and settings.freeze.vision:
+        parts += [chunk.vision_model.patch_embed, chunk.vision_model.decoder.layers]
+    if chunk.pre_process and settings.freeze.merger:
+        parts += [chunk.vision_model.decoder.final_layernorm, chunk.vision_model.projection]
+    if settings.freeze.language:
+        parts.append(chunk.language_model)
+    for part in parts:
+        part.requires_grad_(False)

@@ -1,0 +1,158 @@
+"""Qwen2-VL / Qwen2.5-VL as one pipeline stage: tower and embeddings first, layers, heads last."""
+
+from __future__ import annotations
+
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.batch import ModelOutput, PackedBatch
+from megatron_cocoa.model.attention import SequenceContext
+from megatron_cocoa.model.heads import ImageDecoder, LocalRows, gather_embeddings, local_rows, whole_rows
+from megatron_cocoa.model.language import LanguageModel
+from megatron_cocoa.model.rope import mrope_tables
+from megatron_cocoa.model.segments import compile_segments
+from megatron_cocoa.model.specs import BackendSpecProvider
+from megatron_cocoa.model.transformer_configs import ModelConfigs
+from megatron_cocoa.model.vision import VisionModel
+from megatron_cocoa.parallel.collectives import gather_rows
+
+
+class QwenVL(MegatronModule):
+    """One pipeline stage (and virtual chunk) of the model.
+
+    Args:
+        architecture: all of the model's numbers.
+        configs: Megatron configs at the layout at hand.
+        provider: local or Transformer Engine modules.
+        vocab_multiple: padding of the vocabulary.
+        pre_process: this chunk holds tower and embedding.
+        post_process: this chunk holds final norm and heads.
+        with_image_decoder: build the MAE decoder on the last stage (stage ``warmup`` only).
+        vp_stage: virtual chunk, None without interleaving.
+    """
+
+    def __init__(
+        self,
+        architecture: QwenVLArchitecture,
+        configs: ModelConfigs,
+        provider: BackendSpecProvider,
+        *,
+        vocab_multiple: int,
+        pre_process: bool = True,
+        post_process: bool = True,
+        with_image_decoder: bool = False,
+        vp_stage: int | None = None,
+    ):
+        super().__init__(config=configs.language)
+        self.model_type = ModelType.encoder_or_decoder
+        self.architecture = architecture
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
+        self.context_group = ProcessGroupCollection.use_mpu_process_groups().cp
+        if pre_process:
+            self.vision_model = VisionModel(architecture.vision, configs, provider)
+        self.language_model = LanguageModel(
+            architecture.text,
+            configs,
+            provider,
+            tied=architecture.tie_word_embeddings,
+            vocab_multiple=vocab_multiple,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        self.image_decoder = None
+        if post_process and with_image_decoder:
+            self.image_decoder = ImageDecoder(architecture, configs, provider)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Megatron's schedules hand the previous stage's hidden states over through here."""
+        single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.language_model.decoder.set_input_tensor(single)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The tied matrix, where Megatron's gradient all-reduce between first and last stage looks for it."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(self, batch: PackedBatch, *, return_hidden_states: bool = False) -> Tensor | ModelOutput:
+        """Run this stage on one micro-batch.
+
+        Args:
+            batch: the whole micro-batch, on the device; the same on every rank of a data-parallel replica
+                (``pixel_values`` are needed on the first stage only, ``unit_targets`` on the last).
+            return_hidden_states: also gather all final hidden states (tests, inspection).
+
+        Returns:
+            Hidden states for the next stage, ``(tokens_local, 1, hidden)``, or on the last stage a ``ModelOutput``.
+        """
+        rows = local_rows(batch.num_tokens, self.context_group)
+        context = self._context(batch)
+        hidden_states = self._embed(batch, rows) if self.pre_process else None
+        hidden_states = self.language_model(hidden_states, context)
+        if not self.post_process:
+            return hidden_states
+        return self._heads(batch, rows, context, hidden_states, return_hidden_states)
+
+    def _context(self, batch: PackedBatch) -> SequenceContext:
+        table = compile_segments(
+            batch.mask_kind, batch.sample_lengths, batch.bridge_positions, tail_length=batch.tail_length
+        )
+        cos, sin = mrope_tables(batch.position_ids, self.architecture.text, self.config.params_dtype)
+        return SequenceContext(segments=table, cos=cos, sin=sin)
+
+    def _embed(self, batch: PackedBatch, rows: LocalRows) -> Tensor:
+        """Word embeddings with image features in their places, sharded as the layers want them.
+
+        The merge happens before any sharding, so that features may lie anywhere in the pack; the tower's
+        gradient then arrives whole on every tensor-parallel rank and in parts over context parallel.
+        """
+        embeddings = self.language_model.embed(batch.input_ids)
+        features = self.vision_model(batch.pixel_values, batch.grid_thw).to(embeddings.dtype)
+        positions = batch.input_ids.new_zeros(0) if batch.feature_positions is None else batch.feature_positions
+        if positions.shape[0] != features.shape[0]:
+            raise ValueError(f"{positions.shape[0]} image placeholder tokens for {features.shape[0]} image features")
+        embeddings = embeddings.index_copy(0, positions, features.unsqueeze(1))
+        if not rows.covers(batch.num_tokens):
+            embeddings = embeddings[rows.first : rows.last]
+        if self.config.sequence_parallel:
+            self._check_sequence_parallel(embeddings.shape[0])
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return embeddings.contiguous()
+
+    def _check_sequence_parallel(self, tokens: int) -> None:
+        size = self.config.tensor_model_parallel_size
+        if tokens % size:
+            raise ValueError(
+                f"{tokens} tokens per context-parallel rank are not divisible by tensor parallel size {size}, which "
+                f"sequence parallelism needs: pad packs with a tail segment"
+            )
+
+    def _heads(
+        self, batch: PackedBatch, rows: LocalRows, context: SequenceContext, hidden_states: Tensor, return_hidden: bool
+    ) -> ModelOutput:
+        output = ModelOutput()
+        hidden_rows = whole_rows(hidden_states, self.config.sequence_parallel)
+        if batch.text_positions is not None:
+            inside, local = rows.select(batch.text_positions)
+            labels = batch.text_labels.index_select(0, inside)
+            output.token_nll = self.language_model.token_nll(hidden_rows.index_select(0, local), labels)
+        if batch.unit_positions is not None and self.image_decoder is not None:
+            inside, local = rows.select(batch.unit_positions)
+            output.predicted_units = self.image_decoder(hidden_states, context, local)
+            output.unit_targets = batch.unit_targets.index_select(0, inside)
+        if batch.embedding_positions is not None:
+            output.embeddings = gather_embeddings(hidden_rows, batch.embedding_positions, rows, self.context_group)
+        if return_hidden:
+            output.hidden_states = gather_rows(
+                hidden_rows, (hidden_rows.shape[0],) * self.context_group.size(), self.context_group
+            )
+        return output
+
+    def full_logits(self, hidden_rows: Tensor) -> Tensor:
+        """Logits over the whole vocabulary ``(rows, vocab_size)`` on the last stage; for tests and inspection."""
+        logits = gather_from_tensor_model_parallel_region(self.language_model.logits(hidden_rows))
+        return logits[:, : self.architecture.text.vocab_size]

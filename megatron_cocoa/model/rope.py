@@ -1,0 +1,56 @@
+"""Rotary tables: 2-D positions for the tower, M-RoPE for the language model; once per micro-batch.
+
+Angles are computed in FP32 as Hugging Face does. The tower rotates in FP32; the language model casts its tables
+to the activations' dtype first, again as Hugging Face does, so that BF16 results agree.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from megatron_cocoa.architecture import TextArchitecture, VisionArchitecture
+
+
+@functools.lru_cache(maxsize=32)
+def _inverse_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
+    """``theta ** (-2 i / dim)`` for ``i < dim / 2``; float32."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+
+
+@functools.lru_cache(maxsize=32)
+def _axis_of_channel(section: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which of time, height, width turns each channel; int64 ``(head_dim / 2,)``."""
+    return torch.repeat_interleave(torch.arange(len(section)), torch.tensor(section)).to(device)
+
+
+def vision_tables(positions: Tensor, vision: VisionArchitecture) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for the tower: the first half of the channels turns with height, the second with width.
+
+    Args:
+        positions: int64 ``(patches, 2)``.
+
+    Returns:
+        Two float32 ``(patches, head_dim / 2)``.
+    """
+    inv_freq = _inverse_frequencies(vision.rope_theta, vision.hidden_size // vision.num_heads // 2, positions.device)
+    angles = (positions.float()[:, :, None] * inv_freq).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def mrope_tables(position_ids: Tensor, text: TextArchitecture, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for the language model.
+
+    Args:
+        position_ids: int64 ``(3, tokens)``: time, height, width.
+        dtype: of the activations.
+
+    Returns:
+        Two ``(tokens, head_dim / 2)`` in ``dtype``.
+    """
+    inv_freq = _inverse_frequencies(text.rope_theta, text.head_dim, position_ids.device)
+    positions = position_ids.index_select(0, _axis_of_channel(text.mrope_section, position_ids.device))
+    angles = positions.t().float() * inv_freq
+    return angles.cos().to(dtype), angles.sin().to(dtype)

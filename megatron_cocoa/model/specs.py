@@ -1,0 +1,144 @@
+"""Layer specs: which linear, norm and attention modules Megatron-Core builds.
+
+``local`` needs torch and Megatron-Core alone and runs on CPU; ``transformer_engine`` brings fused norms and FP8.
+Both give the same names in a distributed checkpoint, so a run may change between them at any stage.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_cocoa.config import ModelSettings
+from megatron_cocoa.model.attention import SegmentAttention
+from megatron_cocoa.parallel import device
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm by ``config.normalization``, whose parameters know sequence parallelism.
+
+    Megatron's torch norm refuses sequence parallelism; under it each rank sees part of the rows, and the mark
+    on the parameters makes Megatron sum their gradients over tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device.device()))
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device.device()))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class LocalProvider(LocalSpecProvider):
+    """Megatron-Core's own linears with this project's norm and attention."""
+
+    def __init__(self, attention_backend: str):
+        self.attention_backend = attention_backend
+
+    def layer_norm(self, *args, **kwargs) -> type:
+        return Norm
+
+    def core_attention(self):
+        return functools.partial(SegmentAttention, backend=self.attention_backend)
+
+
+def transformer_engine_provider(attention_backend: str) -> BackendSpecProvider:
+    """Transformer Engine's linears and norms with this project's attention."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    class TransformerEngineProvider(TESpecProvider):
+        def core_attention(self):
+            return functools.partial(SegmentAttention, backend=attention_backend)
+
+    return TransformerEngineProvider()
+
+
+def resolve_implementation(settings: ModelSettings) -> str:
+    """``local`` or ``transformer_engine``, with ``auto`` decided by what is present.
+
+    Raises:
+        ValueError: if Transformer Engine is asked for and cannot serve here.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    usable = installed and device.has_gpu()
+    if settings.transformer_impl == "transformer_engine" and not usable:
+        missing = "a GPU" if installed else "the transformer-engine package (pip install megatron_cocoa[te])"
+        raise ValueError(f"transformer_impl transformer_engine needs {missing}; choose local")
+    if settings.fp8 and not usable:
+        raise ValueError("fp8 needs Transformer Engine and a GPU that has it; set model.fp8 to null")
+    if settings.transformer_impl == "auto":
+        return "transformer_engine" if usable else "local"
+    return settings.transformer_impl
+
+
+def build_provider(settings: ModelSettings) -> BackendSpecProvider:
+    """The provider of a run's settings."""
+    if resolve_implementation(settings) == "transformer_engine":
+        return transformer_engine_provider(settings.attention_backend)
+    return LocalProvider(settings.attention_backend)
+
+
+def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """Spec of a block of ``num_layers`` pre-norm layers.
+
+    Args:
+        provider: local or Transformer Engine modules.
+        config: the block's config (its normalization picks the norm).
+        num_layers: layers on this pipeline stage and virtual chunk.
+    """
+    rms = config.normalization == "RMSNorm"
+    norm = provider.layer_norm(rms_norm=rms, for_qk=False)
+    fused = provider.fuse_layernorm_and_linear()
+    linear_qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=linear_qkv,
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fused else norm,
+            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def projection_spec(provider: BackendSpecProvider) -> MLPSubmodules:
+    """Spec of the merger's MLP: its norm stands before the merge, so its first linear has none fused."""
+    return MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear())

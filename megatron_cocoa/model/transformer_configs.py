@@ -1,0 +1,253 @@
+"""Megatron ``TransformerConfig``s of tower, merger, language model and image decoder.
+
+Every relation between architecture and parallel degrees is checked here, before a layer is built, so that an
+impossible layout ends in one message with its numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
+from torch.nn import functional as F
+
+from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
+from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
+from megatron_cocoa.model.attention import check_head_split
+from megatron_cocoa.parallel import device
+
+INITIALIZER_RANGE = 0.02
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """One config per part; ``language`` is also the one that Megatron's schedules read."""
+
+    vision: TransformerConfig
+    projection: TransformerConfig
+    language: TransformerConfig
+    image_decoder: TransformerConfig
+
+
+def build_configs(
+    architecture: QwenVLArchitecture,
+    *,
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    recompute: RecomputeSettings,
+    fixed_sequence_length: bool = False,
+) -> ModelConfigs:
+    """Configs for an architecture at a layout.
+
+    Args:
+        architecture: tower and language model.
+        model: dtype, ffn padding, FP8.
+        parallel: degrees.
+        recompute: activation recompute of tower and language model.
+        fixed_sequence_length: all packs have one length, so that pipeline stages need not exchange shapes.
+
+    Raises:
+        ValueError: if heads, ffn widths or layers cannot be divided as asked.
+    """
+    check_layout(architecture, model=model, parallel=parallel)
+    common = _common(model, parallel)
+    tower = {**common, **_recompute(recompute.vision, recompute.vision_num_layers)}
+    return ModelConfigs(
+        vision=_vision(architecture, model, tower),
+        projection=_projection(architecture, common),
+        language=_language(architecture, model, parallel, recompute, common, fixed_sequence_length),
+        image_decoder=_image_decoder(architecture, parallel, common),
+    )
+
+
+def padded_vision_ffn(architecture: QwenVLArchitecture, multiple: int) -> int:
+    """Width of the tower's ffn after zero padding to a multiple."""
+    return -(-architecture.vision.intermediate_size // multiple) * multiple
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(1.702 x)``, Qwen2-VL's tower activation. Megatron's own is compiled, which CPU runs do without."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    """``config`` for a head whose input rows are whole on every tensor-parallel rank."""
+    whole = copy.copy(config)
+    whole.sequence_parallel = False
+    return whole
+
+
+def check_layout(architecture: QwenVLArchitecture, *, model: ModelSettings, parallel: ParallelSettings) -> None:
+    """Refuse degrees that the architecture cannot be divided by.
+
+    Raises:
+        ValueError: naming the number that does not divide and what to change.
+    """
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    text, vision = architecture.text, architecture.vision
+    check_head_split(
+        num_attention_heads=text.num_attention_heads, tensor_parallel=tp, context_parallel=cp, name="language model"
+    )
+    check_head_split(num_attention_heads=vision.num_heads, tensor_parallel=tp, context_parallel=1, name="tower")
+    if tp > text.num_key_value_heads and tp % text.num_key_value_heads:
+        raise ValueError(
+            f"tensor parallel size {tp} is neither a divisor nor a multiple of num_key_value_heads "
+            f"{text.num_key_value_heads}"
+        )
+    if tp <= text.num_key_value_heads and text.num_key_value_heads % tp:
+        raise ValueError(f"num_key_value_heads {text.num_key_value_heads} is not divisible by tensor parallel size {tp}")
+    _check_divides(text.intermediate_size, tp, "intermediate_size of the language model")
+    ffn = padded_vision_ffn(architecture, model.vision_ffn_multiple)
+    _check_divides(ffn, tp, "ffn width of the tower", "set model.vision_ffn_multiple (128 serves the published sizes)")
+    _check_divides(text.hidden_size, tp, "hidden_size of the language model")
+    _check_pipeline(text.num_hidden_layers, pp, parallel)
+
+
+def _check_divides(number: int, tp: int, name: str, remedy: str = "choose another tensor parallel size") -> None:
+    if number % tp:
+        raise ValueError(f"{name}, {number}, is not divisible by tensor parallel size {tp}: {remedy}")
+
+
+def _check_pipeline(layers: int, pp: int, parallel: ParallelSettings) -> None:
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    if pp == 1 and (first is not None or last is not None):
+        raise ValueError("num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages")
+    fixed = [n for n in (first, last) if n is not None]
+    remaining, stages = layers - sum(fixed), pp - len(fixed)
+    if remaining < 0 or (stages == 0 and remaining) or (stages and remaining % stages):
+        raise ValueError(
+            f"{layers} language layers cannot be split: {fixed or 'none'} fixed for the first/last stage leave "
+            f"{remaining} layers for {stages} of {pp} pipeline stages"
+        )
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    per_stage = [*fixed, remaining // stages] if stages else fixed
+    if chunks and any(n % chunks for n in per_stage):
+        raise ValueError(f"{per_stage} layers per stage are not divisible by {chunks} virtual stages")
+
+
+def _common(model: ModelSettings, parallel: ParallelSettings) -> dict:
+    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+    on_gpu = device.has_gpu()
+    return dict(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=model.dtype == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        init_method=init_method_normal(INITIALIZER_RANGE),
+        output_layer_init_method=init_method_normal(INITIALIZER_RANGE),
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=on_gpu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        async_tensor_model_parallel_allreduce=on_gpu,
+    )
+
+
+def _recompute(granularity: str, num_layers: int) -> dict:
+    if granularity == "none":
+        return {}
+    if granularity == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=num_layers)
+
+
+def _vision(architecture: QwenVLArchitecture, model: ModelSettings, common: dict) -> TransformerConfig:
+    vision = architecture.vision
+    return TransformerConfig(
+        **common,
+        num_layers=vision.depth,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        num_query_groups=vision.num_heads,
+        kv_channels=vision.hidden_size // vision.num_heads,
+        ffn_hidden_size=padded_vision_ffn(architecture, model.vision_ffn_multiple),
+        gated_linear_unit=vision.gated,
+        activation_func=F.silu if vision.activation == "silu" else quick_gelu,
+        normalization=vision.normalization,
+        layernorm_epsilon=MERGER_EPSILON,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+    )
+
+
+def _projection(architecture: QwenVLArchitecture, common: dict) -> TransformerConfig:
+    vision = architecture.vision
+    return TransformerConfig(
+        **common,
+        num_layers=1,
+        num_attention_heads=vision.num_heads,
+        kv_channels=1,
+        hidden_size=vision.out_hidden_size,
+        ffn_hidden_size=vision.hidden_size * vision.merge_unit,
+        gated_linear_unit=False,
+        activation_func=F.gelu,
+        add_bias_linear=True,
+    )
+
+
+def _decoder_layer(architecture: QwenVLArchitecture, parallel: ParallelSettings) -> dict:
+    text = architecture.text
+    return dict(
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        kv_channels=text.head_dim,
+        ffn_hidden_size=text.intermediate_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+    )
+
+
+def _language(
+    architecture: QwenVLArchitecture,
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    recompute: RecomputeSettings,
+    common: dict,
+    fixed_sequence_length: bool,
+) -> TransformerConfig:
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    fp8 = {} if model.fp8 is None else dict(fp8="hybrid", fp8_recipe=model.fp8)
+    return TransformerConfig(
+        **common,
+        **_decoder_layer(architecture, parallel),
+        **_recompute(recompute.language, recompute.language_num_layers),
+        **fp8,
+        num_layers=architecture.text.num_hidden_layers,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # Counts are global and known before the forward pass: each loss term is divided by its own.
+        calculate_per_token_loss=True,
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and not fixed_sequence_length,
+        # Megatron refuses variable lengths with its default dispatcher, experts or not.
+        moe_token_dispatcher_type="alltoall",
+        # Interleaved stages with the default batched exchange train silently wrong.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+
+
+def _image_decoder(architecture: QwenVLArchitecture, parallel: ParallelSettings, common: dict) -> TransformerConfig:
+    return TransformerConfig(**common, **_decoder_layer(architecture, parallel), num_layers=1)
