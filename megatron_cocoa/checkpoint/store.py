@@ -1,0 +1,203 @@
+"""Distributed checkpoints: written whole or not at all, loaded at any layout.
+
+A checkpoint is a folder that ``megatron.core.dist_checkpointing`` reads (``torch_dist``), plus ``cocoa.json``, which
+says what it holds. It is written beside its place and renamed when every rank is done: a folder that carries the
+final name is complete, and one that does not is ignored and replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from torch import nn
+
+INFO_FILE = "cocoa.json"
+OPTIMIZER_SHARDING = "fully_reshardable"
+"""Megatron's form of optimizer state that loads at any data-parallel size."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds, beside its tensors.
+
+    stage:          the stage that wrote it, or ``import`` for converted weights.
+    step:           optimizer steps of that stage.
+    mask_token_id, bridge_token_id: rows of the embedding that the model was trained with.
+    loader:         the data loader's place.
+    has_optimizer:  whether optimizer state is there.
+    hf_config:      the Hugging Face ``config.json`` of the architecture.
+    """
+
+    stage: str
+    step: int
+    mask_token_id: int
+    bridge_token_id: int
+    hf_config: dict[str, Any]
+    loader: dict[str, Any] = field(default_factory=dict)
+    has_optimizer: bool = False
+
+
+def save_checkpoint(path: str | Path, chunks: Sequence[nn.Module], info: CheckpointInfo, *, optimizer=None) -> None:
+    """Write a checkpoint; every rank calls it.
+
+    Args:
+        path: its folder; one that is there already is replaced when the new one is complete.
+        chunks: this rank's bare model chunks.
+        info: what it holds.
+        optimizer: Megatron's optimizer, to resume from; None saves weights alone.
+
+    Raises:
+        ValueError: if the folder cannot be written (the cause is named, and the incomplete folder removed).
+    """
+    final = Path(path)
+    work = final.with_name(final.name + ".incomplete")
+    _on_first_rank(lambda: _make_empty(work), f"cannot write a checkpoint under {final.parent}")
+    state = sharded_state(chunks, optimizer)
+    dist_checkpointing.save(state, str(work), content_metadata=_content_metadata())
+    _on_first_rank(lambda: _finish(work, final, info), f"cannot complete the checkpoint {final}")
+
+
+def load_checkpoint(
+    path: str | Path, chunks: Sequence[nn.Module], *, optimizer=None, may_be_missing: tuple[str, ...] = ()
+) -> CheckpointInfo:
+    """Load weights (and optimizer state) into the chunks at their layout; every rank calls it.
+
+    Args:
+        path: a complete checkpoint.
+        chunks: this rank's bare model chunks; what the checkpoint holds beyond them is left out.
+        optimizer: loads its state too.
+        may_be_missing: prefixes of parameters that keep their values where the checkpoint lacks them.
+
+    Raises:
+        ValueError: if the folder is no complete checkpoint, or lacks a parameter that may not be missing.
+    """
+    info = read_info(path)
+    if optimizer is not None and not info.has_optimizer:
+        raise ValueError(f"{path} holds weights alone: it can start a stage, but a run cannot resume from it")
+    state = sharded_state(chunks, optimizer, is_loading=True)
+    present = set(dist_checkpointing.load_tensors_metadata(str(path)))
+    absent = _drop_absent(state, present)
+    refused = sorted(name for name in absent if not name.startswith(may_be_missing or ("\0",)))
+    if refused:
+        raise ValueError(f"{path} lacks {len(refused)} parameters of the model: {', '.join(refused[:20])}")
+    loaded = dist_checkpointing.load(state, str(path))
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{index}"], strict=not absent)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return info
+
+
+def load_layer_from(path: str | Path, layer: nn.Module, *, block: str, index: int, num_layers: int) -> None:
+    """Fill a transformer layer from layer ``index`` of a checkpoint's stacked block, at any layout; collective.
+
+    Args:
+        path: a complete checkpoint.
+        layer: a Megatron ``TransformerLayer``, or None on ranks that hold none.
+        block: name of the block in the checkpoint, such as ``language_model.decoder``.
+        index: 0-based layer within it.
+        num_layers: layers of the block.
+    """
+    state: ShardedStateDict = {}
+    if layer is not None:
+        state = layer.sharded_state_dict("layer.", [(0, index, num_layers)], _metadata())
+        replace_prefix_for_sharding(state, "layer.", f"{block}.layers.")
+        state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    loaded = dist_checkpointing.load({"layer": state}, str(path), validate_access_integrity=False)
+    if layer is not None:
+        values = {name.removeprefix("layer."): value for name, value in loaded["layer"].items()}
+        layer.load_state_dict(values, strict=False)
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """What a checkpoint holds.
+
+    Raises:
+        ValueError: if the folder is no complete checkpoint of this project.
+    """
+    folder = Path(path)
+    if not (folder / INFO_FILE).is_file() or not (folder / "metadata.json").is_file():
+        state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
+        raise ValueError(f"{folder} {state}: needed a folder with metadata.json and {INFO_FILE}")
+    return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
+
+
+def sharded_state(chunks: Sequence[nn.Module], optimizer=None, *, is_loading: bool = False) -> ShardedStateDict:
+    """What Megatron saves or loads for these chunks."""
+    state: ShardedStateDict = {
+        f"model{index}": chunk.sharded_state_dict(metadata=_metadata()) for index, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        model_state = {key: value for part in list(state.values()) for key, value in part.items()}
+        if len(chunks) > 1:
+            model_state = dict(state)
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())
+    return state
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": OPTIMIZER_SHARDING,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _content_metadata() -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
+
+
+def _drop_absent(state: ShardedStateDict, present: set[str]) -> set[str]:
+    """Remove the model entries whose tensors the checkpoint lacks, on all ranks' behalf, and name them."""
+    absent = set()
+    for part, entries in state.items():
+        if not part.startswith("model"):
+            continue
+        for name in [n for n, value in entries.items() if hasattr(value, "key") and value.key not in present]:
+            if not name.endswith("_extra_state"):
+                absent.add(name)
+            del entries[name]
+    return absent
+
+
+def _on_first_rank(action, failure: str) -> None:
+    """Run ``action`` on rank 0 while the others wait; all ranks raise if it fails.
+
+    Raises:
+        ValueError: ``failure`` and the operating system's reason.
+    """
+    outcome: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            outcome = [f"{failure}: {error}"]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise ValueError(outcome[0])
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _finish(work: Path, final: Path, info: CheckpointInfo) -> None:
+    (work / INFO_FILE).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
+    if final.exists():
+        previous = final.with_name(final.name + ".replaced")
+        shutil.rmtree(previous, ignore_errors=True)
+        final.rename(previous)
+        work.rename(final)
+        shutil.rmtree(previous)
+    else:
+        work.rename(final)
