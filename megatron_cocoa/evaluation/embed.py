@@ -1,0 +1,65 @@
+"""Embeddings from a model at any layout, in the order of the items, independent of batch size and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.model.schedule import run_microbatches
+from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.collectives import gather_rows
+
+MakeBatch = Callable[[int, int], PackedBatch]
+"""``(start, end)`` to the pack of items ``[start, end)``, one embedding each, in order."""
+
+
+def embed(model: Model, *, num_items: int, batch_size: int, make_batch: MakeBatch) -> Tensor:
+    """Embed ``num_items`` items; every rank calls it, and each data-parallel replica works on its own share.
+
+    Args:
+        model: chunks at the layout that is initialised.
+        num_items: how many.
+        batch_size: items per pack.
+        make_batch: builds a pack; called for this replica's items only.
+
+    Returns:
+        float32 ``(num_items, hidden)`` on the CPU, rows of length one, the same on every rank.
+    """
+    model.train(False)
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    edges = [num_items * part // size for part in range(size + 1)]
+    first, last = edges[rank], edges[rank + 1]
+    parts = []
+    for start in range(first, last, batch_size):
+        end = min(start + batch_size, last)
+        parts.append(_embed_pack(model, make_batch(start, end), rows=end - start))
+    hidden = model.config.hidden_size
+    mine = torch.cat(parts) if parts else torch.zeros(0, hidden, device=device.device())
+    counts = tuple(b - a for a, b in zip(edges[:-1], edges[1:]))
+    everything = gather_rows(mine, counts, parallel_state.get_data_parallel_group())
+    return torch.nn.functional.normalize(everything, dim=-1).cpu()
+
+
+def _embed_pack(model: Model, batch: PackedBatch, *, rows: int) -> Tensor:
+    """float32 ``(rows, hidden)`` on every rank of the replica."""
+    # An interleaved pipeline runs as many micro-batches at a time as it has stages.
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
+    found = run_microbatches(model, [batch] * stages, _take_embeddings, forward_only=True)
+    if found:
+        embeddings = found[0].float().contiguous()
+    else:
+        embeddings = torch.empty(rows, model.config.hidden_size, device=device.device())
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(embeddings, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return embeddings
+
+
+def _take_embeddings(index, output, batch):
+    return output.embeddings.sum(), output.embeddings.detach()

@@ -1,0 +1,87 @@
+"""What the two reconstruction stages have learned: block B with its own block A or another's, and masked pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.model.heads import local_rows
+from megatron_cocoa.model.schedule import run_microbatches
+from megatron_cocoa.parallel.collectives import from_last_stage
+
+
+@dataclass(frozen=True)
+class SampleLosses:
+    """Per sample, the sum of its supervised tokens' cross-entropy in nats, and how many there are."""
+
+    nll: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+
+
+def sample_losses(model: Model, batches: Iterable[PackedBatch]) -> SampleLosses:
+    """Run packs forward and sum token losses by sample; every rank calls it with the same packs.
+
+    Returns:
+        One entry per sample in the order of the packs, the same on every rank of a replica.
+    """
+    model.train(False)
+    nll: list[float] = []
+    counts: list[int] = []
+    for batch in batches:
+        ends = torch.tensor(batch.sample_lengths).cumsum(0)
+        # Position i - 1 predicts token i, so a sample's supervised rows all lie within the sample.
+        owner = torch.bucketize(batch.text_positions, ends, right=True)
+        nll += _sums_by_sample(model, batch, owner)
+        counts += torch.bincount(owner, minlength=len(ends)).tolist()
+    return SampleLosses(tuple(nll), tuple(counts))
+
+
+def _sums_by_sample(model: Model, batch: PackedBatch, owner: torch.Tensor) -> list[float]:
+    group = parallel_state.get_context_parallel_group()
+
+    def collect(index, output, moved):
+        inside, _ = local_rows(moved.num_tokens, group).select(moved.text_positions)
+        sums = output.token_nll.new_zeros(len(batch.sample_lengths), dtype=torch.float32)
+        sums.index_add_(0, owner.to(sums.device)[inside], output.token_nll.detach().float())
+        return output.token_nll.sum(), sums
+
+    found = _run_forward(model, batch, collect)
+    if found is not None:
+        dist.all_reduce(found, group=group)
+    return from_last_stage(None if found is None else found.tolist())
+
+
+@dataclass(frozen=True)
+class PredictedUnits:
+    """The image decoder's pixels for one pack: float32 ``(masked_units, unit_dim)``, in the pack's order."""
+
+    predicted: np.ndarray
+
+
+def predict_units(model: Model, batch: PackedBatch) -> PredictedUnits:
+    """Reconstruct the masked units of a stage-``warmup`` pack; every rank calls it. Needs the image decoder."""
+    model.train(False)
+
+    def collect(index, output, moved):
+        group = parallel_state.get_context_parallel_group()
+        inside, _ = local_rows(moved.num_tokens, group).select(moved.unit_positions)
+        whole = output.predicted_units.new_zeros(len(moved.unit_positions), output.predicted_units.shape[1])
+        whole[inside] = output.predicted_units.detach()
+        dist.all_reduce(whole, group=group)
+        return output.predicted_units.sum(), whole.float()
+
+    found = _run_forward(model, batch, collect)
+    return PredictedUnits(from_last_stage(None if found is None else found.cpu().numpy()))
+
+
+def _run_forward(model: Model, batch: PackedBatch, collect):
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
+    found = run_microbatches(model, [batch] * stages, collect, forward_only=True)
+    return found[0] if found else None

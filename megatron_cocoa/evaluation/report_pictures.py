@@ -1,0 +1,70 @@
+"""The report's pictures: what the image decoder filled in, and what retrieval found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_cocoa.evaluation.markup import missing, note, picture, text
+from megatron_cocoa.evaluation.report_data import (
+    DIRECTION_NAMES,
+    POOL_NAMES,
+    Reconstruction,
+    RetrievalStrip,
+    StripCandidate,
+)
+
+
+def reconstruction_section(items: Sequence[Reconstruction]) -> list[str]:
+    """Masked, reconstructed and original picture of each item, side by side, as HTML parts."""
+    if not items:
+        return [missing("No pictures were reconstructed: the run had no stage warmup, or evaluate was off.")]
+    explained = "The image decoder sees the masked picture and its caption; units that were not masked are copied."
+    return [note(explained), f'<div class="pictures">{"".join(_trio(item) for item in items)}</div>']
+
+
+def strip_section(strips: Sequence[RetrievalStrip]) -> list[str]:
+    """Each query with its nearest candidates, grouped by pool and direction, as HTML parts."""
+    if not strips:
+        return [missing("No retrieval examples were recorded.")]
+    groups: dict[tuple[str, str], list[RetrievalStrip]] = {}
+    for strip in strips:
+        groups.setdefault((strip.pool, strip.direction), []).append(strip)
+    parts = [note("Best first, with the cosine to the query. A frame and the word 'right' mark right answers.")]
+    for (pool, direction), members in groups.items():
+        parts.append(f"<h3>{POOL_NAMES[pool]}, {DIRECTION_NAMES[direction]}</h3>")
+        parts += [_strip(strip) for strip in members]
+    return parts
+
+
+def _trio(item: Reconstruction) -> str:
+    cells = []
+    for name, png in (("masked", item.masked), ("reconstructed", item.reconstructed), ("original", item.original)):
+        image = picture(png, f"{name}: {item.caption}")
+        cells.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
+    error = "" if item.mae is None else f'<div class="note">squared error per value: {item.mae:.3f}</div>'
+    caption = f'<bdi dir="auto">{text(item.caption)}</bdi>'
+    return f'<div><div class="trio">{"".join(cells)}</div><div>{caption}</div>{error}</div>'
+
+
+def _strip(strip: RetrievalStrip) -> str:
+    query = []
+    if strip.query_png is not None:
+        query.append(picture(strip.query_png, f"query picture {strip.query_text}".strip()))
+    if strip.query_text:
+        query.append(f'<p><bdi dir="auto">{text(strip.query_text)}</bdi></p>')
+    found = "" if any(c.right for c in strip.candidates) else "not shown; "
+    place = f"right answer: {found}rank {strip.rank:g} of {strip.num_candidates}"
+    query.append(note(place))
+    shown = "".join(_candidate(candidate) for candidate in strip.candidates)
+    return f'<div class="strip"><div class="query">{"".join(query)}</div><ol>{shown}</ol></div>'
+
+
+def _candidate(candidate: StripCandidate) -> str:
+    mark = " (right)" if candidate.right else ""
+    image = "" if candidate.png is None else picture(candidate.png, f"{candidate.text or 'candidate'}{mark}")
+    badge = '<span class="badge">\u2713 right</span>' if candidate.right else ""
+    css = ' class="right"' if candidate.right else ""
+    return (
+        f'<li{css}>{image}{badge}<bdi dir="auto">{text(candidate.text)}</bdi>'
+        f'<span class="cosine">{candidate.cosine:.3f}</span></li>'
+    )

@@ -1,0 +1,70 @@
+"""Masked image reconstruction: the image decoder's pixels against the original ones, at masked units only.
+
+The unit is one merged image unit (``spatial_merge_size**2`` patches), the target whatever the data layer chose
+(processor-normalised pixels, or normalised per patch as in He et al., MAE, arXiv 2111.06377). Source: CoCoA
+(arXiv 2603.01471), stage 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from megatron_cocoa.batch import MaskKind, ModelOutput, PackedBatch
+from megatron_cocoa.objectives.base import graph_zero, require_mask_kind, require_rows, share_of_total
+
+
+class MaeObjective:
+    """Squared error per pixel value, averaged over the values of a unit and over the step's masked units.
+
+    Every unit has the same number of values, so this is the mean over all masked values.
+
+    Args:
+        mask_kind: attention under which the units are predicted.
+    """
+
+    name = "mae"
+    term = "mae"
+
+    def __init__(self, mask_kind: MaskKind = MaskKind.BIDIRECTIONAL) -> None:
+        self.mask_kind = mask_kind
+        self.weights: Mapping[str, float] = {self.term: 1.0}
+
+    def counts(self, batch: PackedBatch) -> dict[str, int]:
+        """``{"mae": masked units}`` of the whole micro-batch, see ``LocalObjective.counts``."""
+        require_mask_kind(self, batch)
+        return {self.term: 0 if batch.unit_positions is None else batch.unit_positions.shape[0]}
+
+    def loss(
+        self, output: ModelOutput, batch: PackedBatch, totals: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over local units of the mean squared error, over ``totals["mae"]``, see ``LocalObjective.loss``.
+
+        Raises:
+            ValueError: if predictions and targets differ in shape, the decoder's rows cannot belong to this
+                batch, or ``totals`` does not cover it.
+        """
+        labelled = self.counts(batch)[self.term]
+        predicted = output.predicted_units
+        rows = None if predicted is None else predicted.shape[0]
+        require_rows(self.term, found=rows, labelled=labelled)
+        local_sum = graph_zero(output) if predicted is None else unit_errors(predicted, output.unit_targets).sum()
+        loss = share_of_total(local_sum, term=self.term, local_count=rows or 0, totals=totals)
+        return loss, {self.term: local_sum.detach()}
+
+
+def unit_errors(predicted: Tensor, targets: Tensor | None) -> Tensor:
+    """Mean squared error of each unit, float32 ``(units,)``.
+
+    Args:
+        predicted: ``(units, unit_dim)`` in any float dtype; the error is taken in float32.
+        targets: the same shape.
+
+    Raises:
+        ValueError: if the shapes differ; broadcasting would hide it.
+    """
+    found = None if targets is None else tuple(targets.shape)
+    if found != tuple(predicted.shape):
+        raise ValueError(f"predicted_units has shape {tuple(predicted.shape)}, unit_targets {found}: they must agree")
+    return (predicted.float() - targets.float()).square().mean(dim=-1)
