@@ -1,0 +1,167 @@
+"""Prepared samples to one packed micro-batch, a pure function for each stage.
+
+Pictures of all samples are cut into patches in one go, and noise is written over masked units in normalised pixel
+space, before the tower sees them. The whole pack is checked before it leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_cocoa.batch import MaskKind, PackedBatch
+from megatron_cocoa.data.corruption import normalize_targets, replace_units
+from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.prepared import PreparedSample
+from megatron_cocoa.data.preprocess import PictureLoader
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What a pack must look like, beside its samples.
+
+    Args:
+        pictures: normalises and cuts pictures.
+        vision: sizes of the tower.
+        pad_token_id: fills the tail.
+        tokens_per_microbatch: fill every pack to exactly this length, or None.
+        pad_to_multiple_of: fill every pack to a multiple of this (sequence and context parallel, FP8).
+        needs_pixels: False on ranks that hold no tower: ``pixel_values`` stays None.
+        needs_unit_targets: False on ranks that hold no image decoder: ``unit_targets`` is ``(masked_units, 0)``, so
+            that every rank still counts the same units.
+        normalize_unit_targets: zero mean and unit variance per patch.
+
+    Raises:
+        ValueError: if ``tokens_per_microbatch`` is not a multiple of ``pad_to_multiple_of``.
+    """
+
+    pictures: PictureLoader
+    vision: VisionGeometry
+    pad_token_id: int
+    tokens_per_microbatch: int | None = None
+    pad_to_multiple_of: int = 1
+    needs_pixels: bool = True
+    needs_unit_targets: bool = True
+    normalize_unit_targets: bool = False
+
+    def __post_init__(self) -> None:
+        fixed, multiple = self.tokens_per_microbatch, self.pad_to_multiple_of
+        if multiple < 1 or (fixed is not None and fixed % multiple):
+            raise ValueError(
+                f"data.tokens_per_microbatch {fixed} is not a multiple of {multiple}, which the parallel layout needs"
+            )
+
+
+def collate_warmup(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
+    """Masked picture-caption samples: text labels, and pixels of the masked units as targets."""
+    return _pack(samples, options, mask_kind=MaskKind.BIDIRECTIONAL, supervise_text=True, supervise_units=True)
+
+
+def collate_bridge(
+    samples: list[PreparedSample], options: PackOptions, *, mask_kind: MaskKind = MaskKind.EOS_BRIDGED
+) -> PackedBatch:
+    """``[A][bridge][B]`` samples: labels in block B only. ``mask_kind`` is one of the two EOS-bridged ones."""
+    assert mask_kind.needs_bridge, mask_kind
+    return _pack(samples, options, mask_kind=mask_kind, supervise_text=True)
+
+
+def collate_contrastive(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
+    """Query and target of each pair next to each other (``q0, t0, q1, t1, ..``), one embedding each."""
+    assert len(samples) % 2 == 0, len(samples)
+    rows = torch.arange(len(samples))
+    return _pack(samples, options, embeddings=True, query_rows=rows[0::2], target_rows=rows[1::2])
+
+
+def collate_embedding(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
+    """Samples to be embedded, one embedding each, in order."""
+    return _pack(samples, options, embeddings=True)
+
+
+def _pack(
+    samples: list[PreparedSample],
+    options: PackOptions,
+    *,
+    mask_kind: MaskKind = MaskKind.BIDIRECTIONAL,
+    supervise_text: bool = False,
+    supervise_units: bool = False,
+    embeddings: bool = False,
+    **pairs: Tensor,
+) -> PackedBatch:
+    lengths = tuple(sample.input_ids.size for sample in samples)
+    starts = np.cumsum((0, *lengths[:-1])).tolist()
+    tail = _tail_length(sum(lengths), samples, options)
+    ids = np.concatenate([s.input_ids for s in samples] + [np.full(tail, options.pad_token_id, dtype=np.int64)])
+    tail_positions = np.broadcast_to(np.arange(tail, dtype=np.int64), (3, tail))
+    position_ids = np.concatenate([s.position_ids for s in samples] + [tail_positions], axis=1)
+    bridges = tuple(None if s.bridge is None else start + s.bridge for s, start in zip(samples, starts))
+    fields: dict = dict(pairs)
+    if supervise_text:
+        fields["text_positions"] = _rows([s.text_rows for s in samples], starts)
+        fields["text_labels"] = torch.from_numpy(np.concatenate([s.text_labels for s in samples]))
+    if embeddings:
+        fields["embedding_positions"] = torch.tensor(bridges, dtype=torch.int64)
+    batch = PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(position_ids),
+        sample_lengths=lengths,
+        mask_kind=mask_kind,
+        bridge_positions=bridges,
+        tail_length=tail,
+        grid_thw=tuple(grid for s in samples for grid in s.grid_thw),
+        sample_ids=tuple(s.sample_id for s in samples),
+        **fields,
+        **_vision_fields(samples, starts, options, supervise_units=supervise_units),
+    )
+    batch.validate(spatial_merge_size=options.vision.spatial_merge_size)
+    return batch
+
+
+def _tail_length(tokens: int, samples: list[PreparedSample], options: PackOptions) -> int:
+    if options.tokens_per_microbatch is None:
+        return -tokens % options.pad_to_multiple_of
+    if tokens > options.tokens_per_microbatch:
+        raise ValueError(
+            f"a pack of {len(samples)} samples has {tokens} tokens, data.tokens_per_microbatch is "
+            f"{options.tokens_per_microbatch}: raise it, or lower micro_batch_size, data.max_length or image_size"
+        )
+    return options.tokens_per_microbatch - tokens
+
+
+def _vision_fields(
+    samples: list[PreparedSample], starts: list[int], options: PackOptions, *, supervise_units: bool
+) -> dict[str, Tensor]:
+    pictures = [picture for s in samples for picture in s.pictures]
+    feature_rows = _rows([s.feature_rows for s in samples], starts)
+    fields: dict[str, Tensor] = {"feature_positions": feature_rows} if pictures else {}
+    unit_starts = np.cumsum([0] + [s.feature_rows.size for s in samples[:-1]]).tolist()
+    masked = _rows([s.masked_units for s in samples], unit_starts)
+    wants_targets = supervise_units and options.needs_unit_targets
+    targets = np.zeros((masked.numel(), options.vision.unit_dim if wants_targets else 0), dtype=np.float32)
+    if pictures and (options.needs_pixels or wants_targets):
+        pixels = options.pictures.patches(pictures)
+        originals = replace_units(pixels, masked.numpy(), _noise(samples), vision=options.vision)
+        if wants_targets:
+            normalize = options.normalize_unit_targets
+            targets = normalize_targets(originals, vision=options.vision) if normalize else originals
+        if options.needs_pixels:
+            fields["pixel_values"] = torch.from_numpy(pixels)
+    if supervise_units:
+        fields["unit_positions"] = feature_rows[masked]
+        fields["unit_targets"] = torch.from_numpy(targets)
+    return fields
+
+
+def _noise(samples: list[PreparedSample]) -> np.ndarray | None:
+    noises = [s.unit_noise for s in samples if s.masked_units.size]
+    if not noises or any(noise is None for noise in noises):
+        return None
+    return np.concatenate(noises)
+
+
+def _rows(local: list[np.ndarray], starts: list[int]) -> Tensor:
+    """Rows of the pack from rows of each sample."""
+    sizes = [rows.size for rows in local]
+    return torch.from_numpy(np.concatenate(local) + np.repeat(np.asarray(starts, dtype=np.int64), sizes))

@@ -1,0 +1,135 @@
+"""A sample on its way from row to pack: plain records, and the exchange of block A that evaluation measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_cocoa.data.corruption import NoiseKind
+from megatron_cocoa.data.positions import Segment
+
+NO_ROWS = np.zeros(0, dtype=np.int64)
+NO_ROWS.setflags(write=False)
+
+
+@dataclass(frozen=True)
+class CorruptionSettings:
+    """What the reconstruction stages hide.
+
+    Args:
+        seed: of the run.
+        text_mask_ratio: share of eligible text tokens.
+        unit_mask_ratio: share of merged image units.
+        mask_at_least_one: mask one eligible token where the draw masked none.
+        mae_noise: see ``corruption.draw_unit_noise``.
+    """
+
+    seed: int
+    text_mask_ratio: float
+    unit_mask_ratio: float = 0.0
+    mask_at_least_one: bool = True
+    mae_noise: NoiseKind = "normal"
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """One sample, ready to be packed. Rows are local to the sample.
+
+    Args:
+        sample_id: name for error messages.
+        input_ids: int64 ``(tokens,)``, masked.
+        segments: token layout, from which positions follow.
+        position_ids: int64 ``(3, tokens)``.
+        bridge: row of the bridge, or None.
+        pictures: uint8 ``(3, height, width)`` each.
+        grid_thw: patches of each picture.
+        feature_rows: int64 ``(units,)``: rows of the placeholders.
+        text_rows, text_labels: int64 ``(supervised,)``: predicting row ``i - 1``, and the original id of ``i``.
+        masked_units: int64 ``(masked_units,)``: indices among the sample's units.
+        unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
+        num_eligible: text tokens that could have been masked.
+        num_cut: text tokens cut to fit ``max_length``.
+    """
+
+    sample_id: str
+    input_ids: np.ndarray
+    segments: tuple[Segment, ...]
+    position_ids: np.ndarray
+    bridge: int | None = None
+    pictures: tuple[np.ndarray, ...] = ()
+    grid_thw: tuple[tuple[int, int, int], ...] = ()
+    feature_rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    text_rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    text_labels: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    unit_noise: np.ndarray | None = None
+    num_eligible: int = 0
+    num_cut: int = 0
+
+
+@dataclass(frozen=True)
+class EncodedContent:
+    """Text around at most one picture, as token ids.
+
+    Args:
+        before, after: int64 ids of the text before and after the picture (all in ``before`` without one).
+        picture: uint8 ``(3, height, width)`` or None.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    picture: np.ndarray | None = None
+
+    @property
+    def num_text(self) -> int:
+        return self.before.size + self.after.size
+
+    def cut(self, keep: int) -> EncodedContent:
+        """The same with only the first ``keep`` text tokens; the picture always stays."""
+        after = max(0, keep - self.before.size)
+        return replace(self, before=self.before[:keep], after=self.after[:after])
+
+
+@dataclass(frozen=True)
+class BridgeBlocks:
+    """A sample of stage ``bridge`` before its blocks are joined, so that block A can be exchanged.
+
+    Args:
+        sample_id: names the sample that block B comes from.
+        block_a: picture and query text.
+        masked_ids: int64 ``(tokens_b,)``: block B, masked.
+        hidden: int64 ``(supervised,)``: places in block B that are masked.
+        labels: int64 ``(supervised,)``: their original ids.
+        num_eligible: places in block B that could have been masked.
+        masked_units: units of block A's picture that are replaced by ``unit_noise``.
+        unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
+        num_cut: text tokens cut to fit.
+    """
+
+    sample_id: str
+    block_a: EncodedContent
+    masked_ids: np.ndarray
+    hidden: np.ndarray
+    labels: np.ndarray
+    num_eligible: int
+    masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    unit_noise: np.ndarray | None = None
+    num_cut: int = 0
+
+
+def swap_blocks(blocks: list[BridgeBlocks]) -> list[BridgeBlocks]:
+    """Give sample ``i`` the block A of sample ``(i + 1) % n``; its block B, mask and labels stay as they are.
+
+    What block B's loss rises by is what the model reads from block A.
+
+    Raises:
+        ValueError: for fewer than two samples, where nothing could be exchanged.
+    """
+    if len(blocks) < 2:
+        raise ValueError(f"found {len(blocks)} sample(s): exchanging block A needs at least 2")
+    others = blocks[1:] + blocks[:1]
+    return [
+        replace(own, block_a=other.block_a, masked_units=other.masked_units, unit_noise=other.unit_noise)
+        for own, other in zip(blocks, others)
+    ]

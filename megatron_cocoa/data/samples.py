@@ -1,0 +1,209 @@
+"""Rows to samples: the token layout of each stage, with masks drawn, before anything is packed.
+
+A picture stands in a text as ``<|vision_start|><|image_pad|> x units<|vision_end|>``. Raw text otherwise: no chat
+template, which would insert further tokens with the bridge's id. The bridge's row is recorded here; nobody searches
+for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_cocoa.data import corruption
+from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
+from megatron_cocoa.data.prepared import NO_ROWS, BridgeBlocks, CorruptionSettings, EncodedContent, PreparedSample
+from megatron_cocoa.data.preprocess import PictureError, PictureLoader
+from megatron_cocoa.data.sources import IMAGE_TOKEN, CaptionRow, Content
+from megatron_cocoa.data.tokenizer import TokenizerBundle
+
+
+class SampleBuilder:
+    """Turns rows into prepared samples for one model and one picture size.
+
+    Args:
+        bundle: tokenizer and control ids.
+        vision: sizes of the tower.
+        pictures: reads pictures below the data folder.
+        max_length: tokens per sample; text is cut to it, picture tokens never are.
+        needs_noise: draw pixel noise (False on ranks that hold no tower).
+
+    All methods raise ``PictureError`` for a picture that cannot be used or does not fit into ``max_length``.
+    """
+
+    def __init__(
+        self,
+        *,
+        bundle: TokenizerBundle,
+        vision: VisionGeometry,
+        pictures: PictureLoader,
+        max_length: int,
+        needs_noise: bool = True,
+    ) -> None:
+        self.bundle = bundle
+        self.vision = vision
+        self.pictures = pictures
+        self._max_length = max_length
+        self._needs_noise = needs_noise
+
+    def warmup(self, row: CaptionRow, settings: CorruptionSettings, *, epoch: int, step: int = 0) -> PreparedSample:
+        """Picture, then caption; both masked. No bridge."""
+        content, cut = self._fit(self._encode(Content(IMAGE_TOKEN + row.caption, row.image_path)), reserved=0)
+        sample = self._lay_out(row.row_id, content, with_bridge=False, num_cut=cut)
+        ids = sample.input_ids
+        eligible = np.flatnonzero(~self.bundle.is_special(ids))
+        masked = corruption.draw_text_mask(
+            eligible,
+            ratio=settings.text_mask_ratio,
+            at_least_one=settings.mask_at_least_one,
+            generator=corruption.seeded_generator(settings.seed, epoch, row.row_id, "text"),
+        )
+        labels = ids[masked]
+        ids[masked] = self.bundle.mask_token_id
+        units, noise = self._corrupt_units(sample.feature_rows.size, settings, row.row_id, epoch=epoch, step=step)
+        return replace(
+            sample,
+            text_rows=masked - 1,
+            text_labels=labels,
+            num_eligible=eligible.size,
+            masked_units=units,
+            unit_noise=noise,
+        )
+
+    def bridge_blocks(
+        self,
+        row_id: str,
+        block_a: Content,
+        target_text: str,
+        settings: CorruptionSettings,
+        *,
+        epoch: int,
+        step: int = 0,
+    ) -> BridgeBlocks:
+        """Blocks A and B of one sample, B masked. Where both are too long, each keeps half of the room."""
+        content, ids = self._encode(block_a), self.bundle.encode_text(target_text)
+        room = self._max_length - 1 - self._picture_tokens(content)
+        keep_a = min(content.num_text, max(room - ids.size, room // 2))
+        keep_b = min(ids.size, room - keep_a)
+        if keep_a < 0 or keep_b < 1:
+            raise self._too_long(content, row_id)
+        cut = content.num_text - keep_a + ids.size - keep_b
+        content, ids = content.cut(keep_a), ids[:keep_b].copy()
+        eligible = np.flatnonzero(~self.bundle.is_special(ids))
+        # Counted from the bridge (row 0), so that block B's first token is eligible: the bridge's row predicts it.
+        hidden = -1 + corruption.draw_text_mask(
+            eligible + 1,
+            ratio=settings.text_mask_ratio,
+            at_least_one=settings.mask_at_least_one,
+            generator=corruption.seeded_generator(settings.seed, epoch, row_id, "text"),
+        )
+        labels = ids[hidden]
+        ids[hidden] = self.bundle.mask_token_id
+        num_units = self._picture_tokens(content) - 2 if content.picture is not None else 0
+        units, noise = self._corrupt_units(num_units, settings, row_id, epoch=epoch, step=step)
+        return BridgeBlocks(row_id, content, ids, hidden, labels, eligible.size, units, noise, cut)
+
+    def join_blocks(self, blocks: BridgeBlocks) -> PreparedSample:
+        """``[block A][bridge][block B]`` with one position index over the whole."""
+        sample = self._lay_out(blocks.sample_id, blocks.block_a, with_bridge=True, num_cut=blocks.num_cut)
+        segments = (*sample.segments[:-1], sample.segments[-1] + blocks.masked_ids.size)
+        return replace(
+            sample,
+            input_ids=np.concatenate([sample.input_ids, blocks.masked_ids]),
+            segments=segments,
+            position_ids=self._positions(segments),
+            text_rows=sample.bridge + blocks.hidden,
+            text_labels=blocks.labels,
+            num_eligible=blocks.num_eligible,
+            masked_units=blocks.masked_units,
+            unit_noise=blocks.unit_noise,
+        )
+
+    def embedding(self, sample_id: str, content: Content) -> PreparedSample:
+        """``[content][bridge]``, nothing hidden."""
+        encoded, cut = self._fit(self._encode(content), reserved=1)
+        return self._lay_out(sample_id, encoded, with_bridge=True, num_cut=cut)
+
+    def _encode(self, content: Content) -> EncodedContent:
+        if not content.image_path:
+            return EncodedContent(self.bundle.encode_text(content.text), NO_ROWS)
+        before, _, after = content.text.partition(IMAGE_TOKEN)
+        encode = self.bundle.encode_text
+        return EncodedContent(encode(before), encode(after), self.pictures.load(content.image_path))
+
+    def _picture_tokens(self, content: EncodedContent) -> int:
+        if content.picture is None:
+            return 0
+        return self.vision.num_units(self.pictures.grid(content.picture)) + 2
+
+    def _fit(self, content: EncodedContent, *, reserved: int) -> tuple[EncodedContent, int]:
+        room = self._max_length - reserved - self._picture_tokens(content)
+        if room < 0:
+            raise self._too_long(content, "sample")
+        keep = min(content.num_text, room)
+        return (content, 0) if keep == content.num_text else (content.cut(keep), content.num_text - keep)
+
+    def _too_long(self, content: EncodedContent, name: str) -> PictureError:
+        return PictureError(
+            "picture_longer_than_max_length",
+            f"{name}: the picture takes {self._picture_tokens(content)} tokens, which leaves no room for text in "
+            f"data.max_length {self._max_length}: raise it, or make pictures smaller (image_size)",
+        )
+
+    def _lay_out(self, sample_id: str, content: EncodedContent, *, with_bridge: bool, num_cut: int) -> PreparedSample:
+        bundle, bridge = self.bundle, int(with_bridge)
+        grids: tuple[tuple[int, int, int], ...] = ()
+        first = content.before.size + 1
+        units = 0
+        if content.picture is None:
+            segments: tuple[Segment, ...] = (content.num_text + bridge,)
+        else:
+            grids = (self.pictures.grid(content.picture),)
+            units = self.vision.num_units(grids[0])
+            segments = (first, VisionSegment(grids[0]), 1 + content.after.size + bridge)
+        ids = np.empty(content.num_text + (units + 2 if grids else 0) + bridge, dtype=np.int64)
+        ids[: content.before.size] = content.before
+        if grids:
+            ids[first - 1] = bundle.vision_start_token_id
+            ids[first : first + units] = bundle.image_token_id
+            ids[first + units] = bundle.vision_end_token_id
+            ids[first + units + 1 : first + units + 1 + content.after.size] = content.after
+        if with_bridge:
+            ids[-1] = bundle.bridge_token_id
+        return PreparedSample(
+            sample_id=sample_id,
+            input_ids=ids,
+            segments=segments,
+            position_ids=self._positions(segments),
+            bridge=ids.size - 1 if with_bridge else None,
+            pictures=() if content.picture is None else (content.picture,),
+            grid_thw=grids,
+            feature_rows=np.arange(first, first + units, dtype=np.int64) if grids else NO_ROWS,
+            num_cut=num_cut,
+        )
+
+    def _positions(self, segments: tuple[Segment, ...]) -> np.ndarray:
+        vision = self.vision
+        return mrope_positions(
+            segments, spatial_merge_size=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second
+        )
+
+    def _corrupt_units(
+        self, num_units: int, settings: CorruptionSettings, sample_id: str, *, epoch: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        if not num_units or not settings.unit_mask_ratio:
+            return NO_ROWS, None
+        generator = corruption.seeded_generator(settings.seed, epoch, sample_id, "units")
+        masked = corruption.draw_unit_mask(num_units, ratio=settings.unit_mask_ratio, generator=generator)
+        if not self._needs_noise:
+            return masked, None
+        noise = corruption.draw_unit_noise(
+            masked.size,
+            self.vision.unit_dim,
+            kind=settings.mae_noise,
+            generator=generator,
+            step_key=(settings.seed, step),
+        )
+        return masked, noise

@@ -1,0 +1,152 @@
+"""A pack holds exactly what its samples hold, at the right rows, with noise where units are masked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.data.collate import collate_bridge, collate_contrastive, collate_embedding, collate_warmup
+from megatron_cocoa.data.evaluation_batches import bridge_batches, embedding_batches, evaluation_builder
+from megatron_cocoa.data.prepared import CorruptionSettings
+from megatron_cocoa.data.sources import CaptionRow, Content, PairRow
+
+SETTINGS = CorruptionSettings(seed=5, text_mask_ratio=0.5, unit_mask_ratio=0.5)
+PICTURES = [Content("<|image_1|>", f"images/{i}.png") for i in range(4)]
+CLEAN = CorruptionSettings(seed=5, text_mask_ratio=0.5)
+
+
+@pytest.fixture
+def parts(data_folder, model_folder, vision, bundle):
+    return evaluation_builder(
+        data_folder, model_path=model_folder, bundle=bundle, vision=vision, max_length=256, image_size=70
+    )
+
+
+def warmup_samples(builder, n=3):
+    rows = [CaptionRow(f"r{i}", f"images/{i}.png", "red cat " * (i + 1)) for i in range(n)]
+    return [builder.warmup(row, SETTINGS, epoch=0) for row in rows]
+
+
+def test_warmup_pack_masks_pixels_before_the_tower_and_keeps_them_as_targets(parts, vision):
+    builder, options = parts
+    samples = warmup_samples(builder)
+    batch = collate_warmup(samples, options)
+    pixels = options.pictures.patches([p for s in samples for p in s.pictures])
+    clean = torch.from_numpy(pixels).view(-1, vision.unit_dim)
+    units = batch.pixel_values.view(-1, vision.unit_dim)
+    masked = np.concatenate([25 * i + s.masked_units for i, s in enumerate(samples)])
+    kept = np.setdiff1d(np.arange(75), masked)
+    assert torch.equal(units[kept], clean[kept]) and torch.equal(batch.unit_targets, clean[masked])
+    assert torch.equal(units[masked], torch.from_numpy(np.concatenate([s.unit_noise for s in samples])))
+    assert torch.equal(batch.unit_positions, batch.feature_positions[masked])
+    assert batch.mask_kind is MaskKind.BIDIRECTIONAL and batch.bridge_positions == (None, None, None)
+
+
+def test_packed_rows_are_the_samples_rows(parts, bundle):
+    builder, options = parts
+    samples = warmup_samples(builder)
+    batch = collate_warmup(samples, options)
+    start = 0
+    for index, sample in enumerate(samples):
+        rows = slice(start, start + sample.input_ids.size)
+        np.testing.assert_array_equal(batch.input_ids[rows], sample.input_ids)
+        np.testing.assert_array_equal(batch.position_ids[:, rows], sample.position_ids)
+        assert batch.sample_lengths[index] == sample.input_ids.size
+        start = rows.stop
+    assert start == batch.num_tokens
+    assert (batch.input_ids[batch.feature_positions] == bundle.image_token_id).all()
+    assert (batch.input_ids[batch.text_positions + 1] == bundle.mask_token_id).all()
+    assert batch.text_labels.tolist() == np.concatenate([s.text_labels for s in samples]).tolist()
+
+
+def test_ranks_without_tower_or_decoder_count_the_same_units(parts, vision):
+    builder, options = parts
+    whole = collate_warmup(warmup_samples(builder), options)
+    first = collate_warmup(warmup_samples(builder), replace(options, needs_unit_targets=False))
+    last = collate_warmup(warmup_samples(builder), replace(options, needs_pixels=False))
+    middle = collate_warmup(warmup_samples(builder), replace(options, needs_pixels=False, needs_unit_targets=False))
+    for batch in (first, last, middle):
+        assert torch.equal(batch.unit_positions, whole.unit_positions)
+        assert torch.equal(batch.feature_positions, whole.feature_positions)
+    assert torch.equal(first.pixel_values, whole.pixel_values) and first.unit_targets.shape[1] == 0
+    assert torch.equal(last.unit_targets, whole.unit_targets) and last.pixel_values is None
+    assert middle.pixel_values is None and middle.unit_targets.shape == (whole.unit_positions.numel(), 0)
+
+
+def test_normalised_targets_leave_the_pixels_alone(parts, vision):
+    builder, options = parts
+    plain = collate_warmup(warmup_samples(builder), options)
+    normal = collate_warmup(warmup_samples(builder), replace(options, normalize_unit_targets=True))
+    assert torch.equal(plain.pixel_values, normal.pixel_values)
+    # Mean of 294 float32 values near 1: rounding only.
+    assert normal.unit_targets.view(-1, vision.patch_dim).mean(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mask_kind", [MaskKind.EOS_BRIDGED, MaskKind.EOS_BRIDGED_STRICT])
+def test_bridge_pack_records_each_bridge(parts, bundle, mask_kind):
+    builder, options = parts
+    blocks = [builder.bridge_blocks(f"r{i}", c, "red cat", CLEAN, epoch=0) for i, c in enumerate(PICTURES)]
+    batch = collate_bridge([builder.join_blocks(b) for b in blocks], options, mask_kind=mask_kind)
+    assert batch.mask_kind is mask_kind and batch.unit_positions is None and batch.embedding_positions is None
+    assert (batch.input_ids[list(batch.bridge_positions)] == bundle.bridge_token_id).all()
+
+
+def test_contrastive_pack_lays_pairs_next_to_each_other(parts):
+    builder, options = parts
+    samples = []
+    for i, picture in enumerate(PICTURES):
+        samples += [builder.embedding(f"q{i}", picture), builder.embedding(f"t{i}", Content(f"cat {i}"))]
+    batch = collate_contrastive(samples, options)
+    assert batch.sample_ids == ("q0", "t0", "q1", "t1", "q2", "t2", "q3", "t3")
+    assert batch.query_rows.tolist() == [0, 2, 4, 6] and batch.target_rows.tolist() == [1, 3, 5, 7]
+    assert batch.embedding_positions.tolist() == list(batch.bridge_positions)
+    assert batch.text_positions is None and batch.unit_positions is None
+
+
+def test_tail_fills_to_a_multiple_or_to_the_budget(parts, bundle):
+    builder, options = parts
+    samples = [builder.embedding("a", Content("red cat dog"))]
+    used = samples[0].input_ids.size
+    multiple = collate_embedding(samples, replace(options, pad_to_multiple_of=8))
+    assert multiple.num_tokens % 8 == 0 and multiple.tail_length == -used % 8
+    fixed = collate_embedding(samples, replace(options, tokens_per_microbatch=64, pad_to_multiple_of=8))
+    assert fixed.num_tokens == 64 and fixed.tail_length == 64 - used
+    assert (fixed.input_ids[used:] == bundle.pad_token_id).all()
+    assert fixed.position_ids[:, used:].tolist() == [list(range(64 - used))] * 3
+
+
+def test_a_pack_over_the_budget_is_refused_with_the_numbers(parts):
+    builder, options = parts
+    samples = [builder.embedding(str(i), picture) for i, picture in enumerate(PICTURES)]
+    with pytest.raises(ValueError, match=r"4 samples has 112 tokens, data.tokens_per_microbatch is 100"):
+        collate_embedding(samples, replace(options, tokens_per_microbatch=100))
+    with pytest.raises(ValueError, match="100 is not a multiple of 8"):
+        replace(options, tokens_per_microbatch=100, pad_to_multiple_of=8)
+
+
+def test_embedding_batches_keep_every_item_in_order(parts, bundle):
+    builder, options = parts
+    contents = [*PICTURES, *(Content(f"cat {i}") for i in range(5))]
+    batches = list(embedding_batches(contents, builder=builder, options=options, batch_size=4))
+    assert [b.embedding_positions.numel() for b in batches] == [4, 4, 1]
+    assert batches[1].pixel_values is None and batches[1].grid_thw == ()
+    for batch in batches:
+        assert (batch.input_ids[batch.embedding_positions] == bundle.bridge_token_id).all()
+    with pytest.raises(ValueError, match="neither_text_nor_image"):
+        list(embedding_batches([Content("")], builder=builder, options=options, batch_size=4))
+
+
+def test_swapping_changes_block_a_alone(parts):
+    builder, options = parts
+    rows = [PairRow(f"r{i}", picture, Content("red cat dog")) for i, picture in enumerate(PICTURES)]
+    kwargs = {"builder": builder, "options": options, "corruption": CLEAN, "mask_kind": MaskKind.EOS_BRIDGED}
+    own, other = (list(bridge_batches(rows, batch_size=2, swapped=s, **kwargs)) for s in (False, True))
+    pixels = torch.cat([b.pixel_values for b in own])
+    assert torch.equal(torch.cat([b.pixel_values for b in other]), pixels.roll(-100, dims=0))
+    for a, b in zip(own, other):
+        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.text_labels, b.text_labels)
+        assert torch.equal(a.text_positions, b.text_positions) and a.sample_ids == b.sample_ids
