@@ -168,7 +168,7 @@ class DataSettings:
         path: folder with ``warmup.jsonl``, ``bridge.jsonl`` and ``contrastive.jsonl`` (see docs/data.md), whose
             image paths are relative to it.
         max_length: tokens per sample; longer texts are cut, image tokens never are.
-        num_workers: processes that prepare batches ahead of the step; 0 prepares in the step.
+        num_workers: above 0, a background thread prepares the next step's batches during the present one.
         tokens_per_microbatch: fill every pack to exactly this length with a tail segment, which spares pipeline
             stages the exchange of shapes; None keeps packs as long as their samples.
     """
@@ -251,7 +251,7 @@ class WarmupSettings(StageSettings):
         unit_mask_ratio: share of merged image units replaced by noise (figure 0.5, code 0.3; here 0.5).
         mae_weight: weight of the pixel loss (CoCoA 0.5, MoCa 0.1; here 0.5).
         mae_noise: what replaces a masked unit, in normalised pixel space: independent standard-normal values
-            (``normal``), one such vector per batch as in MoCa (``shared``), ``zero``, or the unit's ``mean``.
+            (``normal``), one such vector per global batch (``shared``; MoCa: per rank's batch), ``zero``, or the unit's ``mean``.
         mae_target: ``pixels`` as the processor normalises them (MoCa), or ``normalized``: zero mean and unit
             variance per patch (MAE, arXiv 2111.06377).
         mask_at_least_one: mask one eligible token where the draw masked none.
@@ -310,7 +310,7 @@ class ContrastiveSettings(StageSettings):
 
     Args:
         temperature: divides the cosine similarities (published: 0.02).
-        symmetric: add the target-to-query direction (published: query to target only).
+        symmetric: average with the target-to-query direction (published: query to target only).
         mask_equal_targets: leave a target out of a row's negatives where it equals the row's own target.
     """
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_cocoa.checkpoint.convert import set_mean_row
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
@@ -61,7 +61,6 @@ def global_name(module: nn.Module, name: str) -> str:
     return ".".join(parts[wrappers:])
 
 
-@torch.no_grad()
 def load_huggingface_weights(
     modules: Sequence[nn.Module],
     source: HuggingFaceReader | str | Path,
@@ -90,7 +89,29 @@ def load_huggingface_weights(
             table, or a local shape is not the one that the layout gives, with the shapes.
     """
     reader = source if isinstance(source, HuggingFaceReader) else HuggingFaceReader(source)
-    coverage = check_coverage(reader, table)
+    try:
+        coverage = check_coverage(reader, table)
+        report = fill_parameters(
+            modules, reader.read, table, tp_rank=tp_rank, tp_size=tp_size, mean_row=mean_row, used_rows=used_rows
+        )
+    finally:
+        if reader is not source:
+            reader.close()
+    return replace(report, ignored=coverage.ignored)
+
+
+@torch.no_grad()
+def fill_parameters(
+    modules: Sequence[nn.Module],
+    read: Callable[[Mapping], Tensor],
+    table: NameTable,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    mean_row: int | None = None,
+    used_rows: int | None = None,
+) -> LoadReport:
+    """Fill parameters from whole Megatron tensors that ``read`` gives for each mapping; else as above."""
     rows = table.vocab_size if used_rows is None else used_rows
     loaded, left, hf_names = [], [], set()
     for module in modules:
@@ -100,18 +121,26 @@ def load_huggingface_weights(
                 left.append(name)
                 continue
             mapping = table.megatron_to_hf(name)
-            tensor = reader.read(mapping)
+            tensor = read(mapping)
             if mean_row is not None and mapping.megatron_name == EMBEDDING:
                 tensor = set_mean_row(tensor, row=mean_row, used_rows=rows)
-            shard = mapping.shard(tensor, tp_rank=tp_rank, tp_size=tp_size)
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"{name}: this rank's parameter has shape {tuple(parameter.shape)}, the checkpoint gives "
-                    f"{tuple(shard.shape)} at tensor parallel degree {tp_size} (unsharded {tuple(tensor.shape)})"
-                )
-            parameter.copy_(shard)
+            copy_shard(parameter, mapping, tensor, tp_rank=tp_rank, tp_size=tp_size)
             loaded.append(name)
             hf_names.update(mapping.hf_names)
-    if reader is not source:
-        reader.close()
-    return LoadReport(tuple(loaded), tuple(left), frozenset(hf_names), coverage.ignored)
+    return LoadReport(tuple(loaded), tuple(left), frozenset(hf_names), {})
+
+
+@torch.no_grad()
+def copy_shard(parameter: nn.Parameter, mapping: Mapping, tensor: Tensor, *, tp_rank: int, tp_size: int) -> None:
+    """Copy this rank's part of the whole Megatron ``tensor`` into ``parameter``.
+
+    Raises:
+        ValueError: if the part does not have the parameter's shape.
+    """
+    shard = mapping.shard(tensor, tp_rank=tp_rank, tp_size=tp_size)
+    if shard.shape != parameter.shape:
+        raise ValueError(
+            f"{mapping.megatron_name}: this rank's parameter has shape {tuple(parameter.shape)}, the checkpoint gives "
+            f"{tuple(shard.shape)} at tensor parallel degree {tp_size} (unsharded {tuple(tensor.shape)})"
+        )
+    parameter.copy_(shard)

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from megatron_cocoa.checkpoint.mapping import Mapping
+from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 INITIALIZER_RANGE = 0.02
 

@@ -9,6 +9,7 @@ keeps its step in the group and runs torch's fused kernel.
 from __future__ import annotations
 
 import torch
+from torch.optim.adamw import adamw
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -38,7 +39,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            torch.optim.adamw.adamw(
+            adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],

@@ -6,8 +6,11 @@ parallel rank, D head dimension, C context parallel size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
@@ -59,6 +62,16 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     own addend, and nothing is counted twice.
     """
     return x if group.size() == 1 else _SumForwardIdentityBackward.apply(x, group)
+
+
+def from_last_stage(value: Any) -> Any:
+    """Hand a small picklable value of the last pipeline stage to every stage of the replica."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return holder[0]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -1,0 +1,118 @@
+"""Where a stage's weights come from: drawn from the seed, a Hugging Face folder, or a distributed checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, load_huggingface_weights
+from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
+from megatron_cocoa.checkpoint.store import load_checkpoint, load_layer_from
+from megatron_cocoa.checkpoint.tensor_mapping import Mapping
+
+IMAGE_DECODER = "image_decoder."
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """One of three: ``checkpoint`` if given, else the safetensors in ``folder`` if it has any, else ``seed``.
+
+    mask_token_id: embedding row that starts as the mean of the used rows, unless a checkpoint brings it.
+    used_rows:     rows of the embedding that the tokenizer uses.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    seed: int
+    mask_token_id: int
+    used_rows: int
+
+    @property
+    def has_safetensors(self) -> bool:
+        return any(self.folder.glob("*.safetensors"))
+
+    def describe(self) -> str:
+        if self.checkpoint is not None:
+            return f"Megatron checkpoint {self.checkpoint}"
+        return f"Hugging Face folder {self.folder}" if self.has_safetensors else f"random weights of seed {self.seed}"
+
+
+def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: WeightSource) -> None:
+    """Fill this rank's bare chunks; every rank calls it.
+
+    An image decoder that the source does not bring starts from the language model's middle layer, and its linear
+    map from N(0, 0.02), as in MoCa (arXiv 2506.23115).
+
+    Raises:
+        ValueError: if the source is incomplete or does not fit.
+    """
+    if source.checkpoint is not None:
+        info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER,))
+        if info.stage != "warmup":
+            _image_decoder_from_checkpoint(chunks, source)
+        return
+    place = _tensor_parallel_place()
+    mean = dict(mean_row=source.mask_token_id, used_rows=source.used_rows)
+    if source.has_safetensors:
+        with HuggingFaceReader(source.folder) as reader:
+            load_huggingface_weights(chunks, reader, table, **place, **mean)
+            _image_decoder_from_layers(chunks, table, reader.read, source.seed)
+    else:
+        read = RandomWeights(source.seed).read
+        fill_parameters(chunks, read, table, **place, **mean)
+        _image_decoder_from_layers(chunks, table, read, source.seed)
+
+
+def _tensor_parallel_place() -> dict[str, int]:
+    return dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+def _image_decoder(chunks: Sequence[nn.Module]) -> nn.Module | None:
+    return getattr(chunks[-1], "image_decoder", None)
+
+
+def _image_decoder_from_layers(
+    chunks: Sequence[nn.Module], table: NameTable, read: Callable[[Mapping], Tensor], seed: int
+) -> None:
+    decoder = _image_decoder(chunks)
+    if decoder is None:
+        return
+    middle = chunks[-1].architecture.text.num_hidden_layers // 2
+    for name, parameter in decoder.decoder.layers[0].named_parameters():
+        mapping = table.megatron_to_hf(f"language_model.decoder.layers.{middle}.{name}")
+        copy_shard(parameter, mapping, read(mapping), **_tensor_parallel_place())
+    _draw_pixel_head(decoder, seed)
+
+
+def _image_decoder_from_checkpoint(chunks: Sequence[nn.Module], source: WeightSource) -> None:
+    """Collective: ranks without the decoder take part in the read."""
+    decoder = _image_decoder(chunks)
+    layers = chunks[-1].architecture.text.num_hidden_layers
+    load_layer_from(
+        source.checkpoint,
+        None if decoder is None else decoder.decoder.layers[0],
+        block="language_model.decoder",
+        index=layers // 2,
+        num_layers=layers,
+    )
+    if decoder is not None:
+        _draw_pixel_head(decoder, source.seed)
+
+
+@torch.no_grad()
+def _draw_pixel_head(decoder: nn.Module, seed: int) -> None:
+    head, place = decoder.pixel_head, _tensor_parallel_place()
+    rows, columns = head.weight.shape
+    whole = draw(f"{IMAGE_DECODER}pixel_head.weight", (rows * place["tp_size"], columns), seed)
+    head.weight.copy_(whole.chunk(place["tp_size"])[place["tp_rank"]])
+    head.bias.zero_()

@@ -1,0 +1,155 @@
+"""What all stages of a run share: paths, tokenizer, architecture, name table."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.checkpoint.initial import WeightSource
+from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.store import INFO_FILE
+from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
+from megatron_cocoa.data.toy import prepare_toy
+from megatron_cocoa.model.language import padded_vocab_size
+
+TOY_FOLDER = "outputs/toy"
+"""Where the toy preset's data and model folder are prepared, relative to the working directory."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run's settings with every path filled in, and what follows from its model folder."""
+
+    settings: TrainSettings
+    output: Path
+    bundle: TokenizerBundle
+    geometry: VisionGeometry
+    architecture: QwenVLArchitecture
+    table: NameTable
+    hf_config: dict
+    is_toy: bool
+
+    def weight_source(self, checkpoint: Path | None) -> WeightSource:
+        """Where weights come from: ``checkpoint`` if given, else ``model.load``, else the model folder."""
+        settings = self.settings
+        if checkpoint is None and settings.model.load is not None:
+            checkpoint = Path(settings.model.load)
+        return WeightSource(
+            folder=Path(settings.model.path),
+            checkpoint=checkpoint,
+            seed=settings.seed,
+            mask_token_id=self.bundle.mask_token_id,
+            used_rows=self.bundle.vocab_size_used,
+        )
+
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """Packs must be divisible by this: context-parallel shares, each by tensor parallel under its sequence form."""
+        parallel = self.settings.parallel
+        tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        return tensor * parallel.context_parallel_size
+
+
+def prepare_context(settings: TrainSettings) -> RunContext:
+    """Fill in the toy set where no model or data is named, and read the model folder.
+
+    Raises:
+        ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model, or data packages that are missing.
+    """
+    is_toy = settings.model.path is None
+    if is_toy:
+        toy = prepare_toy(TOY_FOLDER)
+        data = settings.data if settings.data.path else replace(settings.data, path=str(toy.pairs))
+        settings = replace(settings, model=replace(settings.model, path=str(toy.model)), data=data)
+    config = read_config(Path(settings.model.path))
+    architecture = QwenVLArchitecture.from_huggingface(config)
+    bundle = load_tokenizer(
+        settings.model.path,
+        mask_token=settings.model.mask_token,
+        bridge_token=settings.model.bridge_token,
+        vocab_size=architecture.text.vocab_size,
+    )
+    rows = padded_vocab_size(
+        architecture.text.vocab_size,
+        settings.model.make_vocab_size_divisible_by,
+        settings.parallel.tensor_model_parallel_size,
+    )
+    return RunContext(
+        settings=settings,
+        output=Path(settings.output_dir),
+        bundle=bundle,
+        geometry=VisionGeometry.from_model_folder(settings.model.path),
+        architecture=architecture,
+        table=NameTable.from_config(
+            config, padded_vocab_size=rows, vision_ffn_multiple=settings.model.vision_ffn_multiple
+        ),
+        hf_config=config.to_dict(),
+        is_toy=is_toy,
+    )
+
+
+def read_config(folder: Path):
+    """The ``config.json`` of a Hugging Face folder.
+
+    Raises:
+        ValueError: if it is missing, unreadable or of another family.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: model.path must be a Qwen2-VL or Qwen2.5-VL folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def check_output(settings: TrainSettings, *, may_write: bool) -> None:
+    """Refuse an output folder that holds an earlier run, unless it may be overwritten; make it writable.
+
+    Args:
+        settings: of the run.
+        may_write: this rank creates and clears; the others only look.
+
+    Raises:
+        ValueError: naming the folder and what to change.
+    """
+    output = Path(settings.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file: name a folder")
+    earlier = output.is_dir() and any(output.iterdir())
+    if earlier and not settings.overwrite:
+        raise ValueError(f"{output} holds an earlier run: name another --output_dir, or pass --overwrite true")
+    if not may_write:
+        return
+    try:
+        if earlier:
+            _clear(output)
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".write-test"
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
+
+
+RUN_FILES = ("settings.yaml", "report.html", "results.json")
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else.
+
+    Raises:
+        ValueError: if the folder holds no run, so that a mistyped path never empties someone's folder.
+    """
+    if not (output / "settings.yaml").is_file():
+        raise ValueError(f"{output} is not empty and holds no settings.yaml of an earlier run: it is left as it is")
+    for name in RUN_FILES:
+        (output / name).unlink(missing_ok=True)
+    for folder in output.iterdir():
+        if (folder / "metrics.jsonl").is_file() or (folder / INFO_FILE).is_file():
+            shutil.rmtree(folder)

@@ -1,0 +1,137 @@
+"""What shows that the reconstruction stages work: block B with its own and another's A, and reconstructed pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_cocoa.batch import MaskKind, PackedBatch
+from megatron_cocoa.config import WarmupSettings
+from megatron_cocoa.data.collate import collate_warmup
+from megatron_cocoa.data.evaluation_batches import bridge_batches, evaluation_builder
+from megatron_cocoa.data.prepared import CorruptionSettings
+from megatron_cocoa.data.preprocess import load_processor
+from megatron_cocoa.data.sources import CaptionRow, Content, PairRow, read_captions
+from megatron_cocoa.evaluation.pictures import encode_png, patches_to_picture
+from megatron_cocoa.evaluation.probes import predict_units, sample_losses
+from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.retrieval import PICTURE
+
+
+def heldout_rows(context: RunContext, limit: int) -> list[CaptionRow]:
+    """Up to ``limit`` held-out pictures, spread over the file; empty where the data folder has none."""
+    path = Path(context.settings.data.path) / "eval_heldout.jsonl"
+    if not path.is_file():
+        return []
+    rows = read_captions(path).rows
+    return rows[:: max(1, len(rows) // limit)][:limit]
+
+
+def _builder(context: RunContext, image_size: int | None):
+    return evaluation_builder(
+        context.settings.data.path,
+        model_path=context.settings.model.path,
+        bundle=context.bundle,
+        vision=context.geometry,
+        max_length=context.settings.data.max_length,
+        image_size=image_size,
+        tokens_per_microbatch=context.settings.data.tokens_per_microbatch,
+        pad_to_multiple_of=context.pad_to_multiple_of,
+    )
+
+
+def bridge_evidence(context: RunContext, model: Model, *, label: str, limit: int = 128) -> BridgeEvidence | None:
+    """Block B's loss on held-out pictures, with its own block A and with another sample's; None without any.
+
+    The same tokens of B are masked both times, so the difference is what B reads from A through the bridge.
+    """
+    stage = context.settings.bridge
+    rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in heldout_rows(context, limit)]
+    if len(rows) < 2:
+        return None
+    builder, options = _builder(context, stage.image_size)
+    corruption = CorruptionSettings(seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio)
+    kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
+    own, other = (
+        sample_losses(
+            model,
+            bridge_batches(
+                rows,
+                builder=builder,
+                options=options,
+                corruption=corruption,
+                mask_kind=kind,
+                batch_size=32,
+                swapped=swapped,
+            ),
+        )
+        for swapped in (False, True)
+    )
+    measured = [i for i, count in enumerate(own.num_tokens) if count]
+    return BridgeEvidence(
+        model=label,
+        own_nll=tuple(own.nll[i] for i in measured),
+        other_nll=tuple(other.nll[i] for i in measured),
+        num_tokens=tuple(own.num_tokens[i] for i in measured),
+    )
+
+
+def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> list[Reconstruction]:
+    """Held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder."""
+    stage: WarmupSettings = context.settings.warmup
+    rows = heldout_rows(context, limit)
+    if not rows or stage.mae_target != "pixels":
+        return []
+    builder, options = _builder(context, stage.image_size)
+    corruption = CorruptionSettings(
+        seed=context.settings.seed,
+        text_mask_ratio=stage.text_mask_ratio,
+        unit_mask_ratio=stage.unit_mask_ratio,
+        mae_noise=stage.mae_noise,
+    )
+    batch = collate_warmup([builder.warmup(row, corruption, epoch=0, step=0) for row in rows], options)
+    predicted = torch.from_numpy(predict_units(model, batch).predicted)
+    return _pictures(context, rows, batch, predicted)
+
+
+def _pictures(
+    context: RunContext, rows: list[CaptionRow], batch: PackedBatch, predicted: torch.Tensor
+) -> list[Reconstruction]:
+    """Cut the pack's patches into pictures and paste predictions and originals over the masked units."""
+    per_unit = context.geometry.patches_per_unit
+    units = batch.pixel_values.reshape(-1, per_unit * batch.pixel_values.shape[1]).float()
+    unit_of_row = {int(row): unit for unit, row in enumerate(batch.feature_positions)}
+    masked_units = torch.tensor([unit_of_row[int(row)] for row in batch.unit_positions])
+    original, filled = units.clone(), units.clone()
+    original[masked_units], filled[masked_units] = batch.unit_targets.float(), predicted
+    draw = _painter(context)
+    found, start = [], 0
+    for row, grid in zip(rows, batch.grid_thw):
+        end = start + grid[0] * grid[1] * grid[2] // per_unit
+        here = (masked_units >= start) & (masked_units < end)
+        error = (predicted[here] - batch.unit_targets[here].float()).square().mean() if here.any() else None
+        masked, reconstructed, true = (draw(x[start:end], grid) for x in (units, filled, original))
+        found.append(Reconstruction(row.caption, masked, reconstructed, true, None if error is None else float(error)))
+        start = end
+    return found
+
+
+def _painter(context: RunContext):
+    processor, geometry = load_processor(context.settings.model.path), context.geometry
+
+    def draw(units: torch.Tensor, grid: tuple[int, int, int]) -> bytes:
+        picture = patches_to_picture(
+            units.reshape(-1, geometry.patch_dim),
+            grid_thw=grid,
+            patch_size=geometry.patch_size,
+            temporal_patch_size=geometry.temporal_patch_size,
+            spatial_merge_size=geometry.spatial_merge_size,
+            image_mean=processor.image_mean,
+            image_std=processor.image_std,
+        )
+        return encode_png(picture)
+
+    return draw

@@ -1,0 +1,48 @@
+"""Data parallelism: Megatron's DDP around the chunks, and the hooks that its schedules call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import nn
+
+from megatron_cocoa.config import ParallelSettings
+from megatron_cocoa.model.build import Model
+
+
+def wrap_data_parallel(model: Model, parallel: ParallelSettings) -> Model:
+    """``model`` with each chunk in Megatron's DDP.
+
+    Gradients are kept and reduced in FP32. They are *summed* over data- and context-parallel ranks: losses are
+    already divided by global counts, so nothing is averaged and the layout never changes the gradient.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    config = model.config
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model.chunks)
+    ]
+    config.finalize_model_grads_func = finalize_without_token_count
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
+        if parallel.pipeline_model_parallel_size > 1:
+            config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in wrapped])
+    if parallel.overlap_param_gather:
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
+    return replace(model, chunks=wrapped)
+
+
+def _one_or_all(functions: list):
+    return functions[0] if len(functions) == 1 else functions
+
+
+def finalize_without_token_count(model: list[nn.Module], num_tokens=None, **kwargs) -> None:
+    """Megatron's gradient reductions, without its division by one token count: terms have a count each."""
+    finalize_model_grads(model, None, **kwargs)

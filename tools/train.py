@@ -1,0 +1,45 @@
+"""Train the CoCoA stages: parse settings, run, exit.
+
+Usually started through examples/pretrain_cocoa.sh; see --help for every setting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cocoa.settings import parse_settings  # noqa: E402
+
+EXIT_BAD_INPUT = 2
+
+
+def main() -> int:
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with contextlib.nullcontext() if first else contextlib.redirect_stdout(open(os.devnull, "w")):
+            settings = parse_settings(sys.argv[1:])
+        settings.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
+        # Imported late: a mistyped key must not wait for torch.
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+        from megatron_cocoa.parallel.topology import LaunchInfo
+        from megatron_cocoa.recipes.run import run
+
+        run(settings, LaunchInfo.from_environment())
+    except (ValueError, FloatingPointError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # torchrun ends all ranks when one has ended: let the first one speak.
+            time.sleep(3)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
