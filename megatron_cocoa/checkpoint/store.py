@@ -19,6 +19,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 INFO_FILE = "cocoa.json"
 OPTIMIZER_SHARDING = "fully_reshardable"
@@ -62,7 +63,7 @@ def save_checkpoint(path: str | Path, chunks: Sequence[nn.Module], info: Checkpo
     work = final.with_name(final.name + ".incomplete")
     _on_first_rank(lambda: _make_empty(work), f"cannot write a checkpoint under {final.parent}")
     state = sharded_state(chunks, optimizer)
-    dist_checkpointing.save(state, str(work), content_metadata=_content_metadata())
+    _save_on_all_ranks(state, work, final)
     _on_first_rank(lambda: _finish(work, final, info), f"cannot complete the checkpoint {final}")
 
 
@@ -166,6 +167,30 @@ def _drop_absent(state: ShardedStateDict, present: set[str]) -> set[str]:
                 absent.add(name)
             del entries[name]
     return absent
+
+
+def _save_on_all_ranks(state: ShardedStateDict, work: Path, final: Path) -> None:
+    """Megatron's save; if it fails on any rank, all ranks raise and the incomplete folder goes.
+
+    Raises:
+        ValueError: with the first rank's reason to fail.
+    """
+    reason: str | None = None
+    try:
+        dist_checkpointing.save(state, str(work), content_metadata=_content_metadata())
+    except (OSError, RuntimeError, CheckpointException) as error:
+        # torch's CheckpointException is no Exception, and carries each rank's cause.
+        reason = f"{type(error).__name__}: {error}"
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    first = next((r for r in reasons if r is not None), None)
+    if first is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        raise ValueError(
+            f"the checkpoint {final} could not be written, nothing was kept of it; free space on its disk, or name "
+            f"another output_dir. Cause: {first.strip().splitlines()[-1]}"
+        )
 
 
 def _on_first_rank(action, failure: str) -> None:

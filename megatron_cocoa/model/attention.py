@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cocoa.model import flex, sdpa, varlen
+from megatron_cocoa.model.rope import rotate
 from megatron_cocoa.model.segments import SegmentTable
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import heads_to_sequence, sequence_to_heads
@@ -47,18 +47,6 @@ class SequenceContext(PackedSeqParams):
     def segments_of(self, layer_number: int) -> SegmentTable:
         """The table of the layer with this 1-based number."""
         return (self.layer_segments or {}).get(layer_number, self.segments)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split layout, as in Hugging Face's ``apply_rotary_pos_emb``.
-
-    Args:
-        x: ``(tokens, heads, head_dim)``.
-        cos, sin: ``(tokens, head_dim / 2)``.
-    """
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def attend_function(backend: str, *, on_gpu: bool) -> AttendFunction:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -79,8 +81,21 @@ def build_model(
         for index in range(num_chunks)
     ]
     for chunk in chunks:
+        mark_tensor_parallel(chunk)
         freeze(chunk, settings)
     return Model(chunks, configs.language, architecture)
+
+
+def mark_tensor_parallel(chunk: nn.Module) -> None:
+    """Mark sharded weights as such, which Megatron does only while it draws initial values.
+
+    Without the mark its gradient norm would count the shard of one tensor-parallel rank alone.
+    """
+    for module in chunk.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, True, dim, getattr(module, "stride", 1))
 
 
 def freeze(chunk: QwenVL, settings: TrainSettings) -> None:

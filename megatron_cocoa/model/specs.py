@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_cocoa.config import ModelSettings
+from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention
 from megatron_cocoa.parallel import device
 
@@ -39,10 +40,10 @@ class Norm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device.device()))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = None
         if config.normalization == "LayerNorm":
-            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype, device=device.device()))
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel
 
@@ -64,6 +65,9 @@ class LocalProvider(LocalSpecProvider):
     def core_attention(self):
         return functools.partial(SegmentAttention, backend=self.attention_backend)
 
+    def activation_func(self) -> type:
+        return SwiGLU
+
 
 def transformer_engine_provider(attention_backend: str) -> BackendSpecProvider:
     """Transformer Engine's linears and norms with this project's attention."""
@@ -72,6 +76,9 @@ def transformer_engine_provider(attention_backend: str) -> BackendSpecProvider:
     class TransformerEngineProvider(TESpecProvider):
         def core_attention(self):
             return functools.partial(SegmentAttention, backend=attention_backend)
+
+        def activation_func(self) -> type:
+            return SwiGLU
 
     return TransformerEngineProvider()
 
@@ -128,7 +135,7 @@ def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_lay
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused else norm,
-            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp=get_mlp_module_spec_for_backend(backend=provider, use_te_activation_func=config.use_te_activation_func),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

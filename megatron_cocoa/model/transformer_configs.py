@@ -176,6 +176,7 @@ def _vision(architecture: QwenVLArchitecture, model: ModelSettings, common: dict
         kv_channels=vision.hidden_size // vision.num_heads,
         ffn_hidden_size=padded_vision_ffn(architecture, model.vision_ffn_multiple),
         gated_linear_unit=vision.gated,
+        use_te_activation_func=vision.gated,
         activation_func=F.silu if vision.activation == "silu" else quick_gelu,
         normalization=vision.normalization,
         layernorm_epsilon=MERGER_EPSILON,
@@ -208,6 +209,8 @@ def _decoder_layer(architecture: QwenVLArchitecture, parallel: ParallelSettings)
         kv_channels=text.head_dim,
         ffn_hidden_size=text.intermediate_size,
         gated_linear_unit=True,
+        # The slot for an activation module: model/activations.py fills it, whatever the layers' implementation.
+        use_te_activation_func=True,
         activation_func=F.silu,
         normalization="RMSNorm",
         layernorm_epsilon=text.rms_norm_eps,

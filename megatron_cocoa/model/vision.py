@@ -36,9 +36,7 @@ class PatchEmbed(MegatronModule):
 
     def __init__(self, config, patch_dim: int):
         super().__init__(config=config)
-        self.proj = nn.Linear(
-            patch_dim, config.hidden_size, bias=False, dtype=config.params_dtype, device=device.device()
-        )
+        self.proj = nn.Linear(patch_dim, config.hidden_size, bias=False, dtype=config.params_dtype)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.proj(pixel_values.to(self.proj.weight.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
 def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
     """Build Megatron's process groups over the running world, replacing earlier ones (tests change layouts)."""
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _forget_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -69,6 +70,16 @@ def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
     device.seed_everything(seed)
+
+
+def _forget_groups() -> None:
+    """Destroy all groups but the world's. Megatron only forgets its own, and each keeps threads that poll."""
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def shutdown() -> None:

@@ -150,3 +150,16 @@ def test_swapping_changes_block_a_alone(parts):
     for a, b in zip(own, other):
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.text_labels, b.text_labels)
         assert torch.equal(a.text_positions, b.text_positions) and a.sample_ids == b.sample_ids
+
+
+def test_target_keys_are_equal_exactly_where_targets_are_equal(parts):
+    """Text and pixels both count; the sample's name and its place in the pack do not."""
+    builder, options = parts
+    targets = [Content("red cat"), Content("red dog"), Content("red cat"), PICTURES[0], PICTURES[1], PICTURES[0]]
+    samples = [
+        builder.embedding(f"{i}", content) for i, target in enumerate(targets) for content in (Content("query"), target)
+    ]
+    keys = collate_contrastive(samples, options).target_keys
+    assert keys.dtype == torch.int64
+    equal = (keys[:, None] == keys[None, :]).tolist()
+    assert equal == [[a == b for b in targets] for a in targets]
