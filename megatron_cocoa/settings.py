@@ -88,21 +88,27 @@ def save_settings(settings: TrainSettings, path: str | Path) -> None:
 
 
 def _split_options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """``(key, value)`` of each ``--key value`` or ``--key=value``; ``("help", "")`` for ``-h`` and ``--help``."""
-    tokens = iter(argv)
-    for token in tokens:
+    """``(key, value)`` of each ``--key value`` or ``--key=value``; ``("help", "")`` for ``-h`` and ``--help``.
+
+    ``--with-baseline`` is ``--with_baseline``, and a switch without a value is on.
+    """
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
         if token in ("-h", "--help"):
             yield "help", ""
             continue
         if not token.startswith("--"):
             raise SettingsError(f"{_COMMAND_LINE}: unexpected {token!r}, options are written --key value")
-        key, has_value, value = token[2:].partition("=")
-        if key not in ("preset", "config"):
-            _require_known(key, _COMMAND_LINE, prefix="--")
+        typed, has_value, value = token[2:].partition("=")
+        key = typed.replace("-", "_")
+        if key not in ("preset", "config") and key not in _known_keys():
+            _require_known(typed, _COMMAND_LINE, prefix="--")
         if not has_value:
-            value = next(tokens, "--")
-            if value.startswith("--"):
+            is_last = not tokens or tokens[0].startswith("--")
+            if is_last and _known_keys().get(key) is not bool:
                 raise SettingsError(f"{_COMMAND_LINE}: --{key} has no value, write --{key} VALUE")
+            value = "true" if is_last else tokens.pop(0)
         yield key, value
 
 

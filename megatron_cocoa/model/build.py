@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -46,6 +47,7 @@ def build_model(
     settings: TrainSettings,
     *,
     with_image_decoder: bool,
+    mask_token_id: int | None = None,
 ) -> Model:
     """Build this rank's chunks at the layout that is initialised; weights are not set.
 
@@ -53,6 +55,7 @@ def build_model(
         architecture: the model's numbers.
         settings: of the run.
         with_image_decoder: stage ``warmup`` needs it.
+        mask_token_id: row of the embedding that trains even where the language model is frozen; None for none.
 
     Raises:
         ValueError: if the layout does not fit the architecture.
@@ -82,7 +85,7 @@ def build_model(
     ]
     for chunk in chunks:
         mark_tensor_parallel(chunk)
-        freeze(chunk, settings)
+        freeze(chunk, settings, mask_token_id)
     return Model(chunks, configs.language, architecture)
 
 
@@ -98,8 +101,12 @@ def mark_tensor_parallel(chunk: nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, True, dim, getattr(module, "stride", 1))
 
 
-def freeze(chunk: QwenVL, settings: TrainSettings) -> None:
-    """Turn off gradients of the parts that ``settings.freeze`` names."""
+def freeze(chunk: QwenVL, settings: TrainSettings, mask_token_id: int | None = None) -> None:
+    """Turn off gradients of the parts that ``settings.freeze`` names.
+
+    Raises:
+        ValueError: if weight decay would change embedding rows that are frozen beside the mask token's.
+    """
     parts: list[nn.Module] = []
     if chunk.pre_process and settings.freeze.vision:
         parts += [chunk.vision_model.patch_embed, chunk.vision_model.decoder.layers]
@@ -109,3 +116,24 @@ def freeze(chunk: QwenVL, settings: TrainSettings) -> None:
         parts.append(chunk.language_model)
     for part in parts:
         part.requires_grad_(False)
+    if settings.freeze.language and mask_token_id is not None:
+        if settings.optimizer.weight_decay:
+            raise ValueError(
+                f"freeze.language with optimizer.weight_decay {settings.optimizer.weight_decay} would shrink the frozen "
+                f"rows of the embedding, of which the mask token's row trains: set weight_decay to 0"
+            )
+        _train_one_row(chunk, mask_token_id)
+
+
+def _train_one_row(chunk: QwenVL, row: int) -> None:
+    """Let one row of the word embeddings train: on the first stage, and on a tied last stage that holds a copy."""
+    tied_copy = chunk.post_process and chunk.share_embeddings_and_output_weights
+    if not (chunk.pre_process or tied_copy):
+        return
+    weight = chunk.shared_embedding_or_output_weight()
+    local = row - parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+    kept = torch.zeros(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
+    if 0 <= local < weight.shape[0]:
+        kept[local] = 1
+    weight.requires_grad_(True)
+    weight.register_hook(lambda grad: grad * kept)

