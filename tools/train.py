@@ -27,7 +27,7 @@ def main() -> int:
         settings.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
         # Imported late: a mistyped key must not wait for torch.
         warnings.filterwarnings("ignore", module="megatron.core")
-        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+        warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|deprecating ShardedTensor).*")
         from megatron_cocoa.parallel.topology import LaunchInfo
         from megatron_cocoa.recipes.run import run
 

@@ -26,6 +26,7 @@ class WeightSource:
 
     mask_token_id: embedding row that starts as the mean of the used rows, unless a checkpoint brings it.
     used_rows:     rows of the embedding that the tokenizer uses.
+    initializer_range: spread of random weights.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class WeightSource:
     seed: int
     mask_token_id: int
     used_rows: int
+    initializer_range: float = 0.02
 
     @property
     def has_safetensors(self) -> bool:
@@ -65,7 +67,7 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
             load_huggingface_weights(chunks, reader, table, **place, **mean)
             _image_decoder_from_layers(chunks, table, reader.read, source.seed)
     else:
-        read = RandomWeights(source.seed).read
+        read = RandomWeights(seed=source.seed, initializer_range=source.initializer_range).read
         fill_parameters(chunks, read, table, **place, **mean)
         _image_decoder_from_layers(chunks, table, read, source.seed)
 
@@ -113,6 +115,6 @@ def _image_decoder_from_checkpoint(chunks: Sequence[nn.Module], source: WeightSo
 def _draw_pixel_head(decoder: nn.Module, seed: int) -> None:
     head, place = decoder.pixel_head, _tensor_parallel_place()
     rows, columns = head.weight.shape
-    whole = draw(f"{IMAGE_DECODER}pixel_head.weight", (rows * place["tp_size"], columns), seed)
+    whole = draw(f"{IMAGE_DECODER}pixel_head.weight", (rows * place["tp_size"], columns), seed=seed, spread=0.02)
     head.weight.copy_(whole.chunk(place["tp_size"])[place["tp_rank"]])
     head.bias.zero_()

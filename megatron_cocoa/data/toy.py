@@ -239,11 +239,9 @@ def _write_picture(source: Path, folder: Path) -> np.ndarray:
 def _write_rows(pairs: Path, rows: list[dict], splits: list[str]) -> None:
     train = [row for row, split in zip(rows, splits) if split == "train"]
     held_out = [row for row, split in zip(rows, splits) if split == "heldout"]
-    image_to_text = [_pair(row, "i2t") for row in train]
-    text_to_image = [_pair(row, "t2i") for row in train]
     _write_jsonl(pairs / "warmup.jsonl", [{k: row[k] for k in ("id", "image_path", "caption")} for row in train])
-    _write_jsonl(pairs / "bridge.jsonl", image_to_text)
-    _write_jsonl(pairs / "contrastive.jsonl", text_to_image + image_to_text)
+    _write_jsonl(pairs / "bridge.jsonl", [_pair(row, "i2t") for row in train])
+    _write_jsonl(pairs / "contrastive.jsonl", [_pair(row, "t2i") for row in train])
     _write_jsonl(pairs / "eval_train.jsonl", train)
     _write_jsonl(pairs / "eval_heldout.jsonl", held_out)
 

@@ -47,16 +47,17 @@ class ToyModelSizes:
         mrope_section: halves of ``head_dim`` that turn with time, height and width.
         tokenizer_pieces: sentencepiece vocabulary, its 256 byte pieces included.
         vocab_multiple: the embedding table is padded to a multiple of this.
+        initializer_range: spread of the random weights; the published 0.02 is for widths of thousands.
     """
 
-    image_size: int = 70
+    image_size: int = 56
     patch_size: int = 7
-    window_size: int = 56
+    window_size: int = 28
     text_hidden_size: int = 256
     text_num_hidden_layers: int = 4
     text_num_attention_heads: int = 4
     text_num_key_value_heads: int = 2
-    text_intermediate_size: int = 688
+    text_intermediate_size: int = 512
     text_max_position_embeddings: int = 4096
     mrope_section: tuple[int, int, int] = (8, 12, 12)
     vision_depth: int = 4
@@ -66,6 +67,7 @@ class ToyModelSizes:
     vision_fullatt_block_indexes: tuple[int, ...] = (1, 3)
     tokenizer_pieces: int = 6000
     vocab_multiple: int = 256
+    initializer_range: float = 0.05
 
 
 def train_tokenizer(texts: Sequence[str], *, num_pieces: int) -> tuple[Tokenizer, bytes]:
@@ -161,6 +163,7 @@ def _model_config(sizes: ToyModelSizes, ids: dict[str, int], *, num_tokens: int)
     vocab_size = -(-(num_tokens + 1) // sizes.vocab_multiple) * sizes.vocab_multiple
     text = {
         "vocab_size": vocab_size,
+        "initializer_range": sizes.initializer_range,
         "hidden_size": sizes.text_hidden_size,
         "intermediate_size": sizes.text_intermediate_size,
         "num_hidden_layers": sizes.text_num_hidden_layers,
@@ -176,6 +179,7 @@ def _model_config(sizes: ToyModelSizes, ids: dict[str, int], *, num_tokens: int)
     }
     vision = {
         "depth": sizes.vision_depth,
+        "initializer_range": sizes.initializer_range,
         "hidden_size": sizes.vision_hidden_size,
         "num_heads": sizes.vision_num_heads,
         "intermediate_size": sizes.vision_intermediate_size,

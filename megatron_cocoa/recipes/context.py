@@ -46,6 +46,7 @@ class RunContext:
             seed=settings.seed,
             mask_token_id=self.bundle.mask_token_id,
             used_rows=self.bundle.vocab_size_used,
+            initializer_range=self.hf_config["text_config"]["initializer_range"],
         )
 
     @property

@@ -34,7 +34,7 @@ def test_files_and_counts(toy):
     assert 0.07 < len(held_out) / (len(train) + len(held_out)) < 0.14
     assert manifest["split"]["train"] == len(train) and "CC-BY 4.0" in manifest["credits"]
     assert len(rows_of(toy.pairs / "bridge.jsonl")) == len(train)
-    assert len(rows_of(toy.pairs / "contrastive.jsonl")) == 2 * len(train)
+    assert len(rows_of(toy.pairs / "contrastive.jsonl")) == len(train)
     with Image.open(toy.pairs / train[0]["image_path"]) as image:
         assert image.mode == "RGB" and image.size == (72, 72)
 
