@@ -139,7 +139,8 @@ class PackedBatch:
         for name in ("feature_positions", "text_positions", "unit_positions", "embedding_positions"):
             rows = getattr(self, name)
             if rows is not None and rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < tokens):
-                raise ValueError(f"{name} spans [{int(rows.min())}, {int(rows.max())}], the pack has rows [0, {tokens})")
+                low, high = int(rows.min()), int(rows.max())
+                raise ValueError(f"{name} spans [{low}, {high}], the pack has rows [0, {tokens})")
 
     def _validate_bridges(self) -> None:
         if not self.bridge_positions and not self.mask_kind.needs_bridge:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_cocoa.checkpoint.convert import set_mean_row
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
 from megatron_cocoa.checkpoint.mapping import EMBEDDING, OWN_PREFIXES, NameTable
+from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 
 @dataclass(frozen=True)

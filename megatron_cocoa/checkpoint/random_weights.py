@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
+
 def draw(name: str, shape: tuple[int, ...], *, seed: int, spread: float) -> Tensor:
     """float32 N(0, ``spread``) of ``shape``, a function of ``(seed, name)`` alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

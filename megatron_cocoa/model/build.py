@@ -119,8 +119,8 @@ def freeze(chunk: QwenVL, settings: TrainSettings, mask_token_id: int | None = N
     if settings.freeze.language and mask_token_id is not None:
         if settings.optimizer.weight_decay:
             raise ValueError(
-                f"freeze.language with optimizer.weight_decay {settings.optimizer.weight_decay} would shrink the frozen "
-                f"rows of the embedding, of which the mask token's row trains: set weight_decay to 0"
+                f"freeze.language with optimizer.weight_decay {settings.optimizer.weight_decay} would shrink the "
+                f"frozen rows of the embedding, of which the mask token's row trains: set weight_decay to 0"
             )
         _train_one_row(chunk, mask_token_id)
 

@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_cocoa.batch import ModelOutput, PackedBatch
-from megatron_cocoa.parallel import device
 from megatron_cocoa.model.build import Model
+from megatron_cocoa.parallel import device
 
 LossFunction = Callable[[int, ModelOutput, PackedBatch], tuple[Tensor, Any]]
 """``(index of the micro-batch, head outputs, micro-batch) -> (scalar to backpropagate, anything to return)``."""

@@ -105,7 +105,8 @@ class VisionModel(MegatronModule):
     def _encode(self, pixel_values: Tensor, grid_thw: Sequence[Grid]) -> Tensor:
         layout = build_layout(grid_thw, self.architecture)
         if pixel_values.shape[0] != len(layout.patch_order):
-            raise ValueError(f"{pixel_values.shape[0]} patches for grids {list(grid_thw)}: {len(layout.patch_order)} needed")
+            needed = len(layout.patch_order)
+            raise ValueError(f"{pixel_values.shape[0]} patches for grids {list(grid_thw)}: {needed} needed")
         to_device = lambda rows: torch.from_numpy(rows).to(pixel_values.device)  # noqa: E731
         if layout.is_reordered:
             pixel_values = pixel_values.index_select(0, to_device(layout.patch_order))

@@ -13,7 +13,10 @@ from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.store import INFO_FILE
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.data.collate import PackOptions
+from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
 from megatron_cocoa.model.language import padded_vocab_size
@@ -55,6 +58,24 @@ class RunContext:
         parallel = self.settings.parallel
         tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         return tensor * parallel.context_parallel_size
+
+
+def evaluation_parts(
+    context: RunContext, *, image_size: int | None, needs_pixels: bool = True
+) -> tuple[SampleBuilder, PackOptions]:
+    """What evaluation batches are built with, for the run's data and model folders at its layout."""
+    settings = context.settings
+    return evaluation_builder(
+        settings.data.path,
+        model_path=settings.model.path,
+        bundle=context.bundle,
+        vision=context.geometry,
+        max_length=settings.data.max_length,
+        image_size=image_size,
+        tokens_per_microbatch=settings.data.tokens_per_microbatch,
+        pad_to_multiple_of=context.pad_to_multiple_of,
+        needs_pixels=needs_pixels,
+    )
 
 
 def prepare_context(settings: TrainSettings) -> RunContext:

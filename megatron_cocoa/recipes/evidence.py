@@ -9,7 +9,7 @@ import torch
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import WarmupSettings
 from megatron_cocoa.data.collate import collate_warmup
-from megatron_cocoa.data.evaluation_batches import bridge_batches, evaluation_builder
+from megatron_cocoa.data.evaluation_batches import bridge_batches
 from megatron_cocoa.data.prepared import CorruptionSettings
 from megatron_cocoa.data.preprocess import load_processor
 from megatron_cocoa.data.sources import CaptionRow, Content, PairRow, read_captions
@@ -17,7 +17,7 @@ from megatron_cocoa.evaluation.pictures import encode_png, patches_to_picture
 from megatron_cocoa.evaluation.probes import predict_units, sample_losses
 from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.context import RunContext, evaluation_parts
 from megatron_cocoa.recipes.retrieval import PICTURE
 
 
@@ -30,29 +30,17 @@ def heldout_rows(context: RunContext, limit: int) -> list[CaptionRow]:
     return rows[:: max(1, len(rows) // limit)][:limit]
 
 
-def _builder(context: RunContext, image_size: int | None):
-    return evaluation_builder(
-        context.settings.data.path,
-        model_path=context.settings.model.path,
-        bundle=context.bundle,
-        vision=context.geometry,
-        max_length=context.settings.data.max_length,
-        image_size=image_size,
-        tokens_per_microbatch=context.settings.data.tokens_per_microbatch,
-        pad_to_multiple_of=context.pad_to_multiple_of,
-    )
-
-
 def bridge_evidence(context: RunContext, model: Model, *, label: str, limit: int = 128) -> BridgeEvidence | None:
     """Block B's loss on held-out pictures, with its own block A and with another sample's; None without any.
 
     The same tokens of B are masked both times, so the difference is what B reads from A through the bridge.
     """
     stage = context.settings.bridge
-    rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in heldout_rows(context, limit)]
+    pictures = heldout_rows(context, limit)
+    rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in pictures]
     if len(rows) < 2:
         return None
-    builder, options = _builder(context, stage.image_size)
+    builder, options = evaluation_parts(context, image_size=stage.image_size)
     corruption = CorruptionSettings(seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio)
     kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
     own, other = (
@@ -85,7 +73,7 @@ def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> lis
     rows = heldout_rows(context, limit)
     if not rows or stage.mae_target != "pixels":
         return []
-    builder, options = _builder(context, stage.image_size)
+    builder, options = evaluation_parts(context, image_size=stage.image_size)
     corruption = CorruptionSettings(
         seed=context.settings.seed,
         text_mask_ratio=stage.text_mask_ratio,

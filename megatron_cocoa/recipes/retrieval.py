@@ -11,14 +11,13 @@ from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.collate import collate_embedding
-from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.sources import CaptionRow, Content, checked_content, read_captions
 from megatron_cocoa.evaluation.embed import embed
 from megatron_cocoa.evaluation.metrics import evaluate_pairs, top_candidates
 from megatron_cocoa.evaluation.report_data import RecallRow, RetrievalStrip, StripCandidate
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.context import RunContext, evaluation_parts
 
 POOLS = {"heldout": "eval_heldout.jsonl", "training": "eval_train.jsonl"}
 PICTURE = "<|image_1|>"
@@ -64,16 +63,8 @@ class RetrievalProbe:
     def __init__(self, context: RunContext, *, image_size: int | None, batch_size: int = 64):
         self.pools = read_pools(context)
         self.batch_size = batch_size
-        self.builder, self.options = evaluation_builder(
-            context.settings.data.path,
-            model_path=context.settings.model.path,
-            bundle=context.bundle,
-            vision=context.geometry,
-            max_length=context.settings.data.max_length,
-            image_size=image_size,
-            tokens_per_microbatch=context.settings.data.tokens_per_microbatch,
-            pad_to_multiple_of=context.pad_to_multiple_of,
-            needs_pixels=topology.is_pipeline_first_stage(),
+        self.builder, self.options = evaluation_parts(
+            context, image_size=image_size, needs_pixels=topology.is_pipeline_first_stage()
         )
 
     def embed(self, model: Model, pool: Pool) -> PoolEmbeddings:

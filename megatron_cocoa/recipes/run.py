@@ -86,9 +86,9 @@ def _announce(context: RunContext, launch: LaunchInfo) -> None:
     say(
         f"{what}; stages {', '.join(settings.stages)}; output {context.output}",
         f"Kernels: {'; '.join(kernels)}",
-        f"Layout: {launch.world_size} rank(s) on {device.device().type} = tensor {parallel.tensor_model_parallel_size} x "
-        f"pipeline {parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x "
-        f"data {topology.data_parallel_size()}",
+        f"Layout: {launch.world_size} rank(s) on {device.device().type} = "
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+        f"context {parallel.context_parallel_size} x data {topology.data_parallel_size()}",
         f"Weights: {context.weight_source(None).describe()}",
     )
 

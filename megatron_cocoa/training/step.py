@@ -92,7 +92,7 @@ def _single_pass(model: Model, objective: GlobalObjective, batches: Sequence[Pac
     """With one micro-batch a rank, the graph is still there when the embeddings have been gathered."""
 
     def loss_function(index: int, output: ModelOutput, batch: PackedBatch):
-        pairs = output.embeddings.index_select(0, batch.query_rows), output.embeddings.index_select(0, batch.target_rows)
+        pairs = [output.embeddings.index_select(0, rows) for rows in (batch.query_rows, batch.target_rows)]
         loss, metrics = objective.embedding_loss(*(gather_pairs(x) for x in pairs), _keys([batch]))
         return loss, {**metrics, "loss": loss.detach()}
 

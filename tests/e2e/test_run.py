@@ -80,7 +80,7 @@ def test_overwrite_never_empties_a_folder_that_holds_no_run(folders, tmp_path):
 
 
 def test_four_ranks_train_what_one_rank_trains(finished, folders, tmp_path):
-    """Claim: the script's own form with TP2 x PP2 gives the single process's losses (see test_training for the rest)."""
+    """Claim: the script's own form with TP2 x PP2 gives the single process's losses."""
     output = tmp_path / "output"
     done = train(
         folders, output, "--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2", ranks=4

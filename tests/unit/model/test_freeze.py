@@ -1,0 +1,74 @@
+"""Frozen parts do not train; the mask token's row always does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.config import FreezeSettings, OptimizerSettings
+from megatron_cocoa.model.build import build_model
+from tests.parity import compare, reference
+from tests.parity.cases import Case
+
+MASK_TOKEN = 155
+SAMPLES = [reference.Sample((7,)), reference.Sample((2, (1, 4, 6), 3))]
+
+
+def masked_batch(tiny):
+    batch = tiny.pack(tiny.encode(SAMPLES, MaskKind.BIDIRECTIONAL), MaskKind.BIDIRECTIONAL)
+    ids = batch.input_ids.clone()
+    ids[2] = MASK_TOKEN
+    return replace(batch, input_ids=ids)
+
+
+def gradients(chunk, batch) -> dict[str, torch.Tensor]:
+    chunk.zero_grad(set_to_none=True)
+    output = chunk(batch)
+    (output.token_nll.sum() + output.embeddings.sum()).backward()
+    return {name: p.grad for name, p in chunk.named_parameters() if p.grad is not None}
+
+
+def test_a_frozen_language_model_still_trains_the_mask_tokens_row(tiny):
+    """Claim: that row gets the gradient of the unfrozen model, every other row exactly zero, other weights none."""
+    batch = masked_batch(tiny)
+    free = gradients(tiny.chunk, batch)
+    settings = replace(compare.settings_of(Case("unit")), freeze=FreezeSettings(language=True))
+    model = build_model(tiny.chunk.architecture, settings, with_image_decoder=False, mask_token_id=MASK_TOKEN)
+    model.chunks[0].load_state_dict(tiny.chunk.state_dict())
+    found = gradients(model.chunks[0], batch)
+    name = "language_model.embedding.word_embeddings.weight"
+    assert [n for n in found if n.startswith("language_model")] == [name]
+    assert_close(found[name][MASK_TOKEN], free[name][MASK_TOKEN])
+    others = torch.arange(len(found[name])) != MASK_TOKEN
+    assert not found[name][others].any()
+    # The tower's gradients pass through the frozen layers unchanged.
+    vision = [n for n in free if n.startswith("vision_model")]
+    assert vision and all(n in found for n in vision)
+    for n in vision:
+        assert_close(found[n], free[n])
+
+
+def test_weight_decay_on_frozen_rows_is_refused(tiny):
+    """Claim: decay would change rows that are said to be frozen, so the two settings exclude each other."""
+    settings = replace(
+        compare.settings_of(Case("unit")),
+        freeze=FreezeSettings(language=True),
+        optimizer=OptimizerSettings(weight_decay=0.1),
+    )
+    with pytest.raises(ValueError, match="weight_decay 0.1 would shrink"):
+        build_model(tiny.chunk.architecture, settings, with_image_decoder=False, mask_token_id=MASK_TOKEN)
+
+
+def test_tower_and_merger_freeze_apart(tiny):
+    """Claim: each switch stops its own parameters and no others."""
+    parts = {"vision": ("patch_embed", "decoder.layers"), "merger": ("final_layernorm", "projection")}
+    for switch, frozen in parts.items():
+        settings = replace(compare.settings_of(Case("unit")), freeze=FreezeSettings(**{switch: True}))
+        model = build_model(tiny.chunk.architecture, settings, with_image_decoder=False)
+        for name, parameter in model.chunks[0].named_parameters():
+            inside = name.startswith("vision_model.") and any(part in name for part in frozen)
+            if switch == "vision" and "final_layernorm" in name:
+                inside = False
+            assert parameter.requires_grad is not inside, (switch, name)
