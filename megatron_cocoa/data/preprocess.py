@@ -109,6 +109,23 @@ class PictureLoader:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return picture
 
+    def prepare(self, image: Image.Image, *, name: str = "the picture in memory") -> np.ndarray:
+        """A picture that is in memory, under the same policy as one on disk; it is not cached.
+
+        Args:
+            image: of any mode that ``load`` accepts; it is left as it is.
+            name: for error messages.
+
+        Returns:
+            uint8 ``(3, height, width)``, read-only, as from ``load``.
+
+        Raises:
+            PictureError: as ``load``, for the picture itself.
+        """
+        picture = self._resize(accept_picture(image, name, max_pixels=self._max_source_pixels))
+        picture.setflags(write=False)
+        return picture
+
     def grid(self, picture: np.ndarray) -> tuple[int, int, int]:
         """``(t, h, w)`` in patches of a picture from ``load``."""
         size = self._vision.patch_size
@@ -194,18 +211,32 @@ def read_picture(path: Path, *, max_pixels: int = _MAX_SOURCE_PIXELS) -> Image.I
             # Pillow warns of large pictures by its own limit; ours is checked below, before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                _check_size(image, path, max_pixels)
-                return _to_rgb(ImageOps.exif_transpose(image), path)
+                return accept_picture(image, path, max_pixels=max_pixels)
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
         raise PictureError("too_large", f"{path}: at most {max_pixels} pixels are decoded: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow's decoders raise SyntaxError and ValueError, too, for broken files.
         raise PictureError("unreadable_picture", f"{path} cannot be decoded: {error}") from error
 
 
-def _check_size(image: Image.Image, path: Path, max_pixels: int) -> None:
+def accept_picture(image: Image.Image, name: str | Path, *, max_pixels: int = _MAX_SOURCE_PIXELS) -> Image.Image:
+    """8-bit RGB of an opened picture, upright, at its own size; what is too large is refused before it is decoded.
+
+    Raises:
+        PictureError: naming ``name``, with a reason and the numbers, for whatever cannot be decoded to that.
+    """
+    _check_size(image, name, max_pixels)
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image), name)
+    except PictureError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        # Pillow's decoders raise SyntaxError and ValueError, too, for broken files.
+        raise PictureError("unreadable_picture", f"{name} cannot be decoded: {error}") from error
+
+
+def _check_size(image: Image.Image, path: str | Path, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise PictureError("unreadable_picture", f"{path} is {width} x {height} pixels")
@@ -219,7 +250,7 @@ def _check_size(image: Image.Image, path: Path, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).astype(np.int64)

@@ -121,17 +121,18 @@ class SampleBuilder:
             unit_noise=blocks.unit_noise,
         )
 
-    def embedding(self, sample_id: str, content: Content) -> PreparedSample:
-        """``[content][bridge]``, nothing hidden."""
-        encoded, cut = self._fit(self._encode(content), reserved=1)
+    def embedding(self, sample_id: str, content: Content, *, picture: np.ndarray | None = None) -> PreparedSample:
+        """``[content][bridge]``, nothing hidden; ``picture`` (``PictureLoader.prepare``) stands for a file's."""
+        encoded, cut = self._fit(self._encode(content, picture), reserved=1)
         return self._lay_out(sample_id, encoded, with_bridge=True, num_cut=cut)
 
-    def _encode(self, content: Content) -> EncodedContent:
-        if not content.image_path:
+    def _encode(self, content: Content, picture: np.ndarray | None = None) -> EncodedContent:
+        if picture is None and not content.image_path:
             return EncodedContent(self.bundle.encode_text(content.text), NO_ROWS)
         before, _, after = content.text.partition(IMAGE_TOKEN)
         encode = self.bundle.encode_text
-        return EncodedContent(encode(before), encode(after), self.pictures.load(content.image_path))
+        picture = self.pictures.load(content.image_path) if picture is None else picture
+        return EncodedContent(encode(before), encode(after), picture)
 
     def _picture_tokens(self, content: EncodedContent) -> int:
         if content.picture is None:

@@ -38,7 +38,7 @@ def embed(model: Model, *, num_items: int, batch_size: int, make_batch: MakeBatc
     parts = []
     for start in range(first, last, batch_size):
         end = min(start + batch_size, last)
-        parts.append(_embed_pack(model, make_batch(start, end), rows=end - start))
+        parts.append(embed_pack(model, make_batch(start, end), rows=end - start))
     hidden = model.config.hidden_size
     mine = torch.cat(parts) if parts else torch.zeros(0, hidden, device=device.device())
     counts = tuple(b - a for a, b in zip(edges[:-1], edges[1:]))
@@ -46,8 +46,17 @@ def embed(model: Model, *, num_items: int, batch_size: int, make_batch: MakeBatc
     return torch.nn.functional.normalize(everything, dim=-1).cpu()
 
 
-def _embed_pack(model: Model, batch: PackedBatch, *, rows: int) -> Tensor:
-    """float32 ``(rows, hidden)`` on every rank of the replica."""
+def embed_pack(model: Model, batch: PackedBatch, *, rows: int) -> Tensor:
+    """One pack's embeddings before they are normalised; the ranks of one model replica call it together.
+
+    Args:
+        model: chunks in evaluation mode.
+        batch: the pack.
+        rows: embeddings that it has.
+
+    Returns:
+        float32 ``(rows, hidden)`` on the model's device, on every rank of the replica.
+    """
     # An interleaved pipeline runs as many micro-batches at a time as it has stages.
     stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
     found = run_microbatches(model, [batch] * stages, _take_embeddings, forward_only=True)

@@ -180,7 +180,7 @@ def test_folder_without_processor_settings_is_refused(tmp_path):
 
 def test_saved_processor_settings_come_back(model_folder):
     processor = load_processor(model_folder)
-    assert (processor.patch_size, processor.size["longest_edge"]) == (7, 4900)
+    assert (processor.patch_size, processor.size["longest_edge"]) == (7, 3136)
 
 
 def test_a_cached_batch_costs_little(data_folder, model_folder, vision):

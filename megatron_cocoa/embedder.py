@@ -1,0 +1,318 @@
+"""``CocoaEmbedder``: a trained model as a function from texts and pictures to unit vectors.
+
+It runs the project's own model, alone in its process or on each rank of a launch, on packs without padding: an
+item's vector does not depend on what it is embedded with. The bridge token is appended here; no chat template is used.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
+from PIL import Image
+from tqdm import tqdm
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.checkpoint.import_hf import COMPANION_FOLDER
+from megatron_cocoa.checkpoint.stacked import StackedTensors
+from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
+from megatron_cocoa.data.collate import PackOptions, collate_embedding
+from megatron_cocoa.data.evaluation_batches import evaluation_builder
+from megatron_cocoa.data.prepared import PreparedSample
+from megatron_cocoa.data.preprocess import PictureError, read_picture
+from megatron_cocoa.data.samples import SampleBuilder
+from megatron_cocoa.data.sources import IMAGE_TOKEN, Content
+from megatron_cocoa.evaluation.embed import embed_pack
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.recipes.context import RunContext, prepare_context
+from megatron_cocoa.recipes.stages import build_with_weights
+
+Item = dict[str, Any] | str | Path | Image.Image
+"""A text, a picture (in memory or a ``Path``), or ``{"text": .., "image": ..}`` with either or both."""
+
+BATCH_TOKENS = 16384
+
+BRIDGE_KEY = "cocoa_bridge_token"
+"""Where the ``config.json`` of an exported folder names the token that carries the embedding."""
+
+
+@dataclass
+class CocoaEmbedder:
+    """Embeds texts, pictures and both together; made by ``from_pretrained``.
+
+    Args:
+        model: in evaluation mode, whole on this rank.
+        builder: lays items out as tokens.
+        options: how packs are filled.
+        batch_tokens: upper bound on a pack's tokens, except for a single item that is longer.
+    """
+
+    model: Model
+    builder: SampleBuilder
+    options: PackOptions
+    batch_tokens: int = BATCH_TOKENS
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        model_path: str | Path | None = None,
+        dtype: str = "fp32",
+        image_size: int | None = None,
+        max_length: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        bridge_token: str | None = None,
+    ) -> CocoaEmbedder:
+        """Load a model on this process's device.
+
+        Starts a process group of one rank where none is running; under a launcher, start the groups first
+        (``parallel.topology.initialize``), and call this on every rank.
+
+        Args:
+            path: Hugging Face folder with safetensors, or Megatron checkpoint (a folder with ``cocoa.json``).
+            model_path: Hugging Face folder with the tokenizer and processor of a Megatron checkpoint; None takes
+                what the checkpoint carries, else the folder that the ``settings.yaml`` beside it names.
+            dtype: ``fp32`` or ``bf16``, of parameters and activations.
+            image_size: side of the square in pixels that pictures are resized to; None keeps their shape within
+                the processor's limits.
+            max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and
+                a warning counts them.
+            batch_tokens: upper bound on the tokens of one forward pass.
+            bridge_token: token that carries the embedding; None for the run's or the export's, else
+                ``<|im_end|>``.
+
+        Raises:
+            ValueError: if the folder is neither, is incomplete, or does not fit the tokenizer's folder.
+        """
+        path = Path(path)
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
+        start_alone()
+        settings, info = _settings_for(path, model_path, dtype, bridge_token)
+        context = prepare_context(settings)
+        if info is not None:
+            _check_fit(path, info, context)
+        model = build_with_weights(context, checkpoint=None, with_image_decoder=False)
+        model.train(False)
+        builder, options = evaluation_builder(
+            Path.cwd(),
+            model_path=context.settings.model.path,
+            bundle=context.bundle,
+            vision=context.geometry,
+            max_length=max_length or context.hf_config["text_config"]["max_position_embeddings"],
+            image_size=image_size,
+        )
+        return cls(model, builder, options, batch_tokens)
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a vector."""
+        return self.model.config.hidden_size
+
+    @torch.no_grad()
+    def encode(
+        self,
+        items: Sequence[Item],
+        *,
+        instruction: str | None = None,
+        batch_size: int = 32,
+        show_progress_bar: bool = False,
+    ) -> np.ndarray:
+        """Embed items, on this rank alone.
+
+        Args:
+            items: see ``Item``. ``<|image_1|>`` in a text marks the picture's place; without it the picture is first.
+            instruction: put before each text as it stands (after a picture that has no marked place).
+            batch_size: items per forward pass, at most.
+            show_progress_bar: on stderr.
+
+        Returns:
+            float32 ``(items, hidden)``, rows of length one, in the order of the items.
+
+        Raises:
+            ValueError: naming the index of the first item that cannot be embedded, and what was found.
+        """
+        if isinstance(items, (str, dict, Path, Image.Image)):
+            raise ValueError(f"items is one {type(items).__name__}: put it in a list")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, needs 1 or more")
+        rows = np.empty((len(items), self.hidden_size), dtype=np.float32)
+        start = num_cut = 0
+        with tqdm(total=len(items), disable=not show_progress_bar, unit="item") as progress:
+            for pack in self._packs(items, instruction or "", batch_size):
+                found = embed_pack(self.model, collate_embedding(pack, self.options), rows=len(pack))
+                rows[start : start + len(pack)] = torch.nn.functional.normalize(found, dim=-1).cpu().numpy()
+                start += len(pack)
+                num_cut += sum(sample.num_cut > 0 for sample in pack)
+                progress.update(len(pack))
+        if num_cut:
+            _warn_cut(num_cut, len(items))
+        return rows
+
+    def _packs(self, items: Sequence[Item], instruction: str, batch_size: int) -> Iterator[list[PreparedSample]]:
+        pack: list[PreparedSample] = []
+        tokens = 0
+        for index, item in enumerate(items):
+            sample = self._sample(index, item, instruction)
+            if pack and (len(pack) == batch_size or tokens + sample.input_ids.size > self.batch_tokens):
+                yield pack
+                pack, tokens = [], 0
+            pack.append(sample)
+            tokens += sample.input_ids.size
+        if pack:
+            yield pack
+
+    def _sample(self, index: int, item: Item, instruction: str) -> PreparedSample:
+        try:
+            text, image = _text_and_image(item)
+            if image is None:
+                content, picture = Content(instruction + text), None
+            else:
+                marked = instruction + text if IMAGE_TOKEN in text else IMAGE_TOKEN + instruction + text
+                content, picture = Content(marked), self._picture(image)
+            return self.builder.embedding(f"item {index}", content, picture=picture)
+        except PictureError as error:
+            raise PictureError(error.reason, f"item {index}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"item {index}: {error}") from error
+
+    def _picture(self, image: Image.Image | Path) -> np.ndarray:
+        if isinstance(image, Path):
+            return self.builder.pictures.prepare(read_picture(image), name=str(image))
+        return self.builder.pictures.prepare(image)
+
+
+def start_alone() -> None:
+    """Make this process a world of one rank, unless process groups are running already.
+
+    Raises:
+        ValueError: if the running layout splits the model.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        sizes = {
+            "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context": parallel_state.get_context_parallel_world_size(),
+        }
+        if max(sizes.values()) > 1:
+            raise ValueError(f"the running process groups split the model ({sizes}): CocoaEmbedder needs 1 for each")
+        return
+    if dist.is_initialized():
+        raise ValueError("torch.distributed runs without Megatron's groups: call parallel.topology.initialize first")
+    # A store in memory: no port that another process on this host may hold.
+    dist.init_process_group(device.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    topology.initialize(ParallelSettings(), topology.LaunchInfo(rank=0, world_size=1, local_rank=0), seed=0)
+
+
+def _text_and_image(item: Item) -> tuple[str, Image.Image | Path | None]:
+    """The two parts of an item; a path in a dictionary may be a string, since its key says what it is."""
+    if isinstance(item, str):
+        item = {"text": item}
+    elif isinstance(item, (Path, Image.Image)):
+        item = {"image": item}
+    if not isinstance(item, dict):
+        raise ValueError(f"found a {type(item).__name__}, needed a text, a picture, a Path or a dictionary of both")
+    unknown = sorted(map(str, set(item) - {"text", "image"}))
+    if unknown:
+        raise ValueError(f"found the key(s) {', '.join(unknown)}: only text and image are known")
+    text, image = item.get("text"), item.get("image")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text is a {type(text).__name__}, needed a str")
+    if isinstance(image, str):
+        image = Path(image) if image else None
+    if image is not None and not isinstance(image, (Path, Image.Image)):
+        raise ValueError(f"image is a {type(image).__name__}, needed a PIL image or a path")
+    text = text or ""
+    places = text.count(IMAGE_TOKEN)
+    if places > (image is not None):
+        raise ValueError(f"the text marks {places} place(s) with {IMAGE_TOKEN} for {int(image is not None)} picture(s)")
+    if image is None and not text.strip():
+        raise ValueError("neither text nor a picture: one of them must be given")
+    return text, image
+
+
+def _warn_cut(num_cut: int, num_items: int) -> None:
+    warnings.warn(f"{num_cut} of {num_items} items were cut to max_length: raise it to embed them whole", stacklevel=3)
+
+
+def _settings_for(
+    path: Path, model_path: str | Path | None, dtype: str, bridge_token: str | None
+) -> tuple[TrainSettings, CheckpointInfo | None]:
+    if dtype not in ("fp32", "bf16"):
+        raise ValueError(f"dtype is {dtype!r}, needs fp32 or bf16")
+    if (path / INFO_FILE).is_file():
+        info = read_info(path)
+        chosen, tokens = _folder_of_checkpoint(path, model_path)
+        more: dict[str, Any] = {"load": str(path)} | tokens
+        with TorchDistReader(path) as reader:
+            more["vision_ffn_multiple"] = StackedTensors(reader).vision_ffn_multiple
+    elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        info, chosen, more = None, Path(model_path or path), _bridge_of_export(path)
+        if chosen != path:
+            raise ValueError(f"{path} is a Hugging Face folder, which brings its own tokenizer: leave model_path out")
+    else:
+        raise ValueError(
+            f"{path} is neither a Hugging Face folder with config.json and safetensors, nor a Megatron checkpoint with "
+            f"{INFO_FILE}"
+        )
+    if bridge_token is not None:
+        more["bridge_token"] = bridge_token
+    return TrainSettings(model=ModelSettings(path=str(chosen), dtype=dtype, **more)), info
+
+
+def _bridge_of_export(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not readable JSON: {error}") from error
+    return {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
+
+
+def _folder_of_checkpoint(path: Path, model_path: str | Path | None) -> tuple[Path, dict[str, str]]:
+    """Where a checkpoint's tokenizer is, and the names of its tokens where a run's settings say them."""
+    settings_file = path.resolve().parent / "settings.yaml"
+    saved: dict[str, Any] = {}
+    if settings_file.is_file():
+        try:
+            content = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{settings_file} is not readable YAML: {error}") from error
+        saved = (content or {}).get("model") or {}
+    tokens = {name: saved[name] for name in ("mask_token", "bridge_token") if saved.get(name)}
+    if model_path is not None:
+        return Path(model_path), tokens
+    carried = path / COMPANION_FOLDER
+    if (carried / "tokenizer.json").is_file():
+        return carried, tokens
+    named = saved.get("path")
+    if named and (Path(named) / "tokenizer.json").is_file():
+        return Path(named), tokens
+    found = f"{settings_file} names {named}, which has none here" if named else f"there is no {settings_file}"
+    raise ValueError(f"{path} carries no tokenizer, and {found}: name the Hugging Face folder as model_path")
+
+
+def _check_fit(path: Path, info: CheckpointInfo, context: RunContext) -> None:
+    """Refuse a tokenizer's folder of another model than the checkpoint's: every vector would be wrong."""
+    folder = context.settings.model.path
+    own = QwenVLArchitecture.from_huggingface(config_of(info.hf_config, origin=f"the hf_config of {path}"))
+    if own != context.architecture:
+        raise ValueError(f"{path} was written by a model of other sizes than {folder} describes: name its own folder")
+    if info.bridge_token_id not in (UNKNOWN_TOKEN, context.bundle.bridge_token_id):
+        raise ValueError(
+            f"{path} was trained with the bridge token's id {info.bridge_token_id}, the tokenizer in {folder} gives "
+            f"{context.bundle.bridge_token_id}: name the run's own folder, or its bridge_token"
+        )

@@ -1,0 +1,83 @@
+"""Check an installation against an exported folder: ``python -m megatron_cocoa.export.check_golden DIR``.
+
+exit status: 0 all vectors agree, 1 some differ, 2 the folder cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_cocoa.export.export_info import read_bridge_token
+from megatron_cocoa.export.golden import BOUND, Embed, GoldenResult, compare_golden
+
+EXIT_DIFFERENT = 1
+EXIT_BAD_INPUT = 2
+LIBRARIES = ("transformers", "megatron_cocoa", "sentence-transformers")
+
+
+def check_golden(folder: str | Path, *, library: str = "transformers") -> list[GoldenResult]:
+    """Embed the inputs of ``golden.json`` in fp32 with one of ``LIBRARIES``, and compare.
+
+    Raises:
+        ValueError: if the folder or its ``golden.json`` is incomplete.
+    """
+    folder = Path(folder)
+    makers = {
+        "transformers": _with_transformers,
+        "megatron_cocoa": _with_megatron_cocoa,
+        "sentence-transformers": _with_sentence_transformers,
+    }
+    try:
+        embed = makers[library](folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    return compare_golden(folder, embed)
+
+
+def _with_transformers(folder: Path) -> Embed:
+    from megatron_cocoa.export.plain_transformers import PlainEmbedder
+
+    plain = PlainEmbedder(folder, bridge_token=read_bridge_token(folder))
+    return lambda text, image: plain.embed(text, image).numpy()
+
+
+def _with_megatron_cocoa(folder: Path) -> Embed:
+    from megatron_cocoa.embedder import CocoaEmbedder
+
+    embedder = CocoaEmbedder.from_pretrained(folder)
+    return lambda text, image: embedder.encode([{"text": text, "image": image}])[0]
+
+
+def _with_sentence_transformers(folder: Path) -> Embed:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), local_files_only=True)
+
+    def embed(text, image):
+        item = {name: value for name, value in (("text", text), ("image", image)) if value}
+        return model.encode([item if len(item) > 1 else next(iter(item.values()))])[0]
+
+    return embed
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", help="written by tools/export_embedder.py")
+    parser.add_argument("--library", choices=LIBRARIES, default="transformers", help="computes the vectors")
+    options = parser.parse_args(argv)
+    try:
+        results = check_golden(options.folder, library=options.library)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    for result in results:
+        print(f"{'ok  ' if result.passed else 'FAIL'} {result.name}: 1 - cosine {result.distance:.1e}")
+    failed = sum(not result.passed for result in results)
+    print(f"{len(results) - failed} of {len(results)} vectors agree within {BOUND:.0e}")
+    return EXIT_DIFFERENT if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The README.md of an exported folder. Its code is the source of ``plain_transformers``, which the tests run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from megatron_cocoa.export import plain_transformers
+
+_CARD = """\
+---
+library_name: {library}
+pipeline_tag: feature-extraction
+tags:
+- multimodal-embedding
+- {model_type}
+---
+
+# Multimodal embedding model
+
+A {model_type} whose attention is bidirectional (`text_config.is_causal` is `false` in `config.json`), trained by the
+method of CoCoA (arXiv 2603.01471). The embedding of a text, a picture or both is the final hidden state, after the last
+norm, at the bridge token `{bridge_token}` that follows the input, divided by its length: {hidden_size} numbers.
+
+There is no chat template between the input and the bridge. The input is
+`<|vision_start|><|image_pad|>..<|vision_end|>` for a picture, then the text as it stands (an instruction is put in
+front of the text), then `{bridge_token}`.
+
+## With transformers alone
+
+Checked with transformers {transformers}.
+
+```python
+{code}
+
+embedder = PlainEmbedder("."{arguments})
+print(embedder.embed("a red house"))
+```
+
+Pictures keep their shape within the pixel limits of `preprocessor_config.json`. Lay transparent ones on white first.
+
+## With megatron_cocoa
+
+```python
+from megatron_cocoa import CocoaEmbedder
+
+vectors = CocoaEmbedder.from_pretrained(".").encode([{{"text": "a red house"}}, {{"image": "house.png"}}])
+```
+{sentence_transformers}
+## Check an installation
+
+`golden.json` holds inputs and their vectors in fp32. This command compares them with what an installation computes:
+
+```
+python -m megatron_cocoa.export.check_golden .
+```
+"""
+
+_SENTENCE_TRANSFORMERS = """
+## With sentence-transformers
+
+`chat_template.jinja` in this folder is no chat format: it writes the picture, the text and the bridge, as above.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(".")
+vectors = model.encode([{"text": "a red house", "image": "house.png"}])
+```
+
+A text that spells a control token, such as `<|im_end|>`, is read as that token here, and as plain characters above.
+"""
+
+
+def model_card(
+    *, model_type: str, hidden_size: int, bridge_token: str, default_bridge: bool, sentence_transformers: bool
+) -> str:
+    """Markdown for ``README.md``.
+
+    Args:
+        model_type: of ``config.json``.
+        hidden_size: length of a vector.
+        bridge_token: token that carries the embedding.
+        default_bridge: whether the code may leave it out.
+        sentence_transformers: whether the folder has modules for that library.
+    """
+    return _CARD.format(
+        library="sentence-transformers" if sentence_transformers else "transformers",
+        model_type=model_type,
+        hidden_size=hidden_size,
+        bridge_token=bridge_token,
+        transformers=version("transformers"),
+        code=Path(plain_transformers.__file__).read_text(encoding="utf-8").strip(),
+        arguments="" if default_bridge else f', bridge_token="{bridge_token}"',
+        sentence_transformers=_SENTENCE_TRANSFORMERS if sentence_transformers else "",
+    )

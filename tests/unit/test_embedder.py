@@ -1,0 +1,297 @@
+"""CocoaEmbedder and the exported folder, against transformers run as the model card says."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from megatron_cocoa import CocoaEmbedder
+from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
+from megatron_cocoa.export.check_golden import check_golden, main
+from megatron_cocoa.export.corpus import read_corpus
+from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
+from megatron_cocoa.export.folder import export_embedder
+from tests.unit.exported_folders import Folders, write_exported
+
+BATCH_BOUND = 1e-5
+"""The same sums in packs of another length: kernels may add in another order, by about 1e-6 in FP32."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Folders:
+    return write_exported(tmp_path_factory.mktemp("embedder"))
+
+
+@pytest.fixture(scope="module")
+def embedder(folders) -> CocoaEmbedder:
+    return CocoaEmbedder.from_pretrained(folders.exported)
+
+
+def picture(width: int, height: int, *, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def items() -> list:
+    """Texts, pictures of several shapes, and both, of very different lengths."""
+    return [
+        "a",
+        "a red house beside two small trees " * 8,
+        {"text": "Grüße, 3 €"},
+        picture(56, 56),
+        {"image": picture(140, 60, seed=1)},
+        {"text": "the moon", "image": picture(70, 154, seed=2)},
+        {"text": "sol y luna " * 12, "image": picture(30, 31, seed=3)},
+        {"text": "un gato", "image": picture(400, 300, seed=4)},
+    ]
+
+
+def card_embedder(folder: Path):
+    """The object that the code block of the model card makes, run in the folder as a reader would."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    code = code.replace('PlainEmbedder(".")', f"PlainEmbedder({str(folder)!r})")
+    names: dict = {}
+    exec(code, names)
+    return names["embedder"]
+
+
+def parts(item) -> dict:
+    if isinstance(item, dict):
+        return item
+    return {"text": item} if isinstance(item, str) else {"image": item}
+
+
+def test_equals_transformers_run_as_the_model_card_says(folders, embedder, items):
+    """Claim: for text, pictures and both, of several sizes, transformers alone gives the same vectors."""
+    plain = card_embedder(folders.exported)
+    wanted = np.stack([plain.embed(**parts(item)).numpy() for item in items]).astype(np.float64)
+    found = embedder.encode(items)
+    assert found.dtype == np.float32 and found.shape == (len(items), embedder.hidden_size)
+    assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-6)
+    # Promised is 0.9999. Two FP32 programs differ by about 1e-6 of a vector, the cosine by its square.
+    assert (1 - (found * wanted).sum(axis=1)).max() < 1e-6
+
+
+def test_the_export_is_bidirectional(folders, items):
+    """Claim: transformers reads the export as bidirectional; made causal, it gives other vectors."""
+    plain, causal = card_embedder(folders.exported), card_embedder(folders.exported)
+    assert plain.model.config.text_config.is_causal is False
+    causal.model.config.text_config.is_causal = True
+    text = items[1]
+    assert float(plain.embed(text) @ causal.embed(text)) < 0.999
+
+
+def test_batch_size_and_order_change_nothing(embedder, items):
+    """Claim: a vector does not depend on what it is embedded with."""
+    wanted = embedder.encode(items, batch_size=1)
+    order = np.random.default_rng(5).permutation(len(items))
+    for batch_size in (2, 3, 32):
+        assert embedder.encode(items, batch_size=batch_size) == pytest.approx(wanted, abs=BATCH_BOUND)
+    mixed = embedder.encode([items[i] for i in order], batch_size=3)
+    assert mixed == pytest.approx(wanted[order], abs=BATCH_BOUND)
+
+
+def test_packs_keep_to_the_token_limit(embedder, items, monkeypatch):
+    """Claim: batch_tokens bounds a pack, and changes no vector."""
+    wanted = embedder.encode(items)
+    monkeypatch.setattr(embedder, "batch_tokens", 40)
+    sizes = [[sample.input_ids.size for sample in pack] for pack in embedder._packs(items, "", 32)]
+    assert all(sum(pack) <= 40 or len(pack) == 1 for pack in sizes) and any(len(pack) > 1 for pack in sizes)
+    assert embedder.encode(items) == pytest.approx(wanted, abs=BATCH_BOUND)
+
+
+def test_checkpoint_and_folders_give_the_same_vectors(folders, embedder, items):
+    """Claim: a Megatron checkpoint, the folder it came from and the export are one model."""
+    wanted = embedder.encode(items)
+    for made in (
+        CocoaEmbedder.from_pretrained(folders.checkpoint),
+        CocoaEmbedder.from_pretrained(folders.checkpoint, model_path=folders.hf),
+        CocoaEmbedder.from_pretrained(folders.hf),
+    ):
+        # The weights are the same bits and so is the program.
+        assert np.array_equal(made.encode(items), wanted)
+
+
+def test_forms_of_an_item_agree(embedder, tmp_path):
+    """Claim: a picture is the same by path and in memory, and an instruction is text in front of the text."""
+    image = picture(60, 80)
+    image.save(tmp_path / "x.png")
+    same = [image, {"image": image}, tmp_path / "x.png", {"image": str(tmp_path / "x.png")}]
+    assert np.ptp(embedder.encode(same, batch_size=1), axis=0).max() == 0
+    written = embedder.encode(["find: dog", {"text": "<|image_1|>find: dog", "image": image}])
+    assert np.array_equal(embedder.encode(["dog", {"text": "dog", "image": image}], instruction="find: "), written)
+    after = embedder.encode([{"text": "dog <|image_1|>", "image": image}])
+    assert float(after[0] @ written[1]) < 0.9999, "a marked place is where the picture goes"
+    assert embedder.encode([]).shape == (0, embedder.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (3, "item 1: found a int"),
+        ({}, "item 1: neither text nor a picture"),
+        ({"text": " "}, "item 1: neither text nor a picture"),
+        ({"texts": "a"}, r"item 1: found the key\(s\) texts"),
+        ({"text": 5}, "item 1: text is a int"),
+        ({"image": b""}, "item 1: image is a bytes"),
+        ({"image": np.zeros((4, 4, 3))}, "item 1: image is a ndarray"),
+        ({"text": "<|image_1|>"}, r"item 1: the text marks 1 place\(s\)"),
+        (Path("nowhere.png"), "item 1: nowhere.png is not a file"),
+        (Image.new("RGB", (2, 900)), "item 1: the picture in memory is 2 x 900"),
+    ],
+)
+def test_bad_items_are_named(embedder, item, message):
+    """Claim: an item that cannot be embedded is named by its index, with what was found."""
+    with pytest.raises(ValueError, match=message):
+        embedder.encode(["fine", item])
+
+
+def test_bad_folders_are_refused(folders, tmp_path):
+    """Claim: what is no model, or lacks its tokenizer, is refused with what is needed."""
+    with pytest.raises(ValueError, match="neither a Hugging Face folder"):
+        CocoaEmbedder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither a Hugging Face folder"):
+        CocoaEmbedder.from_pretrained(folders.root / "model")
+    with pytest.raises(ValueError, match="put it in a list"):
+        CocoaEmbedder.from_pretrained(folders.hf).encode("text")
+    bare = shutil.copytree(folders.checkpoint, tmp_path / "bare")
+    shutil.rmtree(bare / "huggingface")
+    with pytest.raises(ValueError, match="carries no tokenizer.*model_path"):
+        CocoaEmbedder.from_pretrained(bare)
+    (tmp_path / "settings.yaml").write_text(f"model:\n  path: {folders.hf}\n")
+    assert CocoaEmbedder.from_pretrained(bare).hidden_size == 64
+
+
+def test_cut_texts_are_counted(folders):
+    """Claim: nothing is cut in silence."""
+    short = CocoaEmbedder.from_pretrained(folders.hf, max_length=8)
+    with pytest.warns(UserWarning, match="1 of 2 items were cut"):
+        short.encode(["a", "a red house " * 20])
+
+
+@pytest.mark.parametrize("library", ["transformers", "megatron_cocoa"])
+def test_golden_passes(folders, library):
+    """Claim: an untouched export agrees with its golden vectors in either library."""
+    assert all(result.passed for result in check_golden(folders.exported, library=library))
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.norm.weight", "visual.merger.mlp.2.bias"])
+def test_golden_fails_on_a_perturbed_weight(folders, tmp_path, name, capsys):
+    """Claim: one tensor that is off by 5 % is found, and the command's status says so."""
+    broken = shutil.copytree(folders.exported, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state[name] = state[name] * (1 + 0.05 * torch.randn(state[name].shape, generator=torch.Generator().manual_seed(0)))
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert main([str(broken)]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_golden_names_a_bad_folder(folders, tmp_path, capsys):
+    """Claim: a missing or damaged golden.json is a message, not a pass."""
+    copy = shutil.copytree(folders.exported, tmp_path / "copy")
+    (copy / "golden.json").write_text("{}")
+    assert main([str(copy)]) == 2
+    (copy / "golden.json").unlink()
+    assert main([str(copy)]) == 2
+    assert "golden.json" in capsys.readouterr().err
+
+
+def test_export_replaces_nothing_unasked(folders):
+    """Claim: an existing folder stays, unless it may be overwritten, and no half is left beside it."""
+    before = sorted(folders.root.iterdir())
+    with pytest.raises(ValueError, match="exists"):
+        export_embedder(folders.checkpoint, folders.exported, model_path=folders.hf)
+    with pytest.raises(ValueError, match="lacks tokenizer.json"):
+        export_embedder(folders.checkpoint, folders.root / "new", model_path=folders.exported / "1_Pooling")
+    assert sorted(folders.root.iterdir()) == before
+
+
+def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
+    """Claim: a folder is exported with the token that it was trained with, and every library then uses that one."""
+    arguments = dict(model_path=folders.hf, bridge_token="<|im_start|>")
+    with pytest.raises(ValueError, match="trained with the bridge token's id"):
+        export_embedder(folders.checkpoint, tmp_path / "refused", **arguments)
+    assert not any(tmp_path.iterdir())
+    convert_hf_to_mcore(folders.hf, tmp_path / "other", bridge_token="<|im_start|>")
+    export_embedder(tmp_path / "other", tmp_path / "exported", **arguments)
+    for library in ("transformers", "megatron_cocoa"):
+        assert all(result.passed for result in check_golden(tmp_path / "exported", library=library))
+    assert float(CocoaEmbedder.from_pretrained(folders.exported).encode(["a"])[0]
+                 @ CocoaEmbedder.from_pretrained(tmp_path / "exported").encode(["a"])[0]) < 0.999  # fmt: skip
+
+
+def test_the_package_is_light_to_import():
+    """Claim: the package and its settings parser do not wait for torch."""
+    code = "import sys, megatron_cocoa, megatron_cocoa.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def fake_encode(items):
+    return np.array([[len(item["text"])] for item in items], dtype=np.float32)
+
+
+def test_damaged_shards_are_made_again(tmp_path):
+    """Claim: a shard is kept only if its checksums hold; another corpus or shard size is refused."""
+    rows = "".join(json.dumps({"id": str(i), "text": "x" * (i + 1)}) + "\n" for i in range(7))
+    (tmp_path / "c.jsonl").write_text(rows)
+    corpus = read_corpus(tmp_path / "c.jsonl")
+    plan = ShardPlan(tmp_path / "out", 7, 3)
+    made_from = {"corpus": corpus.fingerprint()}
+    prepare_output(plan, made_from)
+    for rank in range(2):
+        assert embed_shards(corpus, fake_encode, plan, rank=rank, num_ranks=2, say=str) == 0
+    content = {file: file.read_bytes() for file in plan.output.iterdir()}
+    assert embed_shards(corpus, None, plan, say=str) == 3, "all are kept, whatever the number of ranks"
+    damaged = plan.file("embeddings", 1)
+    damaged.write_bytes(content[damaged][:-1] + b"\1")
+    prepare_output(plan, made_from)
+    assert embed_shards(corpus, fake_encode, plan, say=str) == 2
+    assert {file: file.read_bytes() for file in plan.output.iterdir()} == content
+    vectors = np.concatenate([np.load(plan.file("embeddings", shard)) for shard in range(3)])
+    assert vectors.ravel().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="another shard_size.*was 3, is now 2"):
+        prepare_output(ShardPlan(plan.output, 7, 2), made_from)
+    with pytest.raises(ValueError, match="another corpus"):
+        prepare_output(plan, {"corpus": "other"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[1]\n", "row 0 is a list"),
+        ('{"text": "a"}\n{"txt": "b"}\n', r"row 1 has neither text nor image \(columns found: txt\)"),
+        ('{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}\n', "'a' occurs twice"),
+        ('{"text": 3}\n', "column text is a int"),
+        ("{\n", "line 1 is not JSON"),
+        ("\n", "nothing to embed"),
+    ],
+)
+def test_bad_corpora_are_refused(tmp_path, rows, message):
+    """Claim: no row of a corpus is left out in silence."""
+    (tmp_path / "c.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        read_corpus(tmp_path / "c.jsonl")
+
+
+def test_a_corpus_stays_in_its_folder(tmp_path):
+    """Claim: an image path cannot leave the folder of the pictures."""
+    (tmp_path / "c.jsonl").write_text('{"image": "../x.png"}\n')
+    with pytest.raises(ValueError, match="leaves the folder"):
+        read_corpus(tmp_path / "c.jsonl").item(0)
+
+
+def test_a_folder_of_pictures_is_a_corpus(tmp_path):
+    """Claim: pictures are found in subfolders, in order, and other files are left alone."""
+    for name in ("b.png", "a/c.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(30, 30).save(tmp_path / name, format="PNG")
+    assert [row.row_id for row in read_corpus(tmp_path).rows] == ["a/c.jpg", "b.png"]
