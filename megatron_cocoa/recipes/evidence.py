@@ -18,25 +18,27 @@ from megatron_cocoa.evaluation.probes import predict_units, sample_losses
 from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.recipes.context import RunContext, evaluation_parts
-from megatron_cocoa.recipes.retrieval import PICTURE
+from megatron_cocoa.recipes.retrieval import PICTURE, POOLS
 
 
-def heldout_rows(context: RunContext, limit: int) -> list[CaptionRow]:
-    """Up to ``limit`` held-out pictures, spread over the file; empty where the data folder has none."""
-    path = Path(context.settings.data.path) / "eval_heldout.jsonl"
+def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
+    """Up to ``limit`` rows of a retrieval pool, spread over its file; empty where the data folder has none."""
+    path = Path(context.settings.data.path) / POOLS[pool]
     if not path.is_file():
         return []
     rows = read_captions(path).rows
     return rows[:: max(1, len(rows) // limit)][:limit]
 
 
-def bridge_evidence(context: RunContext, model: Model, *, label: str, limit: int = 128) -> BridgeEvidence | None:
-    """Block B's loss on held-out pictures, with its own block A and with another sample's; None without any.
+def bridge_evidence(
+    context: RunContext, model: Model, *, pool: str, label: str, limit: int = 256
+) -> BridgeEvidence | None:
+    """Block B's loss on pictures of a pool, with its own block A and with another sample's; None without any.
 
     The same tokens of B are masked both times, so the difference is what B reads from A through the bridge.
     """
     stage = context.settings.bridge
-    pictures = heldout_rows(context, limit)
+    pictures = pool_rows(context, pool, limit)
     rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in pictures]
     if len(rows) < 2:
         return None
@@ -70,7 +72,7 @@ def bridge_evidence(context: RunContext, model: Model, *, label: str, limit: int
 def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> list[Reconstruction]:
     """Held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder."""
     stage: WarmupSettings = context.settings.warmup
-    rows = heldout_rows(context, limit)
+    rows = pool_rows(context, "heldout", limit)
     if not rows or stage.mae_target != "pixels":
         return []
     builder, options = evaluation_parts(context, image_size=stage.image_size)

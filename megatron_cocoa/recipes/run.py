@@ -124,8 +124,13 @@ def _run_stages(context: RunContext) -> Findings:
 
 
 def _say_stage(summary: StageSummary) -> None:
+    say(_describe(summary))
+
+
+def _describe(summary: StageSummary) -> str:
+    """One sentence on how a stage went; the counts are the first data-parallel rank's."""
     counts = ", ".join(f"{name} {value:.4g}" for name, value in summary.statistics.items())
-    say(f"Stage {summary.name} took {summary.seconds:.0f} s, {summary.skipped} steps skipped; rows: {counts}")
+    return f"Stage {summary.name} took {summary.seconds:.0f} s, {summary.skipped} steps skipped; {counts}"
 
 
 def _measure(context: RunContext, probe: RetrievalProbe | None, findings: Findings, name: str, model: Model) -> None:
@@ -135,8 +140,9 @@ def _measure(context: RunContext, probe: RetrievalProbe | None, findings: Findin
     if name == "warmup":
         findings.reconstructions = reconstructions(context, model)
     if name == "bridge":
-        evidence = bridge_evidence(context, model, label=f"after {name}")
-        findings.bridge += [] if evidence is None else [evidence]
+        for pool, pictures in (("heldout", "held-out pictures"), ("training", "training pictures")):
+            evidence = bridge_evidence(context, model, pool=pool, label=f"after {name}, {pictures}")
+            findings.bridge += [] if evidence is None else [evidence]
     if name == context.settings.stages[-1]:
         findings.strips = probe.strips(model, Path(context.settings.data.path))
 
@@ -148,9 +154,10 @@ def _write_results(context: RunContext, launch: LaunchInfo, findings: Findings, 
         return
     print(render_table(findings.recall), flush=True)
     for evidence in findings.bridge:
+        gain, low, high = evidence.gain
         print(
             f"Block B, {evidence.model}: {evidence.own:.3f} nats per token with its own A, {evidence.other:.3f} with "
-            f"another sample's A",
+            f"another sample's A; difference {gain:.3f} [{low:.3f}, {high:.3f}]",
             flush=True,
         )
     (context.output / "results.json").write_text(recall_as_json(findings.recall), encoding="utf-8")
@@ -186,9 +193,7 @@ def _report_data(
         strips=tuple(findings.strips),
         credits=(TWEMOJI_CREDIT,) if context.is_toy else (),
         environment=_environment(),
-        notes=tuple(
-            f"Stage {s.name}: {s.skipped} steps skipped, statistics {s.statistics}" for s in findings.stages
-        ),
+        notes=tuple(_describe(summary) for summary in findings.stages),
     )
 
 
