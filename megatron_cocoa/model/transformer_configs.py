@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch.nn import functional as F
 
-from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
 from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
+from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
 from megatron_cocoa.model.attention import check_head_split
 from megatron_cocoa.parallel import device
 
@@ -102,7 +102,9 @@ def check_layout(architecture: QwenVLArchitecture, *, model: ModelSettings, para
             f"{text.num_key_value_heads}"
         )
     if tp <= text.num_key_value_heads and text.num_key_value_heads % tp:
-        raise ValueError(f"num_key_value_heads {text.num_key_value_heads} is not divisible by tensor parallel size {tp}")
+        raise ValueError(
+            f"num_key_value_heads {text.num_key_value_heads} is not divisible by tensor parallel size {tp}"
+        )
     _check_divides(text.intermediate_size, tp, "intermediate_size of the language model")
     ffn = padded_vision_ffn(architecture, model.vision_ffn_multiple)
     _check_divides(ffn, tp, "ffn width of the tower", "set model.vision_ffn_multiple (128 serves the published sizes)")
@@ -153,7 +155,6 @@ def _common(model: ModelSettings, parallel: ParallelSettings) -> dict:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        async_tensor_model_parallel_allreduce=on_gpu,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,11 +45,12 @@ def build_calls(table: SegmentTable, device: torch.device) -> tuple[VarlenCall, 
         rows = table.rows[members]
         q_len, k_len = rows[:, 1] - rows[:, 0], rows[:, 3] - rows[:, 2]
         k_rows = np.concatenate([np.arange(a, b) for a, b in rows[:, 2:]])
-        contiguous = np.array_equal(k_rows, np.arange(k_rows[0], k_rows[0] + len(k_rows)))
+        run = slice(int(k_rows[0]), int(k_rows[-1]) + 1)
+        contiguous = np.array_equal(k_rows, np.arange(run.start, run.stop))
         calls.append(
             VarlenCall(
                 q_rows=slice(int(rows[0, 0]), int(rows[-1, 1])),
-                k_rows=slice(int(k_rows[0]), int(k_rows[-1]) + 1) if contiguous else torch.from_numpy(k_rows).to(device),
+                k_rows=run if contiguous else torch.from_numpy(k_rows).to(device),
                 cu_q=_offsets(q_len, device),
                 cu_k=_offsets(k_len, device),
                 max_q=int(q_len.max()),
@@ -126,7 +128,9 @@ def flash_kernel() -> Callable[..., Tensor] | None:
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        return _torch_varlen
+        parameters = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters
+        # Its first release (torch 2.10) takes neither a scale nor a window.
+        return _torch_varlen if {"scale", "window_size"} <= set(parameters) else None
     return None
 
 

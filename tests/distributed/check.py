@@ -1,0 +1,30 @@
+"""What a rank runs: a named check of one world size. All checks of a world size share one launch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MODULES = (
+    "tests.parity.checks",
+    "tests.distributed.collectives",
+    "tests.distributed.mask_kinds",
+    "tests.distributed.training",
+)
+"""Each holds ``CHECKS``: its checks by name."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """``run`` is called on every rank of a world of ``world_size`` and returns what the test asserts on, as JSON."""
+
+    world_size: int
+    run: Callable[[], dict | None]
+
+
+def all_checks() -> dict[str, Check]:
+    checks: dict[str, Check] = {}
+    for module in MODULES:
+        checks |= importlib.import_module(module).CHECKS
+    return checks

@@ -1,0 +1,98 @@
+"""Starts the ranks once per world size and hands every test its check's result.
+
+Ranks take seconds to import, checks a fraction of one: so the first test of a world size runs all checks of that size
+that the session has selected. A failed or hanging check costs a second launch for the checks after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.check import all_checks
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS_PER_CHECK = 200
+"""A collective that waits for a lost rank gives up after two minutes and says where; this is for every other hang."""
+
+MOST_LAUNCHES = 6
+"""After as many failures the rest is given up: something is wrong with all of it."""
+
+_results: dict[int, dict[str, dict]] = {}
+
+
+def result_of(request: pytest.FixtureRequest, name: str) -> dict:
+    """What check ``name`` returned on rank 0; fails the test with the ranks' tracebacks if it failed."""
+    checks = all_checks()
+    world_size = checks[name].world_size
+    if world_size not in _results:
+        selected = {item.callspec.params.get("check") for item in request.session.items if hasattr(item, "callspec")}
+        names = [n for n, check in checks.items() if n in selected and check.world_size == world_size]
+        _results[world_size] = run_all(names, world_size)
+    if name not in _results[world_size]:
+        # A test may compare with a check that the session did not select.
+        _results[world_size] |= run_all([name], world_size)
+    result = _results[world_size][name]
+    if "error" in result:
+        pytest.fail(f"{name} on {world_size} rank(s):\n{result['error']}", pytrace=False)
+    return result
+
+
+def run_all(names: list[str], world_size: int) -> dict[str, dict]:
+    """Results by name; a check that failed has an ``error``, and so have all that were given up after too many."""
+    results: dict[str, dict] = {}
+    for _ in range(MOST_LAUNCHES):
+        remaining = [name for name in names if name not in results]
+        if not remaining:
+            return results
+        with tempfile.TemporaryDirectory() as folder:
+            results |= _launch(remaining, world_size, Path(folder))
+    given_up = {"error": f"not run: {MOST_LAUNCHES} checks of {world_size} rank(s) failed before this one"}
+    return results | {name: given_up for name in names if name not in results}
+
+
+def _launch(names: list[str], world_size: int, folder: Path) -> dict[str, dict]:
+    """One start of the ranks: all results up to the first failure, the failure included."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command += [str(ROOT / "tests/distributed/worker.py"), "--output", str(folder), "--only", *names]
+    log = folder / "log"
+    # More ranks than a machine has GPUs, and float32 bounds: these checks run on the CPU route everywhere.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        try:
+            timed_out = _wait(process, folder)
+        finally:
+            # torchrun ends its ranks when it is asked to end; killed outright it would leave them behind.
+            process.terminate()
+            process.wait(timeout=60)
+    written = folder / "results.json"
+    results = json.loads(written.read_text()) if written.exists() else {}
+    if timed_out or process.returncode:
+        running = folder / "running"
+        name = running.read_text() if running.exists() else names[0]
+        failures = [f"--- {path.name} ---\n{path.read_text()}" for path in sorted(folder.glob("failed.*"))]
+        why = f"no end within {SECONDS_PER_CHECK} seconds" if timed_out else "the ranks ended"
+        tail = f"{why}:\n{log.read_text(errors='replace')[-6000:]}"
+        results.setdefault(name, {"error": "\n".join(failures or [tail])})
+    return results
+
+
+def _wait(process: subprocess.Popen, folder: Path) -> bool:
+    """Wait for the ranks; True where one check takes too long."""
+    running, last_change, seen = folder / "running", time.monotonic(), None
+    while process.poll() is None:
+        time.sleep(0.2)
+        now = running.read_text() if running.exists() else None
+        if now != seen:
+            seen, last_change = now, time.monotonic()
+        elif time.monotonic() - last_change > SECONDS_PER_CHECK:
+            return True
+    return False

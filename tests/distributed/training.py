@@ -1,0 +1,123 @@
+"""Checks of training: losses of the three stages at a layout, and checkpoints that move between layouts."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.config import STAGES, ParallelSettings
+from megatron_cocoa.model.build import build_model
+from megatron_cocoa.objectives import build_objective
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.recipes.context import prepare_context
+from megatron_cocoa.recipes.retrieval import RetrievalProbe
+from megatron_cocoa.recipes.stages import build_loader, build_with_weights
+from megatron_cocoa.training.data_parallel import wrap_data_parallel
+from megatron_cocoa.training.trainer import train_stage
+from tests.distributed.check import Check
+from tests.distributed.tiny_run import tiny_settings, write_folders
+
+STEPS = 20
+
+
+class _Losses:
+    """Keeps loss and gradient norm of every step, where a run would write them."""
+
+    def __init__(self):
+        self.values: list[float] = []
+        self.grad_norms: list[float] = []
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self.values.append(metrics["loss"])
+        self.grad_norms.append(metrics["grad_norm"])
+
+
+def stage_losses(**parallel) -> dict[str, list[float]]:
+    """The first losses and gradient norms of each stage at a layout, each stage from the same random weights."""
+    settings = ParallelSettings(**parallel)
+    topology.set_layout(settings, seed=0)
+    losses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_folders(Path(folder))
+        context = prepare_context(tiny_settings(Path(folder), steps=STEPS, parallel=settings))
+        for stage in STAGES:
+            bare = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
+            log = _Losses()
+            train_stage(
+                wrap_data_parallel(bare, settings),
+                build_objective(stage, context.settings),
+                build_loader(context, stage),
+                stage=context.settings.stage(stage),
+                settings=context.settings,
+                log=log,
+            )
+            losses[stage] = log.values
+            losses[f"{stage}_grad_norm"] = log.grad_norms
+        dist.barrier()
+    return losses
+
+
+def checkpoint_moves(save_at: dict, load_at: dict) -> dict[str, float]:
+    """Largest difference of embeddings between the layout that saved and the one that loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared, src=0)
+        write_folders(Path(folder))
+        path = Path(shared[0]) / "checkpoint"
+        embeddings = []
+        for index, degrees in enumerate((save_at, load_at)):
+            parallel = ParallelSettings(**degrees)
+            topology.set_layout(parallel, seed=index)
+            context = prepare_context(tiny_settings(Path(folder), parallel=parallel, seed=100 + index))
+            if index == 0:
+                model = build_with_weights(context, checkpoint=None, with_image_decoder=True)
+                info = CheckpointInfo("warmup", 1, context.bundle.mask_token_id, context.bundle.bridge_token_id, {})
+                save_checkpoint(path, model.chunks, info)
+            else:
+                model = build_model(context.architecture, context.settings, with_image_decoder=False)
+                load_checkpoint(path, model.chunks)
+            probe = RetrievalProbe(context, image_size=None, batch_size=5)
+            found = probe.embed(model, probe.pools[0])
+            embeddings.append(torch.cat([found.texts, found.pictures]))
+        dist.barrier()
+    return {"difference": float((embeddings[0] - embeddings[1]).abs().max())}
+
+
+def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **more) -> dict:
+    return dict(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=vpp,
+        **more,
+    )
+
+
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "train-single": (1, _degrees()),
+    "train-dp2": (2, _degrees()),
+    "train-dp2-distributed-optimizer": (2, _degrees(use_distributed_optimizer=True)),
+    "train-tp2": (2, _degrees(tp=2)),
+    "train-tp2-sp": (2, _degrees(tp=2, sequence_parallel=True)),
+    "train-pp2": (2, _degrees(pp=2)),
+    "train-pp2-vpp2": (2, _degrees(pp=2, vpp=2)),
+    "train-cp2": (2, _degrees(cp=2)),
+    "train-tp2-pp2": (4, _degrees(tp=2, pp=2)),
+    "train-pp2-dp2": (4, _degrees(pp=2)),
+}
+
+MOVES: dict[str, tuple[int, dict, dict]] = {
+    "checkpoint-tp2-to-pp2": (2, _degrees(tp=2), _degrees(pp=2)),
+    "checkpoint-pp2-to-dp2": (2, _degrees(pp=2), _degrees()),
+    "checkpoint-tp2-pp2-to-pp4": (4, _degrees(tp=2, pp=2), _degrees(pp=4)),
+}
+
+CHECKS = {
+    **{name: Check(size, functools.partial(stage_losses, **degrees)) for name, (size, degrees) in LAYOUTS.items()},
+    **{name: Check(size, functools.partial(checkpoint_moves, *ends)) for name, (size, *ends) in MOVES.items()},
+}

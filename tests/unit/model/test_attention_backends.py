@@ -1,0 +1,167 @@
+"""Every attention backend that runs without a GPU against a dense softmax, outputs and gradients."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.model import flex, sdpa, varlen
+from megatron_cocoa.model.attention import attend_function, rotate
+from megatron_cocoa.model.segments import SegmentTable, compile_segments
+from tests.parity.masks import dense_attention, dense_mask
+
+CPU = torch.device("cpu")
+DIM = 4
+# Softmax averages of at most 60 numbers of size one in float64: rounding is near 1e-15, anything else is a mistake.
+EXACT = dict(rtol=1e-9, atol=1e-11)
+
+
+@st.composite
+def problems(draw):
+    """A mask kind, a pack, and numbers of query heads per key-value head."""
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    bridges = [int(start) + draw(st.integers(0, length - 1)) for start, length in zip(starts, lengths)]
+    heads = draw(st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]))
+    return draw(st.sampled_from(MaskKind)), lengths, bridges, draw(st.integers(0, 3)), heads, draw(st.integers(0, 99))
+
+
+def tensors(tokens: int, heads: tuple[int, int], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(tokens, heads[0], DIM), (tokens, heads[1], DIM), (tokens, heads[1], DIM)]
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def check(attend, problem, *, backward: bool = True) -> None:
+    kind, lengths, bridges, tail, heads, seed = problem
+    table = compile_segments(kind, lengths, bridges, tail)
+    inputs = tensors(table.length, heads, seed)
+    wanted = dense_attention(*inputs, dense_mask(kind, lengths, bridges, tail), 0.7)
+    found = attend(*inputs, table, 0.7)
+    assert_close(found, wanted, **EXACT)
+    if backward:
+        weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+        for mine, theirs in zip(
+            torch.autograd.grad(found, inputs, weight), torch.autograd.grad(wanted, inputs, weight)
+        ):
+            assert_close(mine, theirs, **EXACT)
+
+
+@given(problem=problems())
+def test_sdpa_is_dense_attention(problem):
+    """Claim: bucketed SDPA gives the outputs and gradients of a dense softmax, grouped heads included."""
+    check(sdpa.attend, problem)
+
+
+@given(problem=problems(), cost=st.sampled_from([0, 3, 40, 10**9]))
+def test_sdpa_does_not_depend_on_how_segments_are_bucketed(problem, cost):
+    """Claim: padding segments to one shape is exact at every trade-off between padding and calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "CALL_COST", cost)
+        check(sdpa.attend, problem)
+
+
+@given(problem=problems(), cost=st.sampled_from([0, 3, 40, 10**9]))
+def test_buckets_hold_each_row_once(problem, cost):
+    """Claim: a plan computes every query row of the pack exactly once; what it pads is never read back."""
+    kind, lengths, bridges, tail, _, _ = problem
+    table = compile_segments(kind, lengths, bridges, tail)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "CALL_COST", cost)
+        plan = sdpa.build_plan(table, CPU)
+    outputs = sum(bucket.num * bucket.q_len for bucket in plan.buckets)
+    rows = torch.arange(table.length)
+    computed = torch.cat([rows[b.q_rows] if isinstance(b.q_rows, slice) else b.q_rows for b in plan.buckets])
+    assert len(computed) == outputs
+    read = torch.arange(outputs) if plan.output_rows is None else plan.output_rows
+    assert len(set(read.tolist())) == table.length
+    assert torch.equal(computed[read], rows)
+    assert sum(bucket.num for bucket in plan.buckets) == len(table.rows)
+
+
+def test_equal_segments_are_one_call():
+    """Claim: a batch of equal windows or captions does not pay a kernel launch each."""
+    plan = sdpa.build_plan(SegmentTable.from_lengths([64] * 50), CPU)
+    assert len(plan.buckets) == 1 and plan.output_rows is None and plan.buckets[0].key_mask is None
+
+
+def test_a_plan_is_built_once_for_all_layers():
+    """Claim: layers share the index tensors of their table."""
+    table = SegmentTable.from_lengths([3, 5])
+    inputs = tensors(8, (2, 2), 0)
+    sdpa.attend(*inputs, table, 1.0)
+    plan = table.plans["sdpa"]
+    sdpa.attend(*inputs, table, 1.0)
+    assert table.plans["sdpa"] is plan
+
+
+@pytest.mark.parametrize("kind", MaskKind)
+def test_flex_reference_is_sdpa(kind):
+    """Claim: the inspectable block mask shows the mask that training uses. FlexAttention has no backward on CPU."""
+    table = compile_segments(kind, [9, 1, 14], [4, 9, 23], 3)
+    query, key, value = (x.detach().float() for x in tensors(table.length, (4, 2), 0))
+    # float32: FlexAttention computes in it whatever it is given.
+    assert_close(
+        flex.attend(query, key, value, table, 0.5), sdpa.attend(query, key, value, table, 0.5), rtol=1e-5, atol=1e-6
+    )
+
+
+def varlen_kernel(query, key, value, call, scale):
+    """What a variable-length flash kernel computes, written as a loop over its offsets."""
+    outputs = []
+    for index in range(len(call.cu_q) - 1):
+        q = query[call.cu_q[index] : call.cu_q[index + 1]]
+        k, v = (x[call.cu_k[index] : call.cu_k[index + 1]] for x in (key, value))
+        assert 0 < len(q) <= call.max_q and 0 < len(k) <= call.max_k
+        visible = torch.ones(len(q), len(k), dtype=torch.bool)
+        outputs.append(dense_attention(q, k, v, visible.tril() if call.causal else visible, scale))
+    assert call.cu_q[-1] == len(query) and call.cu_k[-1] == len(key)
+    return torch.cat(outputs)
+
+
+@given(problem=problems())
+def test_varlen_calls_are_dense_attention(problem):
+    """Claim: offsets and gathers handed to a flash kernel describe the mask; its gradients flow back to the pack."""
+    check(lambda *arguments: varlen.attend_with(varlen_kernel, *arguments), problem)
+
+
+@given(problem=problems())
+@settings(max_examples=20)
+def test_varlen_needs_one_call_unless_the_tail_differs(problem):
+    """Claim: a pack costs one kernel call; only a causal pack with its non-causal tail costs two."""
+    kind, lengths, bridges, tail, _, _ = problem
+    calls = varlen.build_calls(compile_segments(kind, lengths, bridges, tail), CPU)
+    assert len(calls) == (2 if kind is MaskKind.CAUSAL and tail else 1)
+    for call in calls:
+        assert call.cu_q.dtype == call.cu_k.dtype == torch.int32
+
+
+def test_plain_packs_need_no_gather():
+    """Claim: where key segments do not overlap, keys and values are used in place."""
+    (call,) = varlen.build_calls(compile_segments(MaskKind.BIDIRECTIONAL, [5, 2, 8]), CPU)
+    assert call.k_rows == slice(0, 15)
+
+
+def test_rotation_turns_pairs_of_channels():
+    """Claim: channel pairs ``(i, i + dim / 2)`` turn as complex numbers by their angle."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 8, generator=generator, dtype=torch.float64)
+    angles = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    assert_close(rotate(x, angles.cos(), angles.sin()), torch.cat([turned.real, turned.imag], dim=-1), **EXACT)
+
+
+def test_backends_that_cannot_serve_are_refused():
+    """Claim: a backend is never replaced in silence by another, but ``auto`` may choose."""
+    assert attend_function("auto", on_gpu=False) is sdpa.attend
+    assert attend_function("sdpa", on_gpu=True) is sdpa.attend
+    assert attend_function("flex", on_gpu=False) is flex.attend
+    with pytest.raises(ValueError, match="attention backend flash needs .*choose model.attention_backend=sdpa"):
+        attend_function("flash", on_gpu=False)
+    with pytest.raises(ValueError, match="attention backend transformer_engine needs .*"):
+        attend_function("transformer_engine", on_gpu=False)
+    with pytest.raises(ValueError, match="unknown attention backend 'xformers'"):
+        attend_function("xformers", on_gpu=False)

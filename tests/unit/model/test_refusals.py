@@ -1,0 +1,152 @@
+"""Layouts and batches that would not work, or would corrupt a run in silence, end in a message with the numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.config import ModelSettings, ParallelSettings
+from megatron_cocoa.model.attention import SequenceContext
+from megatron_cocoa.model.heads import local_rows
+from megatron_cocoa.model.segments import SegmentTable
+from megatron_cocoa.model.transformer_configs import check_layout
+from tests.parity import reference
+
+ARCHITECTURE = QwenVLArchitecture.from_huggingface(reference.tiny_config("qwen2_5_vl"))
+
+
+@pytest.mark.parametrize(
+    "text, vision, parallel, message",
+    [
+        ({}, {}, dict(tensor_model_parallel_size=3), "8 attention heads of the language model .* 3 x .* 1 = 3"),
+        (
+            {},
+            {},
+            dict(tensor_model_parallel_size=4, context_parallel_size=4),
+            "8 attention heads of the language model .* tensor parallel size 4 x context parallel size 4 = 16",
+        ),
+        ({}, dict(num_heads=2), dict(tensor_model_parallel_size=4), "2 attention heads of the tower .* 4 x .* 1 = 4"),
+        (
+            dict(num_attention_heads=24, num_key_value_heads=6),
+            dict(num_heads=4),
+            dict(tensor_model_parallel_size=4),
+            "num_key_value_heads 6 is not divisible by tensor parallel size 4",
+        ),
+        (
+            dict(num_attention_heads=24, num_key_value_heads=3),
+            {},
+            dict(tensor_model_parallel_size=4),
+            "tensor parallel size 4 is neither a divisor nor a multiple of num_key_value_heads 3",
+        ),
+        (dict(intermediate_size=90), {}, dict(tensor_model_parallel_size=4), "intermediate_size .*, 90, .* size 4"),
+        (
+            {},
+            dict(intermediate_size=46),
+            dict(tensor_model_parallel_size=4),
+            "ffn width of the tower, 46, .* 4: set model.vision_ffn_multiple",
+        ),
+        ({}, {}, dict(pipeline_model_parallel_size=3), "4 language layers .* 4 layers for 3 of 3 pipeline stages"),
+        (
+            {},
+            {},
+            dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=5),
+            r"4 language layers cannot be split: \[5\] fixed .* leave -1 layers",
+        ),
+        (
+            {},
+            {},
+            dict(
+                pipeline_model_parallel_size=2,
+                num_layers_in_first_pipeline_stage=1,
+                num_layers_in_last_pipeline_stage=2,
+            ),
+            r"\[1, 2\] fixed for the first/last stage leave 1 layers for 0 of 2",
+        ),
+        (
+            {},
+            {},
+            dict(num_layers_in_last_pipeline_stage=2),
+            "num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages",
+        ),
+        (
+            {},
+            {},
+            dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4),
+            r"\[2\] layers per stage are not divisible by 4 virtual stages",
+        ),
+    ],
+)
+def test_impossible_layouts_are_refused_with_their_numbers(text, vision, parallel, message):
+    """Claim: a degree that the architecture forbids is one message before any layer is built."""
+    architecture = replace(
+        ARCHITECTURE, text=replace(ARCHITECTURE.text, **text), vision=replace(ARCHITECTURE.vision, **vision)
+    )
+    with pytest.raises(ValueError, match=message):
+        check_layout(architecture, model=ModelSettings(), parallel=ParallelSettings(**parallel))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        dict(tensor_model_parallel_size=4, context_parallel_size=2),
+        dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1),
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        dict(pipeline_model_parallel_size=4),
+    ],
+)
+def test_possible_layouts_pass(parallel):
+    """Claim: the checks refuse nothing that the parity suite runs."""
+    check_layout(ARCHITECTURE, model=ModelSettings(), parallel=ParallelSettings(**parallel))
+
+
+def test_padding_makes_the_published_tower_width_divisible():
+    """Claim: the remedy that the message names works: 3420 at tensor parallel 8 after padding to 3456."""
+    vision = replace(ARCHITECTURE.vision, intermediate_size=3420, num_heads=16)
+    architecture = replace(ARCHITECTURE, vision=vision)
+    parallel = ParallelSettings(tensor_model_parallel_size=8)
+    with pytest.raises(ValueError, match="3420, is not divisible by tensor parallel size 8"):
+        check_layout(architecture, model=ModelSettings(), parallel=parallel)
+    check_layout(architecture, model=ModelSettings(vision_ffn_multiple=128), parallel=parallel)
+
+
+class _Group:
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def test_packs_that_context_parallelism_cannot_cut_are_refused():
+    """Claim: a pack is never cut into unequal or overlapping shares."""
+    with pytest.raises(ValueError, match="pack of 7 tokens is not divisible by context parallel size 2"):
+        local_rows(7, _Group(0, 2))
+    shares = [local_rows(8, _Group(rank, 4)) for rank in range(4)]
+    assert [(s.first, s.last) for s in shares] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+
+
+def picture_batch(tiny):
+    samples = tiny.encode([reference.Sample((2, (1, 4, 6), 3))], MaskKind.BIDIRECTIONAL)
+    return tiny.pack(samples, MaskKind.BIDIRECTIONAL)
+
+
+def test_cut_image_tokens_are_refused(tiny):
+    """Claim: fewer placeholders than features would shift every picture after them: refused in the model itself."""
+    batch = picture_batch(tiny)
+    with pytest.raises(ValueError, match="5 image placeholder tokens for 6 image features"):
+        tiny.chunk(replace(batch, feature_positions=batch.feature_positions[:-1]))
+    with pytest.raises(ValueError, match="6 image placeholder tokens for 0 image features"):
+        tiny.chunk(replace(batch, grid_thw=(), pixel_values=None))
+
+
+def test_pixels_that_do_not_fit_their_grids_are_refused(tiny):
+    """Claim: a picture is never read with another picture's shape."""
+    batch = picture_batch(tiny)
+    with pytest.raises(ValueError, match=r"20 patches for grids \[\(1, 4, 6\)\]: 24 needed"):
+        tiny.chunk(replace(batch, pixel_values=batch.pixel_values[:20]))
+
+
+def test_segment_tables_of_another_pack_are_refused(tiny):
+    """Claim: attention never runs under a table that does not cover the rows at hand."""
+    context = SequenceContext(segments=SegmentTable.from_lengths([5]))
+    with pytest.raises(ValueError, match="segment table covers 5 rows, attention has 6"):
+        tiny.chunk.language_model(torch.zeros(6, 1, 64), context)

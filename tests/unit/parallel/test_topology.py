@@ -1,0 +1,37 @@
+"""What a launcher says about a process, and degrees that do not fit the world."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_cocoa.config import ParallelSettings
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel.topology import LaunchInfo
+
+
+def test_launch_info_reads_torchruns_environment():
+    """Claim: under torchrun a process knows its place; without it, it is alone."""
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    assert LaunchInfo.from_environment(environment) == LaunchInfo(rank=5, world_size=8, local_rank=1)
+    assert LaunchInfo.from_environment({}) == LaunchInfo(rank=0, world_size=1, local_rank=0)
+
+
+@pytest.mark.parametrize("world_size, wanted", [(8, 1), (16, 2), (64, 8)])
+def test_data_parallel_size_is_what_remains(world_size, wanted):
+    """Claim: replicas are the world over tensor x pipeline x context."""
+    parallel = ParallelSettings(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2
+    )
+    assert parallel.data_parallel_size(world_size) == wanted
+
+
+def test_degrees_that_do_not_divide_the_world_are_refused_before_any_process_group():
+    """Claim: a wrong number of ranks costs a message with all the numbers, not a hanging rendezvous."""
+    parallel = ParallelSettings(tensor_model_parallel_size=4, pipeline_model_parallel_size=3)
+    message = (
+        r"8 rank\(s\) cannot be divided into replicas of 12 \(tensor 4 x pipeline 3 x context 1\): "
+        r"start a multiple of 12 ranks"
+    )
+    before = dist.is_initialized()
+    with pytest.raises(ValueError, match=message):
+        topology.initialize(parallel, LaunchInfo(rank=0, world_size=8, local_rank=0), seed=0)
+    assert dist.is_initialized() == before
