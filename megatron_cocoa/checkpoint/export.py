@@ -1,15 +1,9 @@
-"""Writing Hugging Face model folders: streamed, in shards, and whole or not at all.
-
-A folder is written beside its target under a name that says it is incomplete, forced to disk, and renamed. Whoever
-kills the export finds either the finished folder or one that the reader refuses.
-"""
+"""Writing Hugging Face model folders: streamed, in shards, and whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.checkpoint.convert import VocabularyRows
-from megatron_cocoa.checkpoint.huggingface import INCOMPLETE_SUFFIX, INDEX_FILE, SINGLE_FILE
+from megatron_cocoa.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
 from megatron_cocoa.checkpoint.mapping import NameTable, nested_spelling
+from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
@@ -63,6 +58,7 @@ def export_huggingface(
     spelling: Literal["flat", "nested"] = "flat",
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    keep: str | Path | None = None,
 ) -> ExportReport:
     """Write the model as a Hugging Face folder; one Megatron tensor is in memory at a time.
 
@@ -77,6 +73,7 @@ def export_huggingface(
         spelling: names on disk, ``flat`` as published, or ``nested``.
         max_shard_bytes: upper bound on a weight file, except where a single Megatron tensor exceeds it.
         overwrite: replace an existing model folder at ``target``.
+        keep: folder that the tensors come from, if it is not ``source``: it is never overwritten either.
 
     Raises:
         ValueError: if the target exists and ``overwrite`` is off or it is not a model folder, the source has no
@@ -84,17 +81,18 @@ def export_huggingface(
             at the target then, and what was there stays.
     """
     source, target = Path(source), Path(target).absolute()
+    if keep is not None:
+        check_target(target, Path(keep), marker="config.json", kind="model folder", overwrite=overwrite)
     _check_places(source, target, overwrite)
     left_out = [] if names is None else _check_names(names, table)
-    shards = _plan_shards(table, max_shard_bytes, dtype.itemsize if dtype else _WIDEST_ITEM)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{INCOMPLETE_SUFFIX}")
-    work.mkdir()
-    try:
-        spell = nested_spelling if spelling == "nested" else str
-        writer = _ShardWriter(tensors, dtype, spell, left_out)
-        weight_map: dict[str, str] = {}
-        files, num_bytes = [], 0
+    item_bytes = dtype.itemsize if dtype else _WIDEST_ITEM
+    shards = _plan_shards(table, max_shard_bytes, item_bytes)
+    spell = nested_spelling if spelling == "nested" else str
+    writer = _ShardWriter(tensors, dtype, spell, left_out)
+    weight_map: dict[str, str] = {}
+    files, num_bytes = [], 0
+    room = dtype.itemsize * sum(torch.Size(shape).numel() for shape in table.hf_shapes.values()) if dtype else 0
+    with new_folder(target, num_bytes=room) as work:
         for number, mappings in enumerate(shards, start=1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             shapes = {spell(n): s for m in mappings for n, s in zip(m.hf_names, m.hf_shapes)}
@@ -104,11 +102,6 @@ def export_huggingface(
         if len(shards) > 1:
             _write_json(work / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
         _copy_companions(source, work, writer.dtypes)
-        _put_in_place(work, target)
-    except BaseException:
-        # A full disk or an interrupt must not leave the half behind either.
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return ExportReport(target, tuple(files), len(weight_map), num_bytes, tuple(left_out))
 
 
@@ -145,16 +138,7 @@ class _ShardWriter:
 def _check_places(source: Path, target: Path, overwrite: bool) -> None:
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} has no config.json: needed the Hugging Face folder that the model came from")
-    if not target.exists():
-        return
-    if target.resolve() == source.resolve():
-        raise ValueError(f"{target} is the source folder itself: choose another target")
-    if not overwrite:
-        raise ValueError(f"{target} exists: choose another target or ask to overwrite it")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise ValueError(f"{target} is not a model folder (no config.json), and will not be overwritten")
-    if target.resolve() in source.resolve().parents:
-        raise ValueError(f"{target} contains the source folder {source}: choose another target")
+    check_target(target, source, marker="config.json", kind="model folder", overwrite=overwrite)
 
 
 def _check_names(names: Iterable[str], table: NameTable) -> list[str]:
@@ -209,31 +193,3 @@ def _write_json(path: Path, value: object) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    """Make ``work`` durable and rename it to ``target``; an earlier target is moved aside first and deleted last."""
-    for file in work.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    _sync_folder(work)
-    if not target.exists():
-        os.rename(work, target)
-    else:
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.replaced")
-        os.rename(target, aside)
-        try:
-            os.rename(work, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

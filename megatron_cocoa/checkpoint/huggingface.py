@@ -11,20 +11,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_cocoa.checkpoint.convert import same_bits
 from megatron_cocoa.checkpoint.mapping import NameTable, flat_spelling
+from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX
+from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-INCOMPLETE_SUFFIX = ".incomplete"
-"""Folders of this name are being written, or were when their writer was killed."""
-
 _NAMES_SHOWN = 20
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -32,8 +29,7 @@ _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class HuggingFaceReader:
     """The tensors of a Hugging Face model folder by their names in the flat spelling, whichever is on disk.
 
-    Opening reads only the index and the headers. One shard is kept open at a time; close it with ``close`` or by
-    using the reader as a context manager.
+    Opening reads only the index and the headers. Close it with ``close`` or by using the reader as a context manager.
 
     Args:
         path: folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and its shards.
@@ -45,8 +41,7 @@ class HuggingFaceReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._open_file: str | None = None
-        self._handle: Any = None
+        self._files: dict[str, SafetensorsFile] = {}
         self._location: dict[str, tuple[str, str]] = {}
         for file, names in _names_by_file(self.path).items():
             for name in self._check_shard(file, names):
@@ -65,32 +60,29 @@ class HuggingFaceReader:
         self.close()
 
     def close(self) -> None:
-        """Release the open shard. The reader can be used again afterwards."""
-        if self._handle is not None:
-            self._handle.__exit__(None, None, None)
-        self._open_file, self._handle = None, None
+        """Release the files. The reader can be used again afterwards."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
 
     def keys(self) -> list[str]:
         """Names in the flat spelling, in the order of the files."""
         return list(self._location)
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor on the CPU, in the dtype on disk. It may share memory with the file: do not write to it."""
+        """The whole tensor on the CPU, in the dtype on disk and in memory of its own."""
         file, spelled = self._locate(name)
-        try:
-            return self._open(file).get_tensor(spelled)
-        except SafetensorError as error:
-            raise ValueError(f"{name} in {self.path / file} cannot be read: {error}") from error
+        return self._open(file).read(spelled)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape without reading the tensor."""
         file, spelled = self._locate(name)
-        return tuple(self._open(file).get_slice(spelled).get_shape())
+        return self._open(file).shape(spelled)
 
     def dtype(self, name: str) -> str:
         """Safetensors' word for the dtype on disk, such as ``BF16``, without reading the tensor."""
         file, spelled = self._locate(name)
-        return self._open(file).get_slice(spelled).get_dtype()
+        return self._open(file).dtype(spelled)
 
     def read(self, mapping: Mapping) -> Tensor:
         """The unsharded Megatron tensor of ``mapping``."""
@@ -101,26 +93,17 @@ class HuggingFaceReader:
             raise ValueError(f"{self.path} holds no tensor {name}")
         return self._location[name]
 
-    def _open(self, file: str) -> Any:
-        if file == self._open_file:
-            return self._handle
-        self.close()
-        path = self.path / file
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist, and {INDEX_FILE} names it: the folder is incomplete")
-        try:
-            handle = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is not a readable safetensors file, it may be truncated or "
-                f"damaged: {error}. Copy it again"
-            ) from error
-        self._open_file, self._handle = file, handle.__enter__()
-        return self._handle
+    def _open(self, file: str) -> SafetensorsFile:
+        if file not in self._files:
+            path = self.path / file
+            if not path.is_file():
+                raise ValueError(f"{path} does not exist, and {INDEX_FILE} names it: the folder is incomplete")
+            self._files[file] = SafetensorsFile(path)
+        return self._files[file]
 
     def _check_shard(self, file: str, names: set[str] | None) -> list[str]:
         """Names in a shard; they must be the ones that the index lists for it (``names``), where there is an index."""
-        found = list(self._open(file).keys())
+        found = self._open(file).keys()
         if names is not None and names != set(found):
             raise ValueError(
                 f"{self.path / file} does not match {INDEX_FILE}: "
@@ -133,7 +116,7 @@ class HuggingFaceReader:
 def _names_by_file(path: Path) -> dict[str, set[str] | None]:
     """Weight files of a folder and the names that the index gives each; None where a single file needs no index."""
     if path.name.endswith(INCOMPLETE_SUFFIX):
-        raise ValueError(f"{path} was left behind by an export that did not finish: delete it and export again")
+        raise ValueError(f"{path} was left behind by a conversion that did not finish: delete it and convert again")
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder: needed a Hugging Face model folder")
     single, index = (path / SINGLE_FILE).is_file(), (path / INDEX_FILE).is_file()

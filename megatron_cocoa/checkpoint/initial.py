@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -14,8 +15,10 @@ from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, load_huggingface_weights
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
-from megatron_cocoa.checkpoint.store import load_checkpoint, load_layer_from
+from megatron_cocoa.checkpoint.stacked import StackedTensors
+from megatron_cocoa.checkpoint.store import IMPORT_STAGE, load_checkpoint
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
 IMAGE_DECODER = "image_decoder."
 
@@ -57,8 +60,12 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
     """
     if source.checkpoint is not None:
         info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER,))
+        if info.stage == IMPORT_STAGE:
+            _set_mask_row(chunks, source)
         if info.stage != "warmup":
-            _image_decoder_from_checkpoint(chunks, source)
+            with TorchDistReader(source.checkpoint) as reader:
+                tensors = StackedTensors(reader)
+                _image_decoder_from_layers(chunks, table, lambda m: tensors(m.megatron_name), source.seed)
         return
     place = _tensor_parallel_place()
     mean = dict(mean_row=source.mask_token_id, used_rows=source.used_rows)
@@ -79,6 +86,26 @@ def _tensor_parallel_place() -> dict[str, int]:
     )
 
 
+@torch.no_grad()
+def _set_mask_row(chunks: Sequence[nn.Module], source: WeightSource) -> None:
+    """Start the mask token's row as the mean of the used rows, as for a folder; over tensor-parallel shards.
+
+    A tied last stage holds a copy of the embedding and does the same to it.
+    """
+    for chunk in chunks:
+        if not (chunk.pre_process or (chunk.post_process and chunk.share_embeddings_and_output_weights)):
+            continue
+        weight = chunk.shared_embedding_or_output_weight()
+        rows = torch.arange(weight.shape[0], device=weight.device)
+        rows += _tensor_parallel_place()["tp_rank"] * weight.shape[0]
+        others = (rows < source.used_rows) & (rows != source.mask_token_id)
+        total = (weight.float() * others.unsqueeze(1)).sum(0)
+        count = others.sum().float()
+        for part in (total, count):
+            dist.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
+        weight[rows == source.mask_token_id] = (total / count).to(weight.dtype)
+
+
 def _image_decoder(chunks: Sequence[nn.Module]) -> nn.Module | None:
     return getattr(chunks[-1], "image_decoder", None)
 
@@ -94,21 +121,6 @@ def _image_decoder_from_layers(
         mapping = table.megatron_to_hf(f"language_model.decoder.layers.{middle}.{name}")
         copy_shard(parameter, mapping, read(mapping), **_tensor_parallel_place())
     _draw_pixel_head(decoder, seed)
-
-
-def _image_decoder_from_checkpoint(chunks: Sequence[nn.Module], source: WeightSource) -> None:
-    """Collective: ranks without the decoder take part in the read."""
-    decoder = _image_decoder(chunks)
-    layers = chunks[-1].architecture.text.num_hidden_layers
-    load_layer_from(
-        source.checkpoint,
-        None if decoder is None else decoder.decoder.layers[0],
-        block="language_model.decoder",
-        index=layers // 2,
-        num_layers=layers,
-    )
-    if decoder is not None:
-        _draw_pixel_head(decoder, source.seed)
 
 
 @torch.no_grad()

@@ -158,6 +158,27 @@ def _sharded_dialect(architecture: QwenVLArchitecture, layouts: dict[str, Layout
             )
 
 
+def _bridge_dialect(architecture: QwenVLArchitecture, layouts: dict[str, Layout]) -> Iterator[Mapping]:
+    """NVIDIA's Megatron-Bridge: the tower is Hugging Face's own module, whole on every rank, under its own names.
+
+    Its language model has the sharded dialect's names (src/megatron/bridge/models/qwen_vl/qwen25_vl_bridge.py).
+
+    Raises:
+        ValueError: for Qwen2-VL, which Megatron-Bridge does not map.
+    """
+    if architecture.model_type != "qwen2_5_vl":
+        raise ValueError(f"Megatron-Bridge has no names for {architecture.model_type}, only for qwen2_5_vl")
+    for mapping in _sharded_dialect(architecture, layouts):
+        if not mapping.megatron_name.startswith("vision_model."):
+            yield mapping
+            continue
+        for name, shape in zip(mapping.hf_names, mapping.hf_shapes):
+            yield Mapping(name, (name,), (shape,), layouts["same"], Sharding.REPLICATED)
+
+
+DIALECTS = {"sharded": _sharded_dialect, "megatron-bridge": _bridge_dialect}
+
+
 class NameTable:
     """All mappings of one model, tower first. Iterating yields ``Mapping``.
 
@@ -165,13 +186,19 @@ class NameTable:
         architecture: the model's sizes.
         padded_vocab_size: rows of the unsharded Megatron embedding; None pads nothing.
         vision_ffn_multiple: the tower's ffn is zero-padded to a multiple of this.
+        dialect: whose Megatron names, one of ``DIALECTS``.
 
     Raises:
-        ValueError: for a padding below the vocabulary or a multiple below 1.
+        ValueError: for a padding below the vocabulary or a multiple below 1, or a model that the dialect lacks.
     """
 
     def __init__(
-        self, architecture: QwenVLArchitecture, *, padded_vocab_size: int | None = None, vision_ffn_multiple: int = 1
+        self,
+        architecture: QwenVLArchitecture,
+        *,
+        padded_vocab_size: int | None = None,
+        vision_ffn_multiple: int = 1,
+        dialect: str = "sharded",
     ) -> None:
         self.tied = architecture.tie_word_embeddings
         self.vocab_size = architecture.text.vocab_size
@@ -184,13 +211,18 @@ class NameTable:
             raise ValueError(f"vision_ffn_multiple is {vision_ffn_multiple}, needed 1 or more")
         padded_ffn = -(-architecture.vision.intermediate_size // vision_ffn_multiple) * vision_ffn_multiple
         layouts = _layouts(architecture, self.padded_vocab_size, padded_ffn)
-        self.mappings = tuple(_sharded_dialect(architecture, layouts))
+        self.mappings = tuple(DIALECTS[dialect](architecture, layouts))
 
     @classmethod
     def from_config(
-        cls, hf_config: Any, *, padded_vocab_size: int | None = None, vision_ffn_multiple: int = 1
+        cls,
+        hf_config: Any,
+        *,
+        padded_vocab_size: int | None = None,
+        vision_ffn_multiple: int = 1,
+        dialect: str = "sharded",
     ) -> NameTable:
-        """The table of a ``Qwen2VLConfig`` or ``Qwen2_5_VLConfig``; padding as above.
+        """The table of a ``Qwen2VLConfig`` or ``Qwen2_5_VLConfig``; padding and dialect as above.
 
         Raises:
             ValueError: for an architecture that the project does not implement.
@@ -199,6 +231,7 @@ class NameTable:
             QwenVLArchitecture.from_huggingface(hf_config),
             padded_vocab_size=padded_vocab_size,
             vision_ffn_multiple=vision_ffn_multiple,
+            dialect=dialect,
         )
 
     def __iter__(self) -> Iterator[Mapping]:

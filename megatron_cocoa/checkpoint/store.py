@@ -17,11 +17,13 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 INFO_FILE = "cocoa.json"
+IMPORT_STAGE = "import"
+"""``CheckpointInfo.stage`` of converted weights, which no stage has trained."""
+
 OPTIMIZER_SHARDING = "fully_reshardable"
 """Megatron's form of optimizer state that loads at any data-parallel size."""
 
@@ -96,27 +98,6 @@ def load_checkpoint(
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     return info
-
-
-def load_layer_from(path: str | Path, layer: nn.Module, *, block: str, index: int, num_layers: int) -> None:
-    """Fill a transformer layer from layer ``index`` of a checkpoint's stacked block, at any layout; collective.
-
-    Args:
-        path: a complete checkpoint.
-        layer: a Megatron ``TransformerLayer``, or None on ranks that hold none.
-        block: name of the block in the checkpoint, such as ``language_model.decoder``.
-        index: 0-based layer within it.
-        num_layers: layers of the block.
-    """
-    state: ShardedStateDict = {}
-    if layer is not None:
-        state = layer.sharded_state_dict("layer.", [(0, index, num_layers)], _metadata())
-        replace_prefix_for_sharding(state, "layer.", f"{block}.layers.")
-        state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
-    loaded = dist_checkpointing.load({"layer": state}, str(path), validate_access_integrity=False)
-    if layer is not None:
-        values = {name.removeprefix("layer."): value for name, value in loaded["layer"].items()}
-        layer.load_state_dict(values, strict=False)
 
 
 def read_info(path: str | Path) -> CheckpointInfo:

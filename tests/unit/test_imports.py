@@ -15,13 +15,17 @@ CONTRACTS = {"config", "batch", "architecture"}
 SAME_LAYER = ("model", "data", "objectives", "checkpoint")
 BELOW = CONTRACTS | {"settings", "parallel"}
 MAY_IMPORT = {
-    "__init__": set(),
+    "__init__": {"embedder"},
     **{name: set() for name in CONTRACTS},
     "settings": {"config"},
     "parallel": CONTRACTS,
     **{name: BELOW for name in SAME_LAYER},
     "training": BELOW | set(SAME_LAYER),
     "evaluation": BELOW | set(SAME_LAYER),
+    "conversion": BELOW | set(SAME_LAYER),
+    "recipes": BELOW | set(SAME_LAYER) | {"training", "evaluation"},
+    "embedder": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes"},
+    "export": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes", "embedder"},
 }
 """For each file or folder of the package the others that it may import; every one may import itself."""
 

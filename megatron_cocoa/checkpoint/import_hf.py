@@ -1,0 +1,117 @@
+"""Writing a Hugging Face model folder as a Megatron distributed checkpoint: streamed, and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_cocoa.checkpoint.export import COMPANION_FILES
+from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
+from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.placement import check_target, new_folder
+from megatron_cocoa.checkpoint.stacked import StackedLayout
+from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo
+from megatron_cocoa.checkpoint.torch_dist_writer import BACKEND_FILE, CHUNK_BYTES, TorchDistWriter
+
+COMPANION_FOLDER = "huggingface"
+"""Inside of an imported checkpoint: configuration, tokenizer and processor files for the way back."""
+
+VOCABULARY_MULTIPLE = 128 * 16
+"""Vocabulary rows are stored up to a multiple of this, with zeros: the padding of tensor parallel degrees up to 16, so
+that no load leaves padding rows at random values. Megatron takes as many rows as it needs."""
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import wrote.
+
+    Args:
+        path: the finished checkpoint.
+        num_hf_tensors, num_tensors: Hugging Face tensors, and the Megatron tensors (layers stacked) made of them.
+        num_bytes: their size.
+        ignored: keys on disk that are not weights of the model, each with the reason.
+    """
+
+    path: Path
+    num_hf_tensors: int
+    num_tensors: int
+    num_bytes: int
+    ignored: dict[str, str]
+
+
+def import_huggingface(
+    source: str | Path,
+    table: NameTable,
+    target: str | Path,
+    *,
+    info: CheckpointInfo,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> ImportReport:
+    """Write the model in ``source`` as a checkpoint that ``store.load_checkpoint`` loads at any layout.
+
+    One Megatron tensor of one layer is in memory at a time.
+
+    Args:
+        source: Hugging Face model folder.
+        table: name table of the model, without padding of the vocabulary.
+        target: folder to create.
+        info: goes into the checkpoint.
+        dtype: cast to it; None keeps what is on disk.
+        overwrite: replace an existing checkpoint at ``target``.
+
+    Raises:
+        ValueError: if the folder does not fit the table, its tensors have several dtypes (and ``dtype`` is None), the
+            target must not be written, or the disk is too small. Nothing is left at the target then, and what was
+            there stays.
+        OSError: if writing fails, with the same promise.
+    """
+    source, target = Path(source), Path(target).absolute()
+    check_target(target, source, marker=BACKEND_FILE, kind="distributed checkpoint", overwrite=overwrite)
+    with HuggingFaceReader(source) as reader:
+        coverage = check_coverage(reader, table)
+        found = _common_dtype(reader, table, cast=dtype is not None)
+        rows = -(-table.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        layout = StackedLayout(table, vocabulary_rows=rows)
+        shapes = {mapping.stacked_name: layout.shape(mapping) for mapping in table}
+        room = (dtype or found).itemsize * sum(torch.Size(shape).numel() for shape in shapes.values())
+        with new_folder(target, num_bytes=room) as work, TorchDistWriter(work) as writer:
+            for mapping in table:
+                tensor = reader.read(mapping)
+                for values, offset in layout.blocks(mapping, tensor, max_bytes=CHUNK_BYTES):
+                    values = values if dtype is None else values.to(dtype)
+                    writer.write(mapping.stacked_name, values, shape=shapes[mapping.stacked_name], offset=offset)
+                for key in layout.empty_states(mapping):
+                    writer.write_empty_state(key)
+            _copy_companions(source, work / COMPANION_FOLDER)
+            (work / INFO_FILE).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
+            writer.finish()
+    return ImportReport(target, len(coverage.mapped), len(shapes), writer.num_bytes, coverage.ignored)
+
+
+def _common_dtype(reader: HuggingFaceReader, table: NameTable, *, cast: bool) -> torch.dtype:
+    """The dtype of all tensors; where they will be cast anyway, the one of the first."""
+    names: dict[str, list[str]] = {}
+    for name in table.hf_shapes:
+        names.setdefault(reader.dtype(name), []).append(name)
+    unknown = {word: group for word, group in names.items() if word not in _DTYPES}
+    if unknown or (len(names) > 1 and not cast):
+        listed = "; ".join(f"{len(group)} {word} ({', '.join(group[:5])})" for word, group in names.items())
+        raise ValueError(
+            f"{reader.path} holds weights of dtype {listed}: needed one dtype, {', '.join(_DTYPES)}; a Megatron tensor "
+            f"joins the layers of several, choose --dtype bf16 or fp32 to cast them"
+        )
+    return _DTYPES[next(iter(names))]
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    folder.mkdir()
+    for name in ("config.json", *COMPANION_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

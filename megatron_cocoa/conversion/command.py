@@ -1,0 +1,105 @@
+"""What the two converters' command lines share: options' types, the report, one message for whatever goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_cocoa.checkpoint.export import ExportReport
+    from megatron_cocoa.checkpoint.import_hf import ImportReport
+
+DTYPES = ("auto", "bf16", "fp32")
+DIALECT_NAMES = ("sharded", "megatron-bridge")
+EXIT_DIFFERENT = 1
+EXIT_BAD_INPUT = 2
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def byte_count(text: str) -> int:
+    """``500MB`` or ``2GiB`` in bytes."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]?I?B|)", text.strip().upper())
+    if match is None or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: needed a number with KB, MB, GB, KiB, MiB or GiB")
+    return int(match[1]) * _UNITS.get(match[2], 1)
+
+
+def dtype_of(word: str) -> torch.dtype | None:
+    """None for ``auto``."""
+    import torch
+
+    return {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[word]
+
+
+def run_command(action: Callable[[], bool], *, target: str) -> int:
+    """Run ``action`` on the first rank and turn what it does into an exit status.
+
+    Args:
+        action: does the work; False where a comparison failed.
+        target: folder that it writes.
+
+    Returns:
+        0, ``EXIT_DIFFERENT``, or ``EXIT_BAD_INPUT`` after one message on stderr.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Other ranks have nothing to wait for: torchrun ends when the first one does.
+        return 0
+    _quiet_libraries()
+    start = time.monotonic()
+    try:
+        from megatron_cocoa.checkpoint.placement import leftovers
+
+        for folder in leftovers(Path(target).absolute()):
+            print(f"note: {folder} is being written, or was left by a conversion that was killed; then delete it")
+        passed = action()
+    except ValueError as error:
+        return _fail(str(error))
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = f": free space or choose another place than {target}" if full else ""
+        return _fail(f"{error}{hint}")
+    except KeyboardInterrupt:
+        return _fail("interrupted: nothing was written")
+    print(f"{'done' if passed else 'FAILED: the two models differ'} after {time.monotonic() - start:.1f} s")
+    return 0 if passed else EXIT_DIFFERENT
+
+
+def _quiet_libraries() -> None:
+    """Deprecations inside of Megatron-Core and torch are no concern of whoever converts a model."""
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|DTensor).*")
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
+
+
+def report_import(report: ImportReport) -> None:
+    """Print what an import wrote and what it ignored."""
+    print(
+        f"{report.path}: {report.num_hf_tensors} Hugging Face tensors in {report.num_tensors} Megatron tensors, "
+        f"{report.num_bytes / 1e9:.3f} GB"
+    )
+    for name, reason in report.ignored.items():
+        print(f"ignored {name}: {reason}")
+
+
+def report_export(report: ExportReport) -> None:
+    """Print what an export wrote and what it left out."""
+    size = f"{report.num_bytes / 1e9:.3f} GB"
+    print(f"{report.path}: {report.num_tensors} tensors in {len(report.files)} file(s), {size}")
+    for line in report.left_out:
+        print(f"left out: {line}")

@@ -1,0 +1,67 @@
+"""``--verify``: is the converted model the one that it was made from?
+
+Two checks that fail on different mistakes. The weights on both disks are compared bit for bit through the name table:
+no change of a value is too small for that, but both directions share the table. The models are run on the same inputs,
+which needs no table: a tensor that the table puts in the wrong place or layout shows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_cocoa.checkpoint.comparison import compare_weights
+from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.stacked import StackedTensors
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.conversion.forward import compare_forward
+from megatron_cocoa.conversion.mcore_to_hf import table_of
+
+_SHOWN = 20
+_PRECISION = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def verify(
+    huggingface: str | Path,
+    megatron: str | Path,
+    *,
+    source: Literal["huggingface", "megatron"],
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Run both checks, say what they found, and tell whether both passed.
+
+    Args:
+        huggingface: model folder.
+        megatron: distributed checkpoint.
+        source: which of the two the other was made from.
+        say: takes each line of the result.
+
+    Raises:
+        ValueError: if one of the two cannot be read.
+    """
+    with TorchDistReader(megatron) as reader:
+        tensors = StackedTensors(reader)
+        table = table_of(Path(megatron), tensors, Path(huggingface))
+        multiple, stored = tensors.vision_ffn_multiple, tensors.dtypes
+    weights = compare_weights(huggingface, megatron, table, source=source)
+    say(f"{weights.num_tensors - len(weights.different)} of {weights.num_tensors} tensors are equal bit for bit")
+    for line in weights.different[:_SHOWN]:
+        say(f"  different: {line}")
+    round_to = _narrower(huggingface, stored, source)
+    agreements = compare_forward(huggingface, megatron, vision_ffn_multiple=multiple, round_to=round_to)
+    for agreement in agreements:
+        say(agreement.line())
+    return not weights.different and all(agreement.passed for agreement in agreements)
+
+
+def _narrower(huggingface: str | Path, stored: set[torch.dtype], source: str) -> torch.dtype | None:
+    """The checkpoint's dtype where the import cast to it; the folder's own weights say it all otherwise."""
+    if source == "megatron" or len(stored) != 1:
+        return None
+    with HuggingFaceReader(huggingface) as reader:
+        on_disk = {_PRECISION.get(reader.dtype(name)) for name in reader.keys()}
+    target = next(iter(stored))
+    return None if on_disk == {target} else target

@@ -1,0 +1,89 @@
+"""Convert a Hugging Face folder of a Qwen2-VL or Qwen2.5-VL to a Megatron distributed checkpoint.
+
+examples:
+  python tools/convert_hf_to_mcore.py --hf-path Qwen2.5-VL-3B-Instruct --mcore-path checkpoints/3b
+  python tools/convert_hf_to_mcore.py --hf-path Qwen2-VL-2B-Instruct --mcore-path checkpoints/2b --verify
+  torchrun examples/pretrain_cocoa.sh --model.path Qwen2.5-VL-3B-Instruct --model.load checkpoints/3b
+
+what is written, a folder that Megatron's dist_checkpointing loads at any TP, PP, VPP and DP:
+  __0_*.distcp, .metadata, common.pt, metadata.json   the weights, layers stacked, in the torch_dist format
+  cocoa.json                                          what the checkpoint is: stage import, configuration, token ids
+  huggingface/                                        configuration, tokenizer and processor files for the way back
+
+The folder appears when it is complete; until then it is called .NAME.*.incomplete. Weights are streamed: memory holds
+one tensor at a time. Every tensor on disk is converted, or ignored with a reason, or an error. No weight is changed:
+the mask token's row is what the folder has in it. Under torchrun the first rank does the work.
+
+exit status: 0 done, 1 --verify found a difference, 2 bad input or no room (nothing was written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cocoa.conversion.command import DIALECT_NAMES, DTYPES, run_command  # noqa: E402
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-path", required=True, metavar="DIR", help="folder with safetensors; read only")
+    parser.add_argument("--mcore-path", required=True, metavar="DIR", help="checkpoint folder to create")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto keeps what is on disk (default); bf16 or fp32 casts to it"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read both sides back and compare them bit for bit, then run both models in fp32 on text and pictures, "
+        "causal and bidirectional; needs memory for one fp32 model",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint at --mcore-path")
+    parser.add_argument("--mask-token", default="<|mask|>", help="model.mask_token of the run (default %(default)s)")
+    parser.add_argument("--bridge-token", default="<|im_end|>", help="model.bridge_token (default %(default)s)")
+    parser.add_argument(
+        "--vision-ffn-multiple",
+        type=int,
+        default=1,
+        metavar="N",
+        help="model.vision_ffn_multiple of the run: zero-pads the tower's ffn to a multiple of N (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=DIALECT_NAMES,
+        default="sharded",
+        help="names in the checkpoint: sharded is this project's (default); megatron-bridge keeps the tower whole "
+        "under Hugging Face's names visual.*, as NVIDIA's Megatron-Bridge does, and is not for training here",
+    )
+    return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> bool:
+    # Imported late: --help and a mistyped option must not wait for torch.
+    from megatron_cocoa.conversion.command import dtype_of, report_import
+    from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
+
+    report = convert_hf_to_mcore(
+        args.hf_path,
+        args.mcore_path,
+        dtype=dtype_of(args.dtype),
+        overwrite=args.overwrite,
+        mask_token=args.mask_token,
+        bridge_token=args.bridge_token,
+        vision_ffn_multiple=args.vision_ffn_multiple,
+        dialect=args.dialect,
+    )
+    report_import(report)
+    if not args.verify:
+        return True
+    from megatron_cocoa.conversion.verify import verify
+
+    return verify(args.hf_path, args.mcore_path, source="huggingface")
+
+
+if __name__ == "__main__":
+    options = parse()
+    sys.exit(run_command(lambda: convert(options), target=options.mcore_path))
