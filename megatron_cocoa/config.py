@@ -203,7 +203,7 @@ class StageSettings:
     Args:
         steps: optimizer steps.
         global_batch_size: samples (stage ``contrastive``: pairs) per step over all ranks.
-        micro_batch_size: samples (pairs) per pack.
+        micro_batch_size: samples (pairs) per pack, at most a rank's share of the global batch.
         lr: peak learning rate; linear warm-up over ``lr_warmup_steps``, then ``lr_decay_style`` down to
             ``min_lr`` at ``steps``.
         image_size: pictures are resized to this many pixels square; None keeps them as the processor would.
@@ -227,19 +227,28 @@ class StageSettings:
             f"lr_warmup_steps is {self.lr_warmup_steps}, must lie in [0, steps = {self.steps}]",
         )
 
-    def num_microbatches(self, data_parallel_size: int) -> int:
-        """Packs per rank and step.
+    def samples_per_microbatch(self, data_parallel_size: int) -> int:
+        """``micro_batch_size``, or a rank's whole share of the global batch where that is less.
 
         Raises:
-            ValueError: if the global batch does not divide.
+            ValueError: if the global batch does not divide over the ranks, or a share over packs.
         """
-        per_pack = self.micro_batch_size * data_parallel_size
         _require(
-            self.global_batch_size % per_pack == 0,
-            f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
-            f"{self.micro_batch_size} x data parallel size {data_parallel_size} = {per_pack}",
+            self.global_batch_size % data_parallel_size == 0,
+            f"global_batch_size {self.global_batch_size} is not divisible by data parallel size {data_parallel_size}",
         )
-        return self.global_batch_size // per_pack
+        share = self.global_batch_size // data_parallel_size
+        size = min(self.micro_batch_size, share)
+        _require(
+            share % size == 0,
+            f"global_batch_size {self.global_batch_size} over data parallel size {data_parallel_size} gives {share} "
+            f"samples a rank, which are not divisible by micro_batch_size {size}",
+        )
+        return size
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Packs per rank and step; raises as ``samples_per_microbatch``."""
+        return self.global_batch_size // (data_parallel_size * self.samples_per_microbatch(data_parallel_size))
 
 
 @dataclass(frozen=True)

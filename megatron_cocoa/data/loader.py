@@ -67,6 +67,7 @@ class StageLoader:
     ) -> None:
         self._stage_settings = settings.stage(stage)
         self._num_microbatches = self._stage_settings.num_microbatches(data_parallel_size)
+        self._samples_per_microbatch = self._stage_settings.samples_per_microbatch(data_parallel_size)
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank is {data_parallel_rank}, needs to lie in [0, {data_parallel_size})")
         if settings.data.path is None or settings.model.path is None:
@@ -177,7 +178,7 @@ class StageLoader:
         return self._prepare_step(position)
 
     def _prepare_step(self, position: int) -> _Step:
-        size = self._stage_settings.micro_batch_size
+        size = self._samples_per_microbatch
         start = position + self._rank * self._num_microbatches * size
         step = _Step()
         for pack in range(self._num_microbatches):

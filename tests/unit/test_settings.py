@@ -267,3 +267,17 @@ def test_switches_may_be_written_with_dashes_and_without_a_value():
     assert settings.with_baseline and settings.evaluate and settings.output_dir == "elsewhere"
     with pytest.raises(SettingsError, match="--warmup.lr has no value"):
         parse_settings(["--warmup.lr", "--evaluate"])
+
+
+def test_a_pack_never_holds_more_than_a_ranks_share():
+    """Claim: the toy preset starts at any number of ranks that divides its batch, without another setting."""
+    stage = ContrastiveSettings(global_batch_size=128, micro_batch_size=128)
+    assert [(stage.samples_per_microbatch(n), stage.num_microbatches(n)) for n in (1, 2, 4)] == [
+        (128, 1), (64, 1), (32, 1),
+    ]  # fmt: skip
+    small = ContrastiveSettings(global_batch_size=128, micro_batch_size=16)
+    assert (small.samples_per_microbatch(2), small.num_microbatches(2)) == (16, 4)
+    with pytest.raises(ValueError, match="128 is not divisible by data parallel size 3"):
+        stage.num_microbatches(3)
+    with pytest.raises(ValueError, match="gives 64 samples a rank, which are not divisible by micro_batch_size 24"):
+        ContrastiveSettings(global_batch_size=128, micro_batch_size=24).num_microbatches(2)
