@@ -37,9 +37,9 @@ def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **enviro
 
 @pytest.fixture(scope="module")
 def finished(folders, tmp_path_factory):
-    """One complete run with evaluation, on one rank."""
+    """One complete run with evaluation and the baseline, on one rank."""
     output = tmp_path_factory.mktemp("run") / "output"
-    done = train(folders, output, "--evaluate", "true")
+    done = train(folders, output, "--evaluate", "--with-baseline")
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done
 
@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     """Claim: resolved settings, a checkpoint and events per stage, the table on the terminal, and the report."""
     output, done = finished
     assert (output / "settings.yaml").is_file()
-    for stage in ("warmup", "bridge", "contrastive"):
+    for stage in ("warmup", "bridge", "contrastive", "baseline"):
         assert (output / stage / "checkpoint" / "metadata.json").is_file()
         assert list((output / stage / "tensorboard").glob("events.*"))
         lines = (output / stage / "metrics.jsonl").read_text().splitlines()
@@ -56,7 +56,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     report = (output / "report.html").read_text()
     assert "<svg" in report and "data:image/png" in report
     assert "Kernels: no Transformer Engine" in done.stdout
-    for label in ("untrained", "after warmup", "after bridge", "after contrastive"):
+    for label in ("untrained", "after warmup", "after bridge", "after contrastive", "contrastive alone"):
         assert label in done.stdout
     assert "nats per token with its own A" in done.stdout
 

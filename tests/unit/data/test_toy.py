@@ -17,6 +17,7 @@ from megatron_cocoa.data import toy as toy_module
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.tokenizer import load_tokenizer
 from megatron_cocoa.data.toy import CAPTION_TOKENS, prepare_toy
+from megatron_cocoa.data.toy_model import ToyModelSizes
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -63,9 +64,9 @@ def test_model_folder_is_a_qwen2_5_vl_in_which_windows_differ_from_full_attentio
     bundle = load_tokenizer(toy.model, vocab_size=config.text_config.vocab_size)
     assert config.image_token_id == bundle.image_token_id and config.tie_word_embeddings
     assert bundle.mask_token_id < config.text_config.vocab_size and config.text_config.vocab_size % 256 == 0
-    units_per_side = 70 // vision.size_factor
+    units_per_side = ToyModelSizes().image_size // vision.size_factor
     units_per_window = config.vision_config.window_size // vision.size_factor
-    assert units_per_side == 5 and (-(-units_per_side // units_per_window)) ** 2 == 4
+    assert units_per_side == 4 and (-(-units_per_side // units_per_window)) ** 2 == 4
     head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
     assert 2 * sum(config.text_config.rope_parameters["mrope_section"]) == head_dim
 
