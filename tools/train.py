@@ -36,8 +36,9 @@ def main() -> int:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            # torchrun ends all ranks when one has ended: let the first one speak.
+            # torchrun ends all ranks when one has ended: let the first one speak, if it has found the same.
             time.sleep(3)
+            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
     return 0
 

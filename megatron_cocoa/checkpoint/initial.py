@@ -62,6 +62,11 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
         info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER,))
         if info.stage == IMPORT_STAGE:
             _set_mask_row(chunks, source)
+        elif info.mask_token_id != source.mask_token_id:
+            raise ValueError(
+                f"{source.checkpoint} was trained with mask token id {info.mask_token_id}, this run's tokenizer gives "
+                f"{source.mask_token_id}: use the tokenizer folder of that run, or set model.mask_token"
+            )
         if info.stage != "warmup":
             with TorchDistReader(source.checkpoint) as reader:
                 tensors = StackedTensors(reader)

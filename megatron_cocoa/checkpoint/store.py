@@ -63,7 +63,7 @@ def save_checkpoint(path: str | Path, chunks: Sequence[nn.Module], info: Checkpo
     """
     final = Path(path)
     work = final.with_name(final.name + ".incomplete")
-    _on_first_rank(lambda: _make_empty(work), f"cannot write a checkpoint under {final.parent}")
+    _on_first_rank(lambda: (_restore(final), _make_empty(work)), f"cannot write a checkpoint under {final.parent}")
     state = sharded_state(chunks, optimizer)
     _save_on_all_ranks(state, work, final)
     _on_first_rank(lambda: _finish(work, final, info), f"cannot complete the checkpoint {final}")
@@ -94,7 +94,11 @@ def load_checkpoint(
         raise ValueError(f"{path} lacks {len(refused)} parameters of the model: {', '.join(refused[:20])}")
     loaded = dist_checkpointing.load(state, str(path))
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=not absent)
+        # Not strict: modules of Transformer Engine expect an extra state that the checkpoint may not have.
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        wrong = [name for name in missing if not name.endswith("_extra_state") and name not in absent] + unexpected
+        if wrong:
+            raise ValueError(f"{path} does not fit the model, {len(wrong)} parameters: {', '.join(wrong[:20])}")
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     return info
@@ -189,6 +193,13 @@ def _on_first_rank(action, failure: str) -> None:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise ValueError(outcome[0])
+
+
+def _restore(final: Path) -> None:
+    """Give a checkpoint its name back if a run was ended just between the two renames that replace it."""
+    previous = final.with_name(final.name + ".replaced")
+    if previous.exists() and not final.exists():
+        previous.rename(final)
 
 
 def _make_empty(folder: Path) -> None:

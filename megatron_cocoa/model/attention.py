@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -49,13 +50,14 @@ class SequenceContext(PackedSeqParams):
         return (self.layer_segments or {}).get(layer_number, self.segments)
 
 
-def attend_function(backend: str, *, on_gpu: bool) -> AttendFunction:
+def attend_function(backend: str, *, on_gpu: bool, half_precision: bool = True) -> AttendFunction:
     """The attention of a backend name.
 
     Args:
         backend: ``sdpa``, ``flash``, ``transformer_engine``, ``flex``, or ``auto``: flash on a GPU where a kernel
             is present, else sdpa.
         on_gpu: whether the tensors live on a GPU.
+        half_precision: whether they are FP16 or BF16; the flash kernels take nothing else.
 
     Raises:
         ValueError: for a backend whose package or device is absent, with what to install or choose.
@@ -70,10 +72,10 @@ def attend_function(backend: str, *, on_gpu: bool) -> AttendFunction:
         kernel, package = varlen.transformer_engine_kernel(), "transformer-engine"
     else:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, sdpa, flash, transformer_engine or flex")
-    if kernel is None or not on_gpu:
+    if kernel is None or not on_gpu or not half_precision:
         if backend == "auto":
             return sdpa.attend
-        missing = f"{package} installed" if kernel is None else "a GPU"
+        missing = f"{package} installed" if kernel is None else "a GPU" if not on_gpu else "model.dtype bf16"
         raise ValueError(f"attention backend {backend} needs {missing}: choose model.attention_backend=sdpa instead")
     return lambda query, key, value, table, scale: varlen.attend_with(kernel, query, key, value, table, scale)
 
@@ -122,7 +124,8 @@ class SegmentAttention(MegatronModule):
         self.context_group = groups.cp if config.context_parallel_size > 1 else None
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        self.attend = attend_function(backend, on_gpu=device.has_gpu())
+        half_precision = config.params_dtype in (torch.bfloat16, torch.float16)
+        self.attend = attend_function(backend, on_gpu=device.has_gpu(), half_precision=half_precision)
 
     def forward(
         self,

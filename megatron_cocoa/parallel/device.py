@@ -8,6 +8,7 @@ something that it relies on: a silent half of a redirect would be worse than an 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 
@@ -86,6 +87,13 @@ def _version(module: str) -> str:
         return getattr(importlib.import_module(module), "__version__", "present")
     except (ImportError, OSError) as error:
         raise RuntimeError(f"{module} is installed but does not load ({error}): repair it or remove it") from error
+
+
+def release_memory() -> None:
+    """Free what is no longer used. Megatron's DDP holds itself in a cycle, so its buffers wait for the collector."""
+    gc.collect()
+    if has_gpu():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes() -> int:

@@ -54,16 +54,22 @@ class RunContext:
 
     @property
     def pad_to_multiple_of(self) -> int:
-        """Packs must be divisible by this: context-parallel shares, each by tensor parallel under its sequence form."""
+        """Packs must be divisible by this: context-parallel shares, each by tensor parallel under its sequence form.
+
+        FP8 kernels take rows in multiples of 16 on each rank.
+        """
         parallel = self.settings.parallel
         tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        return tensor * parallel.context_parallel_size
+        return tensor * parallel.context_parallel_size * (16 if self.settings.model.fp8 else 1)
 
 
 def evaluation_parts(
     context: RunContext, *, image_size: int | None, needs_pixels: bool = True
 ) -> tuple[SampleBuilder, PackOptions]:
-    """What evaluation batches are built with, for the run's data and model folders at its layout."""
+    """What evaluation batches are built with, for the run's data and model folders at its layout.
+
+    Packs are as long as their samples also where training fills a fixed budget: each is run by itself.
+    """
     settings = context.settings
     return evaluation_builder(
         settings.data.path,
@@ -72,7 +78,6 @@ def evaluation_parts(
         vision=context.geometry,
         max_length=settings.data.max_length,
         image_size=image_size,
-        tokens_per_microbatch=settings.data.tokens_per_microbatch,
         pad_to_multiple_of=context.pad_to_multiple_of,
         needs_pixels=needs_pixels,
     )
@@ -130,12 +135,10 @@ def read_config(folder: Path):
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
 
 
-def check_output(settings: TrainSettings, *, may_write: bool) -> None:
-    """Refuse an output folder that holds an earlier run, unless it may be overwritten; make it writable.
+def check_output(settings: TrainSettings) -> None:
+    """Refuse an output folder that cannot be written, holds an earlier run that may not go, or feeds this one.
 
-    Args:
-        settings: of the run.
-        may_write: this rank creates and clears; the others only look.
+    Nothing is removed yet. For the first rank alone: the others could see its probe of the disk.
 
     Raises:
         ValueError: naming the folder and what to change.
@@ -143,14 +146,15 @@ def check_output(settings: TrainSettings, *, may_write: bool) -> None:
     output = Path(settings.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file: name a folder")
-    earlier = output.is_dir() and any(output.iterdir())
-    if earlier and not settings.overwrite:
-        raise ValueError(f"{output} holds an earlier run: name another --output_dir, or pass --overwrite true")
-    if not may_write:
-        return
+    if output.is_dir() and any(output.iterdir()):
+        if not settings.overwrite:
+            raise ValueError(f"{output} holds an earlier run: name another --output_dir, or pass --overwrite true")
+        if not (output / "settings.yaml").is_file():
+            raise ValueError(f"{output} is not empty and holds no settings.yaml of an earlier run: it is left as it is")
+        for name, source in (("model.load", settings.model.load), ("model.path", settings.model.path)):
+            if source and Path(source).resolve().is_relative_to(output.resolve()):
+                raise ValueError(f"{name} {source} lies in output_dir {output}, which would be overwritten")
     try:
-        if earlier:
-            _clear(output)
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".write-test"
         probe.write_bytes(b"\0" * 65536)
@@ -162,14 +166,9 @@ def check_output(settings: TrainSettings, *, may_write: bool) -> None:
 RUN_FILES = ("settings.yaml", "report.html", "results.json")
 
 
-def _clear(output: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else.
-
-    Raises:
-        ValueError: if the folder holds no run, so that a mistyped path never empties someone's folder.
-    """
-    if not (output / "settings.yaml").is_file():
-        raise ValueError(f"{output} is not empty and holds no settings.yaml of an earlier run: it is left as it is")
+def clear_output(settings: TrainSettings) -> None:
+    """Remove what an earlier run wrote to the output folder, and nothing else."""
+    output = Path(settings.output_dir)
     for name in RUN_FILES:
         (output / name).unlink(missing_ok=True)
     for folder in output.iterdir():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.evaluation.report import render_report, render_table
 from megatron_cocoa.evaluation.report_data import (
@@ -25,10 +26,10 @@ from megatron_cocoa.evaluation.report_data import (
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.topology import LaunchInfo
-from megatron_cocoa.recipes.context import RunContext, check_output, prepare_context
+from megatron_cocoa.recipes.context import RunContext, check_output, clear_output, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
 from megatron_cocoa.recipes.retrieval import RetrievalProbe, recall_as_json
-from megatron_cocoa.recipes.stages import StageSummary, build_with_weights, run_stage
+from megatron_cocoa.recipes.stages import StageSummary, build_loader, build_with_weights, check_microbatches, run_stage
 from megatron_cocoa.settings import save_settings
 from megatron_cocoa.training.log import read_metrics
 
@@ -55,18 +56,34 @@ def run(settings: TrainSettings, launch: LaunchInfo) -> None:
     """
     started = time.perf_counter()
     settings.parallel.data_parallel_size(launch.world_size)
-    check_output(settings, may_write=launch.rank == 0)
+    if launch.rank == 0:
+        check_output(settings)
     context = prepare_context(settings)
     topology.initialize(settings.parallel, launch, seed=settings.seed)
-    try:
-        _announce(context, launch)
-        if launch.rank == 0:
-            save_settings(context.settings, context.output / "settings.yaml")
-        findings = _run_stages(context)
-        if launch.rank == 0:
-            _write_results(context, launch, findings, time.perf_counter() - started)
-    finally:
-        topology.shutdown()
+    _announce(context, launch)
+    _check_stages(context)
+    if launch.rank == 0:
+        clear_output(settings)
+        save_settings(context.settings, context.output / "settings.yaml")
+    findings = _run_stages(context)
+    if launch.rank == 0:
+        _write_results(context, launch, findings, time.perf_counter() - started)
+    # Not after an error: other ranks may wait in a collective, which an orderly end would wait for too.
+    topology.shutdown()
+
+
+def _check_stages(context: RunContext) -> None:
+    """Find what would stop a later stage before the first one starts: its rows, its batch sizes, its weights.
+
+    Raises:
+        ValueError: as the stage would raise it.
+    """
+    settings = context.settings
+    if settings.model.load is not None:
+        read_info(settings.model.load)
+    for stage in {*settings.stages, *(["contrastive"] if settings.with_baseline else [])}:
+        check_microbatches(context, stage)
+        build_loader(context, stage).close()
 
 
 def say(*lines: str) -> None:
@@ -101,6 +118,7 @@ def _run_stages(context: RunContext) -> Findings:
         untrained = build_with_weights(context, checkpoint=None, with_image_decoder=False)
         findings.recall += probe.recall(untrained, label="untrained", kind="untrained")
         del untrained
+        device.release_memory()
     checkpoint: Path | None = None
     for stage in settings.stages:
 
@@ -111,6 +129,7 @@ def _run_stages(context: RunContext) -> Findings:
         findings.stages.append(summary)
         checkpoint = summary.checkpoint
         _say_stage(summary)
+        device.release_memory()
     if settings.with_baseline:
 
         def after_baseline(name: str, model: Model) -> None:

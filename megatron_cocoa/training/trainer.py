@@ -78,21 +78,32 @@ def train_stage(
             raise FloatingPointError(_not_finite(step, metrics, grad_norm, batches))
         metrics |= {
             "grad_norm": grad_norm,
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": schedule.get_lr({}),
             "tokens": float(sum(batch.num_tokens for batch in batches)),
             "data_wait": waited,
             "seconds": time.perf_counter() - begun,
         }
         log.step(step, metrics)
+    if settings.parallel.overlap_param_gather:
+        # The last update is gathered by the next forward pass only, and a checkpoint must not wait for one.
+        for chunk in model.chunks:
+            chunk.start_param_sync(force_sync=True)
     return StageResult(time.perf_counter() - started, skipped)
 
 
 def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:
-    """Step the optimizer unless the loss, which all ranks know, is not finite: then all ranks skip together."""
+    """Step the optimizer unless loss or gradient norm, which all ranks know, is not finite: then all skip together.
+
+    Megatron looks for infinities only where it scales the loss; in FP32 and BF16 it would clip them to NaN weights.
+    """
     if not math.isfinite(metrics["loss"]):
         return False, math.nan
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
     applied, grad_norm, _ = optimizer.step()
-    return bool(applied), math.nan if grad_norm is None else float(grad_norm)
+    return bool(applied), norm if grad_norm is None else float(grad_norm)
 
 
 def _not_finite(step: int, metrics: Metrics, grad_norm: float, batches: Sequence[PackedBatch]) -> str:

@@ -20,6 +20,7 @@ def test_first_losses_equal_the_single_process(request, check):
         worst = max(abs(a - b) / abs(a) for a, b in zip(wanted[stage], found[stage]))
         assert worst < 1e-4, (stage, worst, wanted[stage], found[stage])
         norms = [(a, b) for a, b in zip(wanted[f"{stage}_grad_norm"], found[f"{stage}_grad_norm"])]
+        assert found[f"{stage}_weights_apart"] == 0, "replicas must hold the same weights when a stage is saved"
         # Norms vary more than losses: what rounding makes of a weight is multiplied by the curvature.
         assert max(abs(a - b) / a for a, b in norms) < 1e-3, (stage, norms)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
 from megatron_cocoa.config import STAGES, ParallelSettings
@@ -46,10 +47,11 @@ def stage_losses(**parallel) -> dict[str, list[float]]:
         write_folders(Path(folder))
         context = prepare_context(tiny_settings(Path(folder), steps=STEPS, parallel=settings))
         for stage in STAGES:
-            bare = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
+            model = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
+            model = wrap_data_parallel(model, settings)
             log = _Losses()
             train_stage(
-                wrap_data_parallel(bare, settings),
+                model,
                 build_objective(stage, context.settings),
                 build_loader(context, stage),
                 stage=context.settings.stage(stage),
@@ -58,8 +60,21 @@ def stage_losses(**parallel) -> dict[str, list[float]]:
             )
             losses[stage] = log.values
             losses[f"{stage}_grad_norm"] = log.grad_norms
+            losses[f"{stage}_weights_apart"] = _apart_over_replicas(model)
         dist.barrier()
     return losses
+
+
+def _apart_over_replicas(model) -> float:
+    """Largest difference of a weight between data-parallel ranks, as a checkpoint would find them."""
+    group, apart = parallel_state.get_data_parallel_group(), 0.0
+    for chunk in model.bare_chunks:
+        for parameter in chunk.parameters():
+            low, high = parameter.detach().clone(), parameter.detach().clone()
+            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+            apart = max(apart, float((high - low).abs().max()))
+    return apart
 
 
 def checkpoint_moves(save_at: dict, load_at: dict) -> dict[str, float]:
@@ -102,6 +117,9 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "train-single": (1, _degrees()),
     "train-dp2": (2, _degrees()),
     "train-dp2-distributed-optimizer": (2, _degrees(use_distributed_optimizer=True)),
+    "train-dp2-overlap": (
+        2, _degrees(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+    ),
     "train-tp2": (2, _degrees(tp=2)),
     "train-tp2-sp": (2, _degrees(tp=2, sequence_parallel=True)),
     "train-pp2": (2, _degrees(pp=2)),

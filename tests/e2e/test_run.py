@@ -71,6 +71,22 @@ def test_a_second_run_over_an_existing_output_is_refused(finished, folders):
     assert (output / "results.json").read_bytes() == before
 
 
+def test_what_stops_a_later_stage_is_found_before_anything_is_removed(finished, folders):
+    """Claim: a batch larger than stage 3's data is told before stage 1 runs, and the earlier run is still there."""
+    output, _ = finished
+    done = train(folders, output, "--overwrite", "--contrastive.global_batch_size=4096")
+    assert done.returncode != 0 and "contrastive.global_batch_size is 4096" in done.stderr
+    assert "warmup:" not in done.stderr and (output / "results.json").is_file()
+
+
+def test_a_run_never_removes_the_weights_that_it_starts_from(finished, folders):
+    """Claim: a checkpoint inside of the folder that is to be overwritten is refused."""
+    output, _ = finished
+    load = output / "bridge" / "checkpoint"
+    done = train(folders, output, "--overwrite", f"--model.load={load}", "--stages=contrastive")
+    assert done.returncode != 0 and "which would be overwritten" in done.stderr and load.is_dir()
+
+
 def test_overwrite_never_empties_a_folder_that_holds_no_run(folders, tmp_path):
     """Claim: a mistyped output folder keeps its files."""
     (tmp_path / "thesis.tex").write_text("years of work")
