@@ -70,7 +70,9 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 def tiny_settings(folder: Path, *, steps: int = 20, parallel: ParallelSettings | None = None, **more) -> TrainSettings:
     """Eight samples a step in packs of two, pictures at native size, FP32."""
-    stage = dict(steps=steps, global_batch_size=8, micro_batch_size=2, lr=1e-3, lr_warmup_steps=2, image_size=None)
+    # A learning rate that never reaches zero: the last update must be as visible as the others.
+    rates = dict(lr=1e-3, min_lr=1e-4, lr_warmup_steps=2)
+    stage = dict(steps=steps, global_batch_size=8, micro_batch_size=2, image_size=None, **rates)
     return TrainSettings(
         model=ModelSettings(
             path=str(folder / "model"), dtype="fp32", transformer_impl="local", make_vocab_size_divisible_by=16
