@@ -187,6 +187,7 @@ class OptimizerSettings:
         weight_decay: decoupled; biases and norms are exempt.
         clip_grad: global gradient norm above which gradients are scaled down; 0 never clips.
         adam_beta1, adam_beta2, adam_eps: Adam's moments and epsilon.
+        max_skipped_steps: a run stops after this many steps in a row whose loss or gradient was not finite.
     """
 
     weight_decay: float = 0.0
@@ -194,6 +195,62 @@ class OptimizerSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_skipped_steps >= 1,
+            f"optimizer.max_skipped_steps is {self.max_skipped_steps}, needs 1 or more",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints from which a stage can be resumed, beside the weights that each stage leaves at its end.
+
+    Args:
+        save_interval: steps between two of them; None writes one only where a run is stopped before its end.
+        keep: how many of the newest are kept.
+        asynchronous: write them in a background process while training goes on; costs a copy of the state in
+            host memory.
+        time_budget_minutes: write one and stop after this time, counted from the start of the process, so that a
+            batch system's limit does not cost the steps since the last one.
+    """
+
+    save_interval: int | None = None
+    keep: int = 2
+    asynchronous: bool = False
+    time_budget_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.save_interval is None or self.save_interval >= 1,
+            f"checkpoint.save_interval is {self.save_interval}, needs 1 or more, or null",
+        )
+        _require(self.keep >= 1, f"checkpoint.keep is {self.keep}, needs 1 or more")
+        _require(
+            self.time_budget_minutes is None or self.time_budget_minutes > 0,
+            f"checkpoint.time_budget_minutes is {self.time_budget_minutes}, must be positive, or null",
+        )
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Retrieval on held-out pairs (``eval_heldout.jsonl`` of the data folder) while a stage trains.
+
+    Args:
+        interval: steps between two validations; None validates never.
+        metric: what decides which weights are kept as ``<stage>/best``, averaged over both directions.
+    """
+
+    interval: int | None = None
+    metric: Literal["recall@1", "recall@5", "recall@10"] = "recall@1"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.interval is None or self.interval >= 1,
+            f"validation.interval is {self.interval}, needs 1 or more, or null",
+        )
 
 
 @dataclass(frozen=True)
@@ -345,9 +402,11 @@ class TrainSettings:
     Args:
         stages: which stages, in CoCoA's order.
         output_dir: checkpoints, TensorBoard events, resolved configuration and reports go here.
-        overwrite: allow ``output_dir`` to hold an earlier run.
+        overwrite: allow ``output_dir`` to hold an earlier run, which is removed.
+        resume: go on with the run in ``output_dir`` from its last complete checkpoint; starts it if there is none.
         seed: everything random follows from it: weights, masks, noise, order of samples.
-        log_interval: steps between two log lines.
+        log_interval: steps between two updates of the progress bar and of the costlier metrics.
+        wandb_project: also log to this Weights & Biases project (needs the ``wandb`` package).
         evaluate: measure retrieval on ``eval_*.jsonl`` of the data folder before the first and after each stage.
         with_baseline: also train stage ``contrastive`` alone from the same initial weights, for comparison.
     """
@@ -355,8 +414,10 @@ class TrainSettings:
     stages: tuple[str, ...] = STAGES
     output_dir: str = "outputs/run"
     overwrite: bool = False
+    resume: bool = False
     seed: int = 1234
     log_interval: int = 10
+    wandb_project: str | None = None
     evaluate: bool = False
     with_baseline: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -365,6 +426,8 @@ class TrainSettings:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     warmup: WarmupSettings = field(default_factory=WarmupSettings)
     bridge: BridgeSettings = field(default_factory=BridgeSettings)
     contrastive: ContrastiveSettings = field(default_factory=ContrastiveSettings)
@@ -376,6 +439,11 @@ class TrainSettings:
         _require(
             bool(order) and order == sorted(set(order)),
             f"stages {list(self.stages)} must be one or more of {', '.join(STAGES)}, in this order, each once",
+        )
+        _require(self.log_interval >= 1, f"log_interval is {self.log_interval}, needs 1 or more")
+        _require(
+            not (self.resume and self.overwrite),
+            "resume goes on with the run in output_dir and overwrite removes it: choose one of the two",
         )
 
     def stage(self, name: str) -> StageSettings:

@@ -20,6 +20,7 @@ EXIT_BAD_INPUT = 2
 
 
 def main() -> int:
+    started = time.monotonic()
     first = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.nullcontext() if first else contextlib.redirect_stdout(open(os.devnull, "w")):
@@ -31,7 +32,7 @@ def main() -> int:
         from megatron_cocoa.parallel.topology import LaunchInfo
         from megatron_cocoa.recipes.run import run
 
-        run(settings, LaunchInfo.from_environment())
+        run(settings, LaunchInfo.from_environment(), seconds_since_start=time.monotonic() - started)
     except (ValueError, FloatingPointError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)

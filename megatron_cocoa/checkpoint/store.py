@@ -8,19 +8,18 @@ final name is complete, and one that does not is ignored and replaced.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
-INFO_FILE = "cocoa.json"
+from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
+from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter
+
 IMPORT_STAGE = "import"
 """``CheckpointInfo.stage`` of converted weights, which no stage has trained."""
 
@@ -38,6 +37,7 @@ class CheckpointInfo:
     loader:         the data loader's place.
     has_optimizer:  whether optimizer state is there.
     hf_config:      the Hugging Face ``config.json`` of the architecture.
+    progress:       the trainer's counters, to resume from; empty where there is nothing to resume.
     """
 
     stage: str
@@ -47,26 +47,36 @@ class CheckpointInfo:
     hf_config: dict[str, Any]
     loader: dict[str, Any] = field(default_factory=dict)
     has_optimizer: bool = False
+    progress: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(path: str | Path, chunks: Sequence[nn.Module], info: CheckpointInfo, *, optimizer=None) -> None:
+def save_checkpoint(
+    path: str | Path,
+    chunks: Sequence[nn.Module],
+    info: CheckpointInfo,
+    *,
+    optimizer=None,
+    writer: CheckpointWriter | None = None,
+) -> None:
     """Write a checkpoint; every rank calls it.
 
     Args:
         path: its folder; one that is there already is replaced when the new one is complete.
         chunks: this rank's bare model chunks.
-        info: what it holds.
+        info: what it holds; ``has_optimizer`` follows ``optimizer``.
         optimizer: Megatron's optimizer, to resume from; None saves weights alone.
+        writer: writes it, perhaps in the background; by default it is complete when the call returns.
 
     Raises:
         ValueError: if the folder cannot be written (the cause is named, and the incomplete folder removed).
     """
-    final = Path(path)
-    work = final.with_name(final.name + ".incomplete")
-    _on_first_rank(lambda: (_restore(final), _make_empty(work)), f"cannot write a checkpoint under {final.parent}")
-    state = sharded_state(chunks, optimizer)
-    _save_on_all_ranks(state, work, final)
-    _on_first_rank(lambda: _finish(work, final, info), f"cannot complete the checkpoint {final}")
+    contents = asdict(replace(info, has_optimizer=optimizer is not None))
+    (writer or CheckpointWriter()).write(
+        Path(path),
+        sharded_state(chunks, optimizer),
+        content_metadata={"distrib_optim_sharding_type": OPTIMIZER_SHARDING},
+        info=contents,
+    )
 
 
 def load_checkpoint(
@@ -114,7 +124,10 @@ def read_info(path: str | Path) -> CheckpointInfo:
     if not (folder / INFO_FILE).is_file() or not (folder / "metadata.json").is_file():
         state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {state}: needed a folder with metadata.json and {INFO_FILE}")
-    return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
+    try:
+        return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / INFO_FILE} is not what this version writes: {error}") from error
 
 
 def sharded_state(chunks: Sequence[nn.Module], optimizer=None, *, is_loading: bool = False) -> ShardedStateDict:
@@ -126,7 +139,9 @@ def sharded_state(chunks: Sequence[nn.Module], optimizer=None, *, is_loading: bo
         model_state = {key: value for part in list(state.values()) for key, value in part.items()}
         if len(chunks) > 1:
             model_state = dict(state)
-        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_metadata())
+        state["optimizer"] = optimizer_sharded_state(
+            optimizer, model_state, is_loading=is_loading, metadata=_metadata()
+        )
     return state
 
 
@@ -135,10 +150,6 @@ def _metadata() -> dict[str, Any]:
         "distrib_optim_sharding_type": OPTIMIZER_SHARDING,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def _content_metadata() -> dict[str, Any]:
-    return {"distrib_optim_sharding_type": OPTIMIZER_SHARDING}
 
 
 def _drop_absent(state: ShardedStateDict, present: set[str]) -> set[str]:
@@ -152,69 +163,3 @@ def _drop_absent(state: ShardedStateDict, present: set[str]) -> set[str]:
                 absent.add(name)
             del entries[name]
     return absent
-
-
-def _save_on_all_ranks(state: ShardedStateDict, work: Path, final: Path) -> None:
-    """Megatron's save; if it fails on any rank, all ranks raise and the incomplete folder goes.
-
-    Raises:
-        ValueError: with the first rank's reason to fail.
-    """
-    reason: str | None = None
-    try:
-        dist_checkpointing.save(state, str(work), content_metadata=_content_metadata())
-    except (OSError, RuntimeError, CheckpointException) as error:
-        # torch's CheckpointException is no Exception, and carries each rank's cause.
-        reason = f"{type(error).__name__}: {error}"
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    first = next((r for r in reasons if r is not None), None)
-    if first is not None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(work, ignore_errors=True)
-        raise ValueError(
-            f"the checkpoint {final} could not be written, nothing was kept of it; free space on its disk, or name "
-            f"another output_dir. Cause: {first.strip().splitlines()[-1]}"
-        )
-
-
-def _on_first_rank(action, failure: str) -> None:
-    """Run ``action`` on rank 0 while the others wait; all ranks raise if it fails.
-
-    Raises:
-        ValueError: ``failure`` and the operating system's reason.
-    """
-    outcome: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            outcome = [f"{failure}: {error}"]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise ValueError(outcome[0])
-
-
-def _restore(final: Path) -> None:
-    """Give a checkpoint its name back if a run was ended just between the two renames that replace it."""
-    previous = final.with_name(final.name + ".replaced")
-    if previous.exists() and not final.exists():
-        previous.rename(final)
-
-
-def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
-def _finish(work: Path, final: Path, info: CheckpointInfo) -> None:
-    (work / INFO_FILE).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
-    if final.exists():
-        previous = final.with_name(final.name + ".replaced")
-        shutil.rmtree(previous, ignore_errors=True)
-        final.rename(previous)
-        work.rename(final)
-        shutil.rmtree(previous)
-    else:
-        work.rename(final)

@@ -156,6 +156,10 @@ class StageLoader:
                 report[f"{kind}_mask_ratio"] = counts[f"{kind}_masked"] / counts[f"{kind}_eligible"]
         return report
 
+    def num_skipped(self) -> int:
+        """Samples of this rank whose pictures could not be used, since the start of the process."""
+        return sum(number for name, number in self._counts.items() if name.startswith("skipped/"))
+
     def close(self) -> None:
         """End the background thread, if there is one. Safe to call twice."""
         if self._executor is not None:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import importlib.util
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -105,13 +106,24 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def seed_everything(seed: int) -> None:
-    """Set the default and Megatron's tracked random states of this rank from ``seed``.
+def memory_bytes() -> int:
+    """Memory of this process now: allocated on the GPU, or resident on the CPU route."""
+    if has_gpu():
+        return torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def seed_everything(*key: int) -> None:
+    """Set the default and Megatron's tracked random states of this rank from ``key``, such as seed, step and replica.
 
     Tensor-parallel ranks draw apart where Megatron needs them to; needs Megatron's process groups.
     """
     from megatron.core import tensor_parallel
 
+    # Megatron adds small numbers for each rank, so neighbouring keys must not give neighbouring seeds.
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]) & 0x7FFFFFFF
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

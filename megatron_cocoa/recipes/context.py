@@ -147,12 +147,15 @@ def check_output(settings: TrainSettings) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file: name a folder")
     if output.is_dir() and any(output.iterdir()):
-        if not settings.overwrite:
-            raise ValueError(f"{output} holds an earlier run: name another --output_dir, or pass --overwrite true")
+        if not (settings.overwrite or settings.resume):
+            raise ValueError(
+                f"{output} holds an earlier run: name another --output_dir, pass --resume true to go on with it, or "
+                f"--overwrite true to remove it"
+            )
         if not (output / "settings.yaml").is_file():
             raise ValueError(f"{output} is not empty and holds no settings.yaml of an earlier run: it is left as it is")
         for name, source in (("model.load", settings.model.load), ("model.path", settings.model.path)):
-            if source and Path(source).resolve().is_relative_to(output.resolve()):
+            if settings.overwrite and source and Path(source).resolve().is_relative_to(output.resolve()):
                 raise ValueError(f"{name} {source} lies in output_dir {output}, which would be overwritten")
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_cocoa.checkpoint.initial import load_initial_weights
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
+from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.resume import SETTINGS_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
+from megatron_cocoa.recipes.validation import RetrievalValidation
 from megatron_cocoa.settings import save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import StageLog
-from megatron_cocoa.training.trainer import train_stage
+from megatron_cocoa.training.progress import Progress
+from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
+from megatron_cocoa.training.stopping import StopWatch
+from megatron_cocoa.training.trainer import StageKeeping, train_stage
+
+SUMMARY_FILE = "summary.json"
 
 AfterStage = Callable[[str, Model], None]
 """Called with the name of what has just been trained, while its model is in memory."""
@@ -28,15 +38,29 @@ class StageSummary:
 
     name:       folder under the run's output: the stage, or ``baseline`` for contrastive learning alone.
     checkpoint: its weights, for the next stage.
-    statistics: of the loader on the first data-parallel rank.
+    progress:   the trainer's counters.
+    statistics: of the loader on the first data-parallel rank, since the last start of the process.
+    stopped:    why the stage ended before its last step; None where it is complete.
     """
 
     name: str
     stage: str
     checkpoint: Path
-    seconds: float
-    skipped: int
+    progress: Progress
     statistics: dict[str, float]
+    stopped: str | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write what ``load`` needs; before the weights are, so that a complete stage always has it."""
+        text = json.dumps({"progress": self.progress.as_dict(), "statistics": self.statistics}, indent=1)
+        (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, stage: str) -> StageSummary:
+        """The summary of a stage that an earlier process has completed."""
+        values = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        progress = Progress.from_dict(values["progress"])
+        return cls(folder.name, stage, folder / STAGE_CHECKPOINT, progress, values["statistics"])
 
 
 def build_with_weights(context: RunContext, *, checkpoint: Path | None, with_image_decoder: bool) -> Model:
@@ -47,14 +71,19 @@ def build_with_weights(context: RunContext, *, checkpoint: Path | None, with_ima
         checkpoint: weights of the previous stage; None starts where the run starts.
         with_image_decoder: stage ``warmup`` needs it.
     """
-    model = build_model(
+    model = build_without_weights(context, with_image_decoder=with_image_decoder)
+    load_initial_weights(model.chunks, context.table, context.weight_source(checkpoint))
+    return model
+
+
+def build_without_weights(context: RunContext, *, with_image_decoder: bool) -> Model:
+    """The model at the run's layout for weights to be loaded into, not yet wrapped for training."""
+    return build_model(
         context.architecture,
         context.settings,
         with_image_decoder=with_image_decoder,
         mask_token_id=context.bundle.mask_token_id,
     )
-    load_initial_weights(model.chunks, context.table, context.weight_source(checkpoint))
-    return model
 
 
 def run_stage(
@@ -63,6 +92,8 @@ def run_stage(
     *,
     checkpoint: Path | None,
     name: str | None = None,
+    resume_step: int | None = None,
+    stop: StopWatch | None = None,
     after: AfterStage | None = None,
 ) -> StageSummary:
     """Train one stage and save its weights under ``output/<name>/checkpoint``.
@@ -72,50 +103,95 @@ def run_stage(
         stage: one of ``config.STAGES``.
         checkpoint: the previous stage's weights; None starts where the run starts.
         name: of its folder, the stage's own by default.
-        after: called while the trained model is in memory.
+        resume_step: go on from the stage's own checkpoint of this step.
+        stop: tells when to end before the last step.
+        after: called while the trained model is in memory, once the stage is complete.
     """
     settings, name = context.settings, name or stage
-    stage_settings = settings.stage(stage)
+    stage_settings, folder = settings.stage(stage), context.output / name
     check_microbatches(context, stage)
     loader = build_loader(context, stage)
-    bare = build_with_weights(context, checkpoint=checkpoint, with_image_decoder=stage == "warmup")
+    has_decoder = stage == "warmup"
+    if resume_step is None:
+        bare = build_with_weights(context, checkpoint=checkpoint, with_image_decoder=has_decoder)
+    else:
+        bare = build_without_weights(context, with_image_decoder=has_decoder)
     model = wrap_data_parallel(bare, settings.parallel)
-    folder = context.output / name
+    info = _describe_checkpoint(context, stage)
     log = StageLog(
         folder,
         stage=name,
         steps=stage_settings.steps,
         is_writer=topology.is_first_rank(),
         interval=settings.log_interval,
+        done=resume_step or 0,
+        wandb_project=settings.wandb_project,
     )
     try:
         result = train_stage(
-            model, build_objective(stage, settings), loader, stage=stage_settings, settings=settings, log=log
+            model,
+            build_objective(stage, settings),
+            loader,
+            stage=stage_settings,
+            settings=settings,
+            log=log,
+            keeping=_keeping(settings, folder, info, resume_step, stop),
+            validation=_validation(context, stage),
         )
     finally:
         log.close()
         loader.close()
-    info = CheckpointInfo(
+    summary = StageSummary(
+        name, stage, folder / STAGE_CHECKPOINT, result.progress, loader.statistics(), stopped=result.stopped
+    )
+    if result.stopped is None:
+        _hand_over(context, summary, model, replace(info, step=stage_settings.steps, loader=loader.state_dict()))
+        if after is not None:
+            after(name, model)
+    return summary
+
+
+def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
+    return CheckpointInfo(
         stage=stage,
-        step=stage_settings.steps,
+        step=0,
         mask_token_id=context.bundle.mask_token_id,
         bridge_token_id=context.bundle.bridge_token_id,
         hf_config=context.hf_config,
-        loader=loader.state_dict(),
     )
-    save_checkpoint(folder / "checkpoint", model.bare_chunks, info)
+
+
+def _keeping(
+    settings: TrainSettings, folder: Path, info: CheckpointInfo, resume_step: int | None, stop: StopWatch | None
+) -> StageKeeping:
+    checkpoint = settings.checkpoint
+    return StageKeeping(
+        checkpoints=StageCheckpoints(
+            folder / STEP_CHECKPOINTS, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous
+        ),
+        info=info,
+        save_interval=checkpoint.save_interval,
+        resume_step=resume_step,
+        stop=stop,
+    )
+
+
+def _validation(context: RunContext, stage: str) -> RetrievalValidation | None:
+    if context.settings.validation.interval is None:
+        return None
+    return RetrievalValidation(context, image_size=context.settings.stage(stage).image_size)
+
+
+def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: CheckpointInfo) -> None:
+    """Leave a complete stage's summary, settings and, last, its weights."""
+    folder = summary.checkpoint.parent
     if topology.is_first_rank():
-        save_settings(settings, folder / "settings.yaml")
-    if after is not None:
-        after(name, model)
-    return StageSummary(
-        name=name,
-        stage=stage,
-        checkpoint=folder / "checkpoint",
-        seconds=result.seconds,
-        skipped=result.skipped,
-        statistics=loader.statistics(),
-    )
+        summary.save(folder)
+        save_settings(context.settings, folder / SETTINGS_FILE)
+    save_checkpoint(summary.checkpoint, model.bare_chunks, info)
+    if topology.is_first_rank():
+        # Nobody resumes a stage that is complete, and optimizer states are three quarters of what a run stores.
+        shutil.rmtree(folder / STEP_CHECKPOINTS, ignore_errors=True)
 
 
 def build_loader(context: RunContext, stage: str) -> StageLoader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -37,6 +39,33 @@ def wrap_data_parallel(model: Model, parallel: ParallelSettings) -> Model:
     if parallel.overlap_param_gather:
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
     return replace(model, chunks=wrapped)
+
+
+@contextlib.contextmanager
+def whole_parameters(model: Model) -> Iterator[None]:
+    """Inside, the parameters are those of the last update, for reading, and stay so in forward passes.
+
+    With ``overlap_param_gather`` an update is gathered by hooks of the next forward pass only.
+    """
+    hooked = _with_hooks(model)
+    gather_parameters(model)
+    sync, model.config.param_sync_func = model.config.param_sync_func, None
+    try:
+        yield
+    finally:
+        model.config.param_sync_func = sync
+        for chunk in hooked:
+            chunk.enable_forward_pre_hook()
+
+
+def gather_parameters(model: Model) -> None:
+    """End training: gather the last update, and gather no more; every rank calls it."""
+    for chunk in _with_hooks(model):
+        chunk.disable_forward_pre_hook(param_sync=True)
+
+
+def _with_hooks(model: Model) -> list[DistributedDataParallel]:
+    return [chunk for chunk in model.chunks if chunk.remove_forward_pre_hook_handles]
 
 
 def _one_or_all(functions: list):

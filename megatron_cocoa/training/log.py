@@ -3,53 +3,128 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+_NOT_IN_BAR = frozenset(
+    "seconds lr tokens samples_per_second tokens_per_second_per_rank skipped_samples data_wait memory_gib".split()
+)
 
 
 class StageLog:
     """Writes one stage's steps. Only the first rank writes; elsewhere every call does nothing.
 
     Args:
-        folder: of the stage; gets ``metrics.jsonl`` and TensorBoard events.
+        folder: of the stage; gets ``metrics.jsonl``, ``validation.jsonl`` and TensorBoard events.
         stage: its name, which prefixes every TensorBoard tag.
         steps: how many are expected.
         is_writer: whether this rank writes.
         interval: steps between two updates of the progress bar's numbers.
+        done: steps that an earlier process has done; lines after them, of steps that were lost, are removed.
+        wandb_project: also log to this Weights & Biases project.
+
+    Raises:
+        ValueError: if ``wandb_project`` is given and the package is absent.
     """
 
-    def __init__(self, folder: Path, *, stage: str, steps: int, is_writer: bool, interval: int):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stage: str,
+        steps: int,
+        is_writer: bool,
+        interval: int,
+        done: int = 0,
+        wandb_project: str | None = None,
+    ):
         self.stage, self.interval, self.is_writer = stage, interval, is_writer
         if not is_writer:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self.events = SummaryWriter(str(folder / "tensorboard"))
-        self.bar = tqdm(total=steps, desc=stage, unit="step", mininterval=1.0)
+        for name in (METRICS_FILE, VALIDATION_FILE):
+            _cut_after(folder / name, done)
+        self.lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self.validations = folder / VALIDATION_FILE
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.bar = tqdm(total=steps, initial=done, desc=stage, unit="step", mininterval=1.0)
+        self.wandb = None if wandb_project is None else _start_wandb(wandb_project, folder, stage)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step, counted from 1. ``metrics`` are floats by name."""
         if not self.is_writer:
             return
         self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.events.add_scalar(f"{self.stage}/{name}", value, step)
+        self._record(step, metrics)
         self.bar.update()
         if step % self.interval == 0:
             self.lines.flush()
-            shown = {k: v for k, v in metrics.items() if k not in ("seconds", "lr", "tokens")}
+            shown = {k: v for k, v in metrics.items() if k not in _NOT_IN_BAR and not (k == "skipped_steps" and not v)}
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record what a validation after ``step`` found."""
+        if not self.is_writer:
+            return
+        with self.validations.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._record(step, {f"validation/{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.bar.write(f"{self.stage}, step {step}: {shown}")
+
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.events.add_scalar(f"{self.stage}/{name}", value, step)
+        if self.wandb is not None:
+            tagged = {f"{self.stage}/{name}": value for name, value in metrics.items()}
+            self.wandb.log({f"{self.stage}/step": step, **tagged})
 
     def close(self) -> None:
         if self.is_writer:
             self.bar.close()
             self.lines.close()
             self.events.close()
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The steps that ``StageLog`` wrote to ``folder``, in order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return _read_lines(folder / METRICS_FILE)
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _cut_after(path: Path, done: int) -> None:
+    """Keep the lines of the first ``done`` steps; a last line that was cut short goes as well."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    new = path.with_name(path.name + ".new")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+def _start_wandb(project: str, folder: Path, stage: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"wandb_project is {project!r}, but the wandb package is not installed: pip install wandb, or set "
+            f"wandb_project to null"
+        ) from error
+    run = wandb.init(project=project, dir=str(folder), name=f"{folder.parent.name}/{stage}", resume="allow")
+    run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+    return run

@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.config import StageSettings, TrainSettings
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
-from megatron_cocoa.training.log import StageLog
+from megatron_cocoa.parallel import device
+from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
 from megatron_cocoa.training.optimizer import build_optimizer
+from megatron_cocoa.training.progress import Progress
+from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.step import Metrics, forward_backward
+from megatron_cocoa.training.stopping import StopWatch
 
 
 class Loader(Protocol):
@@ -23,17 +32,64 @@ class Loader(Protocol):
     def next_step(self) -> list[PackedBatch]:
         """This data-parallel rank's micro-batches of the next step."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Its place, the same on every rank."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a place."""
+
+    def num_skipped(self) -> int:
+        """Samples of this data-parallel rank that could not be used, since the start of the process."""
+
+
+class Log(Protocol):
+    """What takes each step's metrics: see ``megatron_cocoa.training.log.StageLog``."""
+
+    def step(self, step: int, metrics: Metrics) -> None:
+        """Record one step, counted from 1."""
+
+    def validation(self, step: int, metrics: Metrics) -> None:
+        """Record what a validation after ``step`` found."""
+
+
+class Validation(Protocol):
+    """What tells, now and then, how good the model is: see ``megatron_cocoa.recipes.validation``."""
+
+    interval: int
+    metric: str
+
+    def measure(self, model: Model) -> Metrics:
+        """Metrics by name, ``metric`` (the higher, the better) among them; every rank calls it."""
+
+
+@dataclass(frozen=True)
+class StageKeeping:
+    """What a stage needs to be resumable.
+
+    checkpoints:   where they go.
+    info:          describes the model; the trainer fills in step, loader and progress.
+    save_interval: steps between two; None writes one only when the run is stopped.
+    resume_step:   go on from this step's checkpoint; None starts from the model's present weights.
+    stop:          tells when to stop; None never does.
+    """
+
+    checkpoints: StageCheckpoints
+    info: CheckpointInfo
+    save_interval: int | None = None
+    resume_step: int | None = None
+    stop: StopWatch | None = None
+
 
 @dataclass(frozen=True)
 class StageResult:
     """How a stage went.
 
-    seconds: wall time of its steps.
-    skipped: steps that were not applied because their loss or gradient was not finite.
+    progress: its counters.
+    stopped:  why it ended before its last step; None where it did not. A checkpoint of its last step was written.
     """
 
-    seconds: float
-    skipped: int
+    progress: Progress
+    stopped: str | None = None
 
 
 def train_stage(
@@ -43,52 +99,154 @@ def train_stage(
     *,
     stage: StageSettings,
     settings: TrainSettings,
-    log: StageLog,
+    log: Log,
+    keeping: StageKeeping | None = None,
+    validation: Validation | None = None,
 ) -> StageResult:
-    """Run a stage's optimizer steps from the model's present weights, with a fresh optimizer.
+    """Run a stage's optimizer steps, with a fresh optimizer or from a checkpoint of the stage.
 
     Args:
-        model: chunks in Megatron's DDP.
+        model: chunks in Megatron's DDP, with the weights to start from.
         objective: of the stage.
         loader: gives the micro-batches.
         stage: steps, learning rate.
         settings: of the run.
         log: takes each step's metrics.
+        keeping: checkpoints; None writes none.
+        validation: measured every ``validation.interval`` steps; the best weights are kept where there is ``keeping``.
 
     Raises:
-        FloatingPointError: after ten steps in a row whose loss or gradient was not finite, naming the samples.
+        FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row whose loss or gradient was not
+            finite, naming the samples.
+        ValueError: if a checkpoint cannot be written or loaded.
     """
-    optimizer, schedule = build_optimizer(model, stage, settings.optimizer, settings.parallel)
-    model.train()
-    skipped = in_a_row = 0
-    started = time.perf_counter()
-    for step in range(1, stage.steps + 1):
-        begun = time.perf_counter()
-        batches = loader.next_step()
+    trainer = _StageTrainer(model, objective, loader, stage, settings, keeping)
+    while trainer.progress.step < stage.steps:
+        log.step(trainer.progress.step + 1, trainer.step())
+        if validation is not None and trainer.progress.step % validation.interval == 0:
+            log.validation(trainer.progress.step, trainer.validate(validation))
+        reason = trainer.keep()
+        if reason is not None:
+            return StageResult(trainer.progress, reason)
+    trainer.finish()
+    return StageResult(trainer.progress)
+
+
+class _StageTrainer:
+    """State and parts of the loop above."""
+
+    def __init__(
+        self,
+        model: Model,
+        objective: LocalObjective | GlobalObjective,
+        loader: Loader,
+        stage: StageSettings,
+        settings: TrainSettings,
+        keeping: StageKeeping | None,
+    ) -> None:
+        self.model, self.objective, self.loader = model, objective, loader
+        self.stage, self.settings, self.keeping = stage, settings, keeping
+        self.optimizer, self.schedule = build_optimizer(model, stage, settings.optimizer, settings.parallel)
+        self.progress = Progress()
+        if keeping is not None and keeping.resume_step is not None:
+            self._resume(keeping.checkpoints, keeping.resume_step)
+        model.train()
+
+    def _resume(self, checkpoints: StageCheckpoints, step: int) -> None:
+        info = checkpoints.load(step, self.model, self.optimizer)
+        self.progress = Progress.from_dict(info.progress)
+        self.loader.load_state_dict(info.loader)
+        self.schedule.step(increment=step)
+
+    def step(self) -> Metrics:
+        """One optimizer step, or one that is skipped on all ranks; its metrics, the same on every rank but times."""
+        begun, progress = time.perf_counter(), self.progress
+        # Whatever is random in the model follows from the step: nothing of it needs to be saved.
+        device.seed_everything(self.settings.seed, progress.step, parallel_state.get_data_parallel_rank())
+        batches = self.loader.next_step()
         waited = time.perf_counter() - begun
-        for chunk in model.chunks:
+        for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        schedule.step(increment=1)
-        metrics = forward_backward(model, objective, batches)
-        applied, grad_norm = _apply(optimizer, metrics)
-        in_a_row = 0 if applied else in_a_row + 1
-        skipped += not applied
-        if in_a_row >= 10:
-            raise FloatingPointError(_not_finite(step, metrics, grad_norm, batches))
-        metrics |= {
+        self.optimizer.zero_grad()
+        self.schedule.step(increment=1)
+        metrics = forward_backward(self.model, self.objective, batches)
+        applied, grad_norm = _apply(self.optimizer, metrics)
+        tokens, skipped_samples = _sum_over_replicas(sum(b.num_tokens for b in batches), self.loader.num_skipped())
+        seconds = time.perf_counter() - begun
+        self._count(applied, tokens=tokens, seconds=seconds)
+        if progress.skipped_in_a_row >= self.settings.optimizer.max_skipped_steps:
+            raise FloatingPointError(_not_finite(progress, metrics, grad_norm, batches))
+        return metrics | {
             "grad_norm": grad_norm,
-            "lr": schedule.get_lr({}),
-            "tokens": float(sum(batch.num_tokens for batch in batches)),
+            "lr": self.schedule.get_lr({}),
+            "tokens": tokens,
+            "tokens_per_second_per_rank": tokens / seconds / dist.get_world_size(),
+            "samples_per_second": self.stage.global_batch_size / seconds,
+            "skipped_steps": progress.skipped,
+            "skipped_samples": skipped_samples,
+            "memory_gib": device.memory_bytes() / 2**30,
             "data_wait": waited,
-            "seconds": time.perf_counter() - begun,
+            "seconds": seconds,
         }
-        log.step(step, metrics)
-    if settings.parallel.overlap_param_gather:
-        # The last update is gathered by the next forward pass only, and a checkpoint must not wait for one.
-        for chunk in model.chunks:
-            chunk.start_param_sync(force_sync=True)
-    return StageResult(time.perf_counter() - started, skipped)
+
+    def _count(self, applied: bool, *, tokens: int, seconds: float) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.skipped += not applied
+        progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
+        progress.samples += self.stage.global_batch_size
+        progress.tokens += tokens
+        progress.seconds += seconds
+
+    def validate(self, validation: Validation) -> Metrics:
+        """Measure, and keep the weights if they are the best so far."""
+        with whole_parameters(self.model):
+            metrics = validation.measure(replace(self.model, chunks=self.model.bare_chunks))
+        self.model.train()
+        value, progress = metrics[validation.metric], self.progress
+        if progress.best_value is None or value > progress.best_value:
+            progress.best_value, progress.best_step = value, progress.step
+            if self.keeping is not None:
+                with whole_parameters(self.model):
+                    self.keeping.checkpoints.save_best(self.model, self._info())
+        return metrics
+
+    def keep(self) -> str | None:
+        """Write a checkpoint where one is due; why the run must stop now, or None."""
+        keeping = self.keeping
+        if keeping is None:
+            return None
+        step, is_last = self.progress.step, self.progress.step == self.stage.steps
+        keeping.checkpoints.poll()
+        reason = keeping.stop.reason() if keeping.stop is not None else None
+        is_due = keeping.save_interval is not None and step % keeping.save_interval == 0
+        if (is_due and not is_last) or (reason is not None and not is_last):
+            with whole_parameters(self.model):
+                keeping.checkpoints.save(self.model, self.optimizer, self._info())
+        if reason is not None and not is_last:
+            keeping.checkpoints.wait()
+            return reason
+        return None
+
+    def finish(self) -> None:
+        """Leave the weights as a checkpoint must find them, and nothing under way."""
+        gather_parameters(self.model)
+        if self.keeping is not None:
+            self.keeping.checkpoints.wait()
+
+    def _info(self) -> CheckpointInfo:
+        return replace(
+            self.keeping.info,
+            step=self.progress.step,
+            loader=self.loader.state_dict(),
+            progress=self.progress.as_dict(),
+        )
+
+
+def _sum_over_replicas(*numbers: int) -> list[int]:
+    total = torch.tensor(numbers, dtype=torch.int64, device=device.device())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.tolist()
 
 
 def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:
@@ -106,10 +264,13 @@ def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:
     return bool(applied), norm if grad_norm is None else float(grad_norm)
 
 
-def _not_finite(step: int, metrics: Metrics, grad_norm: float, batches: Sequence[PackedBatch]) -> str:
-    samples = [sample for batch in batches for sample in batch.sample_ids][:20]
+def _not_finite(progress: Progress, metrics: Metrics, grad_norm: float, batches: Sequence[PackedBatch]) -> str:
+    samples: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(samples, [sample for batch in batches for sample in batch.sample_ids])
+    found = list(dict.fromkeys(sample for part in samples for sample in part))
     return (
-        f"ten steps in a row, up to step {step}, had a loss or gradient that is not finite (loss {metrics['loss']}, "
-        f"gradient norm {grad_norm}): lower the learning rate, or look at the samples of this step: {samples}"
+        f"{progress.skipped_in_a_row} steps in a row (optimizer.max_skipped_steps), up to step {progress.step}, had a "
+        f"loss or gradient that is not finite (loss {metrics['loss']}, gradient norm {grad_norm}): lower the learning "
+        f"rate, or look at the samples of this step: {', '.join(found[:20])}"
+        + (f" and {len(found) - 20} more" if len(found) > 20 else "")
     )
-

@@ -10,6 +10,7 @@ MODULES = (
     "tests.parity.checks",
     "tests.distributed.collectives",
     "tests.distributed.mask_kinds",
+    "tests.distributed.resuming",
     "tests.distributed.training",
 )
 """Each holds ``CHECKS``: its checks by name."""

@@ -1,0 +1,171 @@
+"""Writing a distributed checkpoint so that its name stands for a complete one, at once or in the background.
+
+Megatron's ``dist_checkpointing`` plans the write on all ranks and leaves the bytes to processes that it forks. What
+it writes stands beside its place, and takes its name when every rank is done and ``cocoa.json`` lies in it: a folder
+that carries the final name is complete. A write that fails on any rank fails on all of them, with the cause.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint.api import CheckpointException
+
+INFO_FILE = "cocoa.json"
+INCOMPLETE, REPLACED = ".incomplete", ".replaced"
+
+
+class CheckpointWriter:
+    """Writes one checkpoint after the other; every rank calls every method.
+
+    Args:
+        asynchronous: ``write`` returns when the state is safe from further training steps (copied to the host, or
+            held by the forked process), and ``poll`` or ``wait`` completes it.
+    """
+
+    def __init__(self, *, asynchronous: bool = False) -> None:
+        # A persistent worker process dies at once on megatron-core 0.16.1 and leaves its parent waiting.
+        self._queue = AsyncCallsQueue(persistent=False) if asynchronous else None
+
+    def write(
+        self, path: Path, state: ShardedStateDict, *, content_metadata: dict[str, Any], info: dict[str, Any]
+    ) -> None:
+        """Write ``state`` and ``info``; an earlier write is completed first.
+
+        Args:
+            path: the folder; one that is there already is replaced when the new one is complete.
+            state: Megatron's sharded state of this rank.
+            content_metadata: Megatron's note on how the state is sharded.
+            info: contents of ``cocoa.json``; the first rank's are written.
+
+        Raises:
+            ValueError: if this or the earlier checkpoint cannot be written; nothing is kept of it.
+        """
+        self.wait()
+        work = path.with_name(path.name + INCOMPLETE)
+        failure = f"cannot write a checkpoint under {path.parent}"
+        _on_first_rank(lambda: (restore_replaced(path), _make_empty(work)), failure)
+        request = _guarded(
+            path,
+            lambda: dist_checkpointing.save(
+                state, str(work), async_sharded_save=True, content_metadata=content_metadata, **_async_strategy()
+            ),
+        )
+        finish = functools.partial(_finish, path, request.finalize_fns, info)
+        request = request._replace(finalize_fns=[])
+        if self._queue is None:
+            _guarded(path, request.execute_sync)
+            finish()
+        else:
+            self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
+
+    def poll(self) -> bool:
+        """Complete a write that is done on all ranks; whether one was.
+
+        Raises:
+            ValueError: as ``write``.
+        """
+        return self._queue is not None and bool(self._queue.maybe_finalize_async_calls(blocking=False))
+
+    def wait(self) -> None:
+        """Return when nothing is under way any more.
+
+        Raises:
+            ValueError: as ``write``.
+        """
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+
+def restore_replaced(path: Path) -> None:
+    """Give a checkpoint its name back if a run was ended just between the two renames that replace it."""
+    previous = path.with_name(path.name + REPLACED)
+    if previous.exists() and not path.exists():
+        previous.rename(path)
+
+
+def _async_strategy() -> dict[str, str]:
+    """From 0.17 on Megatron prefers a package of its own for asynchronous saves; its built-in one needs none."""
+    known = inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if "async_strategy" in known else {}
+
+
+def _guarded(path: Path, action) -> AsyncRequest | None:
+    """Run a part of a write on every rank; if it fails on one, all raise and the incomplete folder goes.
+
+    Raises:
+        ValueError: with the first rank's reason to fail.
+    """
+    reason = result = None
+    try:
+        result = action()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        # torch's CheckpointException is no Exception, and carries each rank's cause.
+        reason = f"{type(error).__name__}: {error}"
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    first = next((r for r in reasons if r is not None), None)
+    if first is None:
+        return result
+    if dist.get_rank() == 0:
+        shutil.rmtree(path.with_name(path.name + INCOMPLETE), ignore_errors=True)
+    raise ValueError(
+        f"the checkpoint {path} could not be written, nothing was kept of it; free space on its disk, or name "
+        f"another output_dir. Cause: {first.strip().splitlines()[-1]}"
+    )
+
+
+def _finish(path: Path, megatron_steps: list, info: dict[str, Any]) -> None:
+    """Megatron's own last steps (its index of what was written), then ours: description and name."""
+    for step in megatron_steps:
+        _guarded(path, step)
+    _on_first_rank(lambda: _rename(path, info), f"cannot complete the checkpoint {path}")
+
+
+def _rename(path: Path, info: dict[str, Any]) -> None:
+    work = path.with_name(path.name + INCOMPLETE)
+    (work / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
+    if not path.exists():
+        work.rename(path)
+        return
+    previous = path.with_name(path.name + REPLACED)
+    shutil.rmtree(previous, ignore_errors=True)
+    path.rename(previous)
+    work.rename(path)
+    shutil.rmtree(previous)
+
+
+def _on_first_rank(action, failure: str) -> None:
+    """Run ``action`` on rank 0 while the others wait; all ranks raise if it fails.
+
+    Raises:
+        ValueError: ``failure`` and the operating system's reason.
+    """
+    outcome: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            outcome = [f"{failure}: {error}"]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise ValueError(outcome[0])
+
+
+def _make_empty(folder: Path) -> None:
+    """Make the folder, and see that the disk takes a file: Megatron's first one is written by one rank alone."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    probe = folder / "probe"
+    probe.write_bytes(bytes(2**18))
+    probe.unlink()

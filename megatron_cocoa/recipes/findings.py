@@ -1,0 +1,121 @@
+"""What a run has measured, and what it leaves of that: the table on the terminal, results.json and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_cocoa.evaluation.report import render_report, render_table
+from megatron_cocoa.evaluation.report_data import (
+    TWEMOJI_CREDIT,
+    BridgeEvidence,
+    RecallRow,
+    Reconstruction,
+    ReportData,
+    RetrievalStrip,
+    StageCurve,
+)
+from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.topology import LaunchInfo
+from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.retrieval import recall_as_json
+from megatron_cocoa.recipes.stages import StageSummary
+from megatron_cocoa.training.log import read_metrics
+
+PACKAGES = ("megatron-core", "torch", "transformers", "sentencepiece", "numpy")
+LOSS_UNITS = {"mntp": "nats per token", "mae": "mean squared error", "contrastive": "nats per pair"}
+
+
+@dataclass
+class Findings:
+    """What the run has measured so far."""
+
+    stages: list[StageSummary] = field(default_factory=list)
+    recall: list[RecallRow] = field(default_factory=list)
+    bridge: list[BridgeEvidence] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    strips: list[RetrievalStrip] = field(default_factory=list)
+
+
+def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, seconds: float) -> None:
+    """Print the run's measurements, and write ``results.json`` and ``report.html``; on the first rank."""
+    peak = device.peak_memory_bytes() / 2**30
+    print(f"Whole run: {seconds:.0f} s, peak memory of the first rank {peak:.2f} GiB", flush=True)
+    if not findings.recall:
+        return
+    print(render_table(findings.recall), flush=True)
+    for evidence in findings.bridge:
+        gain, low, high = evidence.gain
+        print(
+            f"Block B, {evidence.model}: {evidence.own:.3f} nats per token with its own A, {evidence.other:.3f} with "
+            f"another sample's A; difference {gain:.3f} [{low:.3f}, {high:.3f}]",
+            flush=True,
+        )
+    (context.output / "results.json").write_text(recall_as_json(findings.recall), encoding="utf-8")
+    report = context.output / "report.html"
+    report.write_text(render_report(_report_data(context, launch, findings, seconds, peak)), encoding="utf-8")
+    print(f"Report: {report}", flush=True)
+
+
+def describe(summary: StageSummary) -> str:
+    """One sentence on how a stage went; the counts are the first data-parallel rank's."""
+    counts = ", ".join(f"{name} {value:.4g}" for name, value in summary.statistics.items())
+    progress = summary.progress
+    return f"Stage {summary.name} took {progress.seconds:.0f} s, {progress.skipped} steps skipped; {counts}"
+
+
+def _report_data(
+    context: RunContext, launch: LaunchInfo, findings: Findings, seconds: float, peak: float
+) -> ReportData:
+    settings = context.settings
+    ran = {
+        "model": "toy preset, random weights" if context.is_toy else str(settings.model.path),
+        "stages": ", ".join(summary.name for summary in findings.stages),
+        "ranks": f"{launch.world_size} on {device.device().type}",
+        "wall time": f"{seconds:.0f} s",
+        "peak memory, first rank": f"{peak:.2f} GiB",
+    }
+    return ReportData(
+        title="CoCoA, three stages" if context.is_toy else f"CoCoA on {settings.model.path}",
+        ran=ran,
+        settings={
+            name: f"{s.steps} steps of {s.global_batch_size}, learning rate {s.lr:g}"
+            for name in settings.stages
+            for s in [settings.stage(name)]
+        },
+        resolved=(context.output / "settings.yaml").read_text(encoding="utf-8"),
+        recall=tuple(findings.recall),
+        curves=tuple(_curve(context, summary) for summary in findings.stages),
+        bridge=tuple(findings.bridge),
+        reconstructions=tuple(findings.reconstructions),
+        strips=tuple(findings.strips),
+        credits=(TWEMOJI_CREDIT,) if context.is_toy else (),
+        environment=_environment(),
+        notes=tuple(describe(summary) for summary in findings.stages),
+    )
+
+
+def _curve(context: RunContext, summary: StageSummary) -> StageCurve:
+    lines = read_metrics(context.output / summary.name)
+    names = [name for name in LOSS_UNITS if lines and name in lines[0]]
+    return StageCurve(
+        stage=summary.name,
+        steps=tuple(int(line["step"]) for line in lines),
+        losses={name: tuple(line[name] for line in lines) for name in names},
+        units={name: LOSS_UNITS[name] for name in names},
+        seconds=summary.progress.seconds,
+    )
+
+
+def _environment() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "python": sys.version.split()[0],
+        **versions,
+        **{name: version or "absent" for name, version in device.optional_kernels().items()},
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads on the first rank",
+    }

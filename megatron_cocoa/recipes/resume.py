@@ -1,0 +1,110 @@
+"""Going on with a run that was stopped: what is done, where to start, and whether it is still the same run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from megatron_cocoa.checkpoint.store import read_info
+from megatron_cocoa.checkpoint.writer import restore_replaced
+from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.settings import settings_to_dict
+from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
+
+SETTINGS_FILE = "settings.yaml"
+STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
+"""Below a stage's folder: the weights that it hands over, and the folder of what it can be resumed from."""
+
+MAY_CHANGE = (
+    "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
+    "recompute. data.path data.num_workers data.tokens_per_microbatch model.path model.transformer_impl "
+    "model.attention_backend model.make_vocab_size_divisible_by warmup.micro_batch_size bridge.micro_batch_size "
+    "contrastive.micro_batch_size"
+).split()
+"""Settings, or groups of them, that change how a run computes but not what."""
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """How far one stage of an earlier process has come.
+
+    is_complete: it has handed its weights over.
+    step:        of its last complete checkpoint; None where there is none.
+    """
+
+    is_complete: bool = False
+    step: int | None = None
+
+
+def holds_run(output: Path) -> bool:
+    """Whether ``output`` belongs to a run that was started."""
+    return (output / SETTINGS_FILE).is_file()
+
+
+def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
+    """The place of each stage's folder in ``names``; every rank calls it and gets what the first rank sees.
+
+    What an earlier process left half-written is removed.
+    """
+    found: list[dict[str, StagePlace] | None] = [None]
+    if topology.is_first_rank():
+        found = [{name: _place(output / name) for name in names}]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _place(folder: Path) -> StagePlace:
+    restore_replaced(folder / STAGE_CHECKPOINT)
+    remove_leftovers(folder / STEP_CHECKPOINTS)
+    steps = complete_steps(folder / STEP_CHECKPOINTS)
+    try:
+        read_info(folder / STAGE_CHECKPOINT)
+        is_complete = True
+    except ValueError:
+        is_complete = False
+    return StagePlace(is_complete, steps[-1] if steps else None)
+
+
+def check_same_run(settings: TrainSettings, output: Path) -> None:
+    """Refuse to go on with a run under settings that would train something else.
+
+    Stages may be added at the end, and how the run is laid out over ranks and packs may change.
+
+    Raises:
+        ValueError: naming each setting that differs, with both values.
+    """
+    path = output / SETTINGS_FILE
+    try:
+        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the run in {output} cannot be resumed") from error
+    now = _flat(settings_to_dict(settings))
+    stages = before.get("stages", [])
+    if now["stages"][: len(stages)] != stages:
+        raise ValueError(
+            f"the run in {output} has stages {stages}, now they are {now['stages']}: stages can only be added at "
+            f"the end"
+        )
+    changed = [key for key in now if key != "stages" and before.get(key) != now[key] and not _may_change(key)]
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key, 'absent')}, is {now[key]}" for key in changed)
+        raise ValueError(
+            f"the run in {output} cannot be resumed under other settings: {listed}. Set them back, or start a new run "
+            f"from its weights with --model.load and another --output_dir"
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in MAY_CHANGE)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

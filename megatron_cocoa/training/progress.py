@@ -1,0 +1,41 @@
+"""How far a stage has come: what a checkpoint keeps of the trainer beside weights and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Counters of one stage. Everything else of the trainer follows from ``step`` and the seed.
+
+    step:           optimizer steps done, skipped ones included.
+    skipped:        steps that were not applied because their loss or gradient was not finite.
+    skipped_in_a_row: of them, up to the last step.
+    samples, tokens: of all ranks.
+    seconds:        wall time of the steps, over all processes that have worked on the stage.
+    best_value, best_step: of the validation's metric; None before the first.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_value: float | None = None
+    best_step: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """Raises:
+        ValueError: if ``values`` is not what ``as_dict`` gives.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"the checkpoint's progress is not what this version writes: {error}") from error

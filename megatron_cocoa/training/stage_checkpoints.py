@@ -1,0 +1,92 @@
+"""The checkpoints of one stage that a run can be resumed from: where they lie, which is the last, which may go."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.parallel import topology
+
+BEST = "best"
+"""Folder of a stage's best weights, as its validation finds them."""
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class StageCheckpoints:
+    """Checkpoints ``folder/step-00000123`` with weights, optimizer state and progress.
+
+    Args:
+        folder: of the stage's checkpoints; nothing else lives there.
+        keep: how many of the newest are kept.
+        asynchronous: write in the background.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+        self.folder, self.keep = folder, keep
+        self._writer = CheckpointWriter(asynchronous=asynchronous)
+
+    def save(self, model: Model, optimizer, info: CheckpointInfo) -> None:
+        """Write the checkpoint of ``info.step``; every rank calls it.
+
+        Raises:
+            ValueError: if it, or the one before it, could not be written.
+        """
+        save_checkpoint(
+            self.folder / f"step-{info.step:08d}", model.bare_chunks, info, optimizer=optimizer, writer=self._writer
+        )
+        self._remove_old()
+
+    def poll(self) -> None:
+        """Complete a background write that is done; once a step, on every rank."""
+        if self._writer.poll():
+            self._remove_old()
+
+    def wait(self) -> None:
+        """Complete what is under way; on every rank."""
+        self._writer.wait()
+        self._remove_old()
+
+    def save_best(self, model: Model, info: CheckpointInfo) -> None:
+        """Write the weights alone to ``best`` beside the folder, over those of an earlier step; on every rank.
+
+        Raises:
+            ValueError: if they, or the checkpoint before them, could not be written.
+        """
+        save_checkpoint(self.folder.parent / BEST, model.bare_chunks, info, writer=self._writer)
+
+    def load(self, step: int, model: Model, optimizer) -> CheckpointInfo:
+        """Fill ``model`` and ``optimizer`` from the checkpoint of ``step``; every rank calls it.
+
+        Raises:
+            ValueError: if it is not complete, or does not fit the model.
+        """
+        return load_checkpoint(self.folder / f"step-{step:08d}", model.bare_chunks, optimizer=optimizer)
+
+    def _remove_old(self) -> None:
+        if topology.is_first_rank():
+            for step in complete_steps(self.folder)[: -self.keep]:
+                # Renamed first: a removal that is cut short must not leave a folder that looks complete.
+                going = self.folder / f"step-{step:08d}.removed"
+                (self.folder / f"step-{step:08d}").rename(going)
+                shutil.rmtree(going)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a run that was ended in the middle of a write or a removal left below ``folder``; on one rank."""
+    for path in folder.glob("step-*.*") if folder.is_dir() else []:
+        shutil.rmtree(path)
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints below ``folder``, oldest first."""
+    found = []
+    for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
+        name = _NAME.fullmatch(path.name)
+        if name and (path / INFO_FILE).is_file() and (path / "metadata.json").is_file():
+            found.append(int(name[1]))
+    return found

@@ -1,0 +1,53 @@
+"""When a run must end before its last step: a signal from the batch system, or its time is up."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_cocoa.parallel import device
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What batch systems send before they end a job; SIGINT keeps its meaning, an interrupt at once."""
+
+
+class StopWatch:
+    """Tells all ranks together when to stop, at the end of a step.
+
+    Signals reach single ranks, and clocks differ: so each step asks all ranks whether any of them wants to stop.
+    Use it as a context manager: signal handlers are set inside, and given back after.
+
+    Args:
+        budget_seconds: stop after this time; None knows no limit.
+        spent_seconds: of it before now, such as the time since the process started.
+    """
+
+    def __init__(self, *, budget_seconds: float | None = None, spent_seconds: float = 0.0) -> None:
+        self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds - spent_seconds
+        self._signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopWatch:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def reason(self) -> str | None:
+        """Why to stop now, the same on every rank; None goes on. Every rank calls it at the same place."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        wish = torch.tensor([self._signal or 0, int(late)], dtype=torch.int32, device=device.device())
+        dist.all_reduce(wish, op=dist.ReduceOp.MAX)
+        number, is_late = wish.tolist()
+        if number:
+            return f"signal {signal.Signals(number).name}"
+        return "checkpoint.time_budget_minutes is used up" if is_late else None

@@ -1,0 +1,64 @@
+"""A run is only resumed as the run that it was."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_cocoa.config import ContrastiveSettings, DataSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.recipes.resume import MAY_CHANGE, check_same_run
+from megatron_cocoa.settings import save_settings, settings_to_dict
+
+BEFORE = TrainSettings(stages=("warmup", "bridge"))
+
+
+@pytest.fixture
+def output(tmp_path):
+    save_settings(BEFORE, tmp_path / "settings.yaml")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        BEFORE,
+        replace(BEFORE, resume=True, log_interval=3),
+        replace(BEFORE, parallel=ParallelSettings(tensor_model_parallel_size=4, use_distributed_optimizer=True)),
+        replace(BEFORE, data=DataSettings(path="/elsewhere", num_workers=4)),
+        replace(BEFORE, stages=("warmup", "bridge", "contrastive")),
+    ],
+)
+def test_what_changes_how_but_not_what_is_allowed(output, now):
+    """Claim: layout, paths, logging and further stages may change between two processes of one run."""
+    check_same_run(now, output)
+
+
+@pytest.mark.parametrize(
+    "now, message",
+    [
+        (replace(BEFORE, seed=7), "seed was 1234, is 7"),
+        (
+            replace(BEFORE, contrastive=ContrastiveSettings(lr=1e-3, temperature=0.05)),
+            "contrastive.lr was 2e-05, is 0.001; contrastive.temperature was 0.02, is 0.05",
+        ),
+        (replace(BEFORE, data=DataSettings(max_length=77)), "data.max_length was 2048, is 77"),
+        (replace(BEFORE, stages=("bridge",)), "stages can only be added at the end"),
+    ],
+)
+def test_what_would_train_something_else_is_named(output, now, message):
+    """Claim: each difference is told with both values, and what to do about it."""
+    with pytest.raises(ValueError, match=message):
+        check_same_run(now, output)
+
+
+def test_settings_that_cannot_be_read_stop_a_resume(tmp_path):
+    (tmp_path / "settings.yaml").write_text("stages: [warmup\n")
+    with pytest.raises(ValueError, match="cannot be resumed"):
+        check_same_run(BEFORE, tmp_path)
+
+
+def test_every_name_that_may_change_exists():
+    """Claim: a setting that is renamed does not silently become one that stops a resume."""
+    tree = settings_to_dict(BEFORE)
+    for name in MAY_CHANGE:
+        group, _, leaf = name.partition(".")
+        assert group in tree and (not leaf or leaf in tree[group]), name

@@ -1,0 +1,49 @@
+"""What a run writes stays in step with what it has done, also when it is resumed."""
+
+import json
+
+import pytest
+
+from megatron_cocoa.training.log import StageLog, read_metrics
+
+
+def write(folder, steps, *, done=0, **more):
+    log = StageLog(folder, stage="warmup", steps=10, is_writer=True, interval=1, done=done, **more)
+    for step in steps:
+        log.step(step, {"loss": float(step), "skipped_steps": 0})
+        if step % 2 == 0:
+            log.validation(step, {"recall@1": step / 10})
+    log.close()
+
+
+def test_steps_that_were_lost_are_written_once(tmp_path):
+    """Claim: a run that goes on from step 2 replaces the lines of steps 3 and 4, of both files."""
+    write(tmp_path, [1, 2, 3, 4])
+    write(tmp_path, [3, 4, 5], done=2)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    validations = [json.loads(line)["step"] for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert validations == [2, 4]
+
+
+def test_a_line_that_was_cut_short_is_dropped(tmp_path):
+    """Claim: a process that was killed while it wrote does not make the file unreadable."""
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    write(tmp_path, [3], done=2)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_missing_logging_package_is_named(tmp_path, monkeypatch):
+    """Claim: asking for Weights & Biases without the package ends in what to install."""
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb, or set wandb_project to null"):
+        write(tmp_path, [1], wandb_project="cocoa")
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = StageLog(tmp_path / "stage", stage="warmup", steps=1, is_writer=False, interval=1)
+    log.step(1, {"loss": 1.0})
+    log.validation(1, {"recall@1": 1.0})
+    log.close()
+    assert not (tmp_path / "stage").exists()
