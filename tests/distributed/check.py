@@ -9,6 +9,7 @@ from dataclasses import dataclass
 MODULES = (
     "tests.parity.checks",
     "tests.distributed.collectives",
+    "tests.distributed.faults",
     "tests.distributed.mask_kinds",
     "tests.distributed.resuming",
     "tests.distributed.training",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cocoa.checkpoint.store import read_info
 from tests.distributed.tiny_run import write_folders
 from tests.e2e.test_launch import ROOT, SCRIPT, launch
 
@@ -39,7 +40,7 @@ def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **enviro
 def finished(folders, tmp_path_factory):
     """One complete run with evaluation and the baseline, on one rank."""
     output = tmp_path_factory.mktemp("run") / "output"
-    done = train(folders, output, "--evaluate", "--with-baseline")
+    done = train(folders, output, "--evaluate", "--with-baseline", "--validation.interval=2")
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done
 
@@ -59,6 +60,17 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     for label in ("untrained", "after warmup", "after bridge", "after contrastive", "contrastive alone"):
         assert label in done.stdout
     assert "nats per token with its own A" in done.stdout
+
+
+def test_validation_keeps_the_best_weights(finished):
+    """Claim: what was measured on the way is on record, and the weights of the best step are a checkpoint."""
+    output, done = finished
+    (line,) = [json.loads(line) for line in (output / "contrastive" / "validation.jsonl").read_text().splitlines()]
+    both = [line[f"recall@1/{direction}"] for direction in ("text_to_image", "image_to_text")]
+    assert line["step"] == 2 and line["recall@1"] == pytest.approx(sum(both) / 2)
+    info = read_info(output / "contrastive" / "best")
+    assert info.step == 2 and info.progress["best_value"] == line["recall@1"] and not info.has_optimizer
+    assert "contrastive, step 2: " in done.stdout + done.stderr
 
 
 def test_a_second_run_over_an_existing_output_is_refused(finished, folders):

@@ -1,0 +1,108 @@
+"""Checks of faults: what all ranks do when one rank's data spoil the loss."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_cocoa.config import OptimizerSettings, ParallelSettings
+from megatron_cocoa.objectives import build_objective
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.recipes.context import prepare_context
+from megatron_cocoa.recipes.stages import build_loader, build_with_weights
+from megatron_cocoa.training.data_parallel import wrap_data_parallel
+from megatron_cocoa.training.trainer import train_stage
+from tests.distributed.check import Check
+from tests.distributed.tiny_run import tiny_settings, write_folders
+from tests.distributed.training import _degrees
+
+STEPS, IN_A_ROW = 6, 3
+
+
+class _Poisoned:
+    """A loader whose first pixel is NaN at some steps, on the last data-parallel rank."""
+
+    def __init__(self, loader, steps: set[int]) -> None:
+        self.loader, self.steps, self.step = loader, steps, 0
+
+    def next_step(self):
+        self.step += 1
+        batches = list(self.loader.next_step())
+        is_last = topology.data_parallel_rank() == topology.data_parallel_size() - 1
+        if self.step in self.steps and is_last and batches[0].pixel_values is not None:
+            pixels = batches[0].pixel_values.clone()
+            pixels[0, 0] = float("nan")
+            batches[0] = replace(batches[0], pixel_values=pixels)
+        return batches
+
+    def num_skipped(self) -> int:
+        return 0
+
+
+class _Weights:
+    """Whether a step changed any weight of this rank, and what was reported of it."""
+
+    def __init__(self, model) -> None:
+        self.model, self.before = model, self._copy(model)
+        self.changed: list[bool] = []
+        self.skipped: list[float] = []
+
+    @staticmethod
+    def _copy(model) -> list[torch.Tensor]:
+        return [p.detach().clone() for chunk in model.bare_chunks for p in chunk.parameters()]
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        now = self._copy(self.model)
+        self.changed.append(any(not torch.equal(a, b) for a, b in zip(self.before, now)))
+        self.skipped.append(metrics["skipped_steps"])
+        self.before = now
+
+
+def poisoned(stage: str, steps: set[int], **degrees) -> dict:
+    """What each step did to each rank's weights, and how the run ended."""
+    parallel = ParallelSettings(**degrees)
+    topology.set_layout(parallel, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folders(Path(folder))
+        settings = tiny_settings(Path(folder), steps=STEPS, parallel=parallel)
+        settings = replace(settings, optimizer=OptimizerSettings(max_skipped_steps=IN_A_ROW))
+        context = prepare_context(settings)
+        model = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
+        model = wrap_data_parallel(model, parallel)
+        loader, weights, error = _Poisoned(build_loader(context, stage), steps), _Weights(model), ""
+        try:
+            train_stage(
+                model,
+                build_objective(stage, settings),
+                loader,
+                stage=settings.stage(stage),
+                settings=settings,
+                log=weights,
+            )
+        except FloatingPointError as found:
+            error = str(found)
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (weights.changed, weights.skipped, error))
+    return dict(zip(("changed", "skipped", "messages"), (list(column) for column in zip(*everyone))))
+
+
+LAYOUTS = {"single": (1, _degrees()), "dp2": (2, _degrees()), "pp2": (2, _degrees(pp=2)), "tp2": (2, _degrees(tp=2))}
+ONCE = {
+    f"poisoned-once-{stage}-{name}": (stage, *LAYOUTS[name])
+    for stage, names in (("warmup", ("single", "dp2", "pp2")), ("contrastive", ("dp2", "tp2")))
+    for name in names
+}
+ALWAYS = {f"poisoned-always-{name}": ("bridge", *layout) for name, layout in LAYOUTS.items() if name in ("dp2", "pp2")}
+
+CHECKS = {
+    **{n: Check(size, functools.partial(poisoned, stage, {3}, **deg)) for n, (stage, size, deg) in ONCE.items()},
+    **{
+        n: Check(size, functools.partial(poisoned, stage, set(range(2, STEPS + 1)), **deg))
+        for n, (stage, size, deg) in ALWAYS.items()
+    },
+}

@@ -1,0 +1,27 @@
+"""A step that one rank's data have spoiled is skipped on all ranks together, counted, and in the end named."""
+
+import pytest
+
+from tests.distributed.faults import ALWAYS, IN_A_ROW, ONCE, STEPS
+from tests.distributed.launch import result_of
+
+
+@pytest.mark.parametrize("check", ONCE)
+def test_a_nan_pixel_costs_one_step_on_all_ranks(request, check):
+    """Claim: no rank's weights move in the third step, all move in the others, and it is counted once."""
+    found = result_of(request, check)
+    for changed, skipped in zip(found["changed"], found["skipped"]):
+        assert changed == [step != 3 for step in range(1, STEPS + 1)]
+        assert skipped == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("check", ALWAYS)
+def test_spoiled_steps_in_a_row_end_the_run_with_the_samples_named(request, check):
+    """Claim: after the set number every rank raises the same message, with samples of the rank that had them."""
+    found = result_of(request, check)
+    assert all(len(changed) == IN_A_ROW for changed in found["changed"])
+    assert len(set(found["messages"])) == 1
+    message = found["messages"][0]
+    assert f"{IN_A_ROW} steps in a row (optimizer.max_skipped_steps), up to step {IN_A_ROW + 1}" in message
+    # A step has eight samples, named in the message whichever rank holds them.
+    assert len(message.rpartition("samples of this step: ")[2].split(", ")) == 8

@@ -1,0 +1,239 @@
+"""A run that is ended from outside: by a signal, by the death of a rank, by a full disk; and what it goes on with."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.training.stage_checkpoints import complete_steps
+from tests.distributed.tiny_run import write_folders
+from tests.e2e.test_launch import ROOT, SCRIPT
+
+STEPS, INTERVAL = 12, 3
+KILLS, KILL_STEPS = 20, 160
+SECONDS = 150
+"""Far above what a run needs; only a hang gets there."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_folders(folder)
+    return folder
+
+
+def start(folders: Path, output: Path, *arguments: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
+    """The run as a user starts it; its output goes to ``<output>.log``."""
+    sizes = [
+        f"--{stage}.{name}={value}"
+        for stage in ("bridge", "contrastive")
+        for name, value in (
+            ("steps", STEPS), ("lr_warmup_steps", 1), ("global_batch_size", 8), ("micro_batch_size", 2),
+        )
+    ]  # fmt: skip
+    command = [
+        "torchrun", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", str(ROOT / SCRIPT),
+        "--preset=toy", f"--model.path={folders / 'model'}", f"--data.path={folders / 'pairs'}", "--log_interval=1",
+        f"--output_dir={output}", "--stages=[bridge,contrastive]", f"--checkpoint.save_interval={INTERVAL}",
+        "--resume=true", *sizes, *arguments,
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with output.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(command, cwd=folders, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen) -> int:
+    try:
+        return process.wait(timeout=SECONDS)
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+            child.kill()
+        process.kill()
+
+
+def losses(output: Path, stage: str) -> list[float]:
+    path = output / stage / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def wait_for_step(process: subprocess.Popen, output: Path, stage: str, step: int) -> None:
+    """Return once the run has written the step; whether its checkpoint is complete is left to chance."""
+    path, deadline = output / stage / "metrics.jsonl", time.monotonic() + SECONDS
+    while not path.is_file() or path.read_bytes().count(b"\n") < step:
+        assert process.poll() is None and time.monotonic() < deadline, output.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return [p for p in psutil.Process(process.pid).children() if "pretrain_cocoa.sh" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def unbroken(folders, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "output"
+    assert finish(start(folders, output)) == 0, output.with_suffix(".log").read_text()[-3000:]
+    return output
+
+
+def assert_same_run(output: Path, unbroken: Path) -> None:
+    for stage in ("bridge", "contrastive"):
+        assert losses(output, stage) == losses(unbroken, stage) and len(losses(output, stage)) == STEPS
+        assert (output / stage / "checkpoint" / "cocoa.json").is_file()
+        assert not list((output / stage).glob("checkpoints/*"))
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(folders, unbroken, tmp_path):
+    """Claim: SIGTERM costs no step: the checkpoint is of the last one, and the run ends where an unbroken one ends."""
+    output = tmp_path / "output"
+    process = start(folders, output, "--checkpoint.save_interval=1000")
+    wait_for_step(process, output, "bridge", 4)
+    (rank,) = ranks_of(process)
+    rank.send_signal(signal.SIGTERM)
+    assert finish(process) == 0
+    done = len(losses(output, "bridge"))
+    text = output.with_suffix(".log").read_text()
+    assert f"Stopped in stage bridge after step {done} of {STEPS} (signal SIGTERM)" in text
+    assert 4 <= done < STEPS and [p.name for p in (output / "bridge/checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert finish(start(folders, output)) == 0
+    assert f"bridge goes on after step {done}" in output.with_suffix(".log").read_text()
+    assert_same_run(output, unbroken)
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed(folders, unbroken, tmp_path):
+    """Claim: with --max-restarts and --resume a kill costs at most the steps since the last complete checkpoint."""
+    output = tmp_path / "output"
+    process = start(folders, output, "--checkpoint.asynchronous=true", restarts=2)
+    for stage, step in (("bridge", 5), ("contrastive", 7)):
+        wait_for_step(process, output, stage, step)
+        ranks_of(process)[0].kill()
+        # The restarted run cuts its log back to its checkpoint before it goes on.
+        time.sleep(1)
+    assert finish(process) == 0, output.with_suffix(".log").read_text()[-3000:]
+    text = output.with_suffix(".log").read_text()
+    steps = [int(step) for step in re.findall(r"goes on after step (\d+)", text)]
+    assert steps and all(step % INTERVAL == 0 for step in steps)
+    assert_same_run(output, unbroken)
+
+
+def test_the_death_of_a_rank_ends_all_ranks(folders, tmp_path):
+    """Claim: nobody waits for a rank that is gone, and the message says which one and how."""
+    output = tmp_path / "output"
+    process = start(folders, output, "--parallel.tensor_model_parallel_size=2", ranks=2)
+    wait_for_step(process, output, "bridge", 2)
+    ranks = ranks_of(process)
+    ranks[1].kill()
+    killed = time.monotonic()
+    assert finish(process) != 0
+    assert time.monotonic() - killed < 60, "torchrun gives the other ranks 30 seconds to end"
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert re.search(r"exitcode\s*: -9", output.with_suffix(".log").read_text())
+
+
+def test_other_settings_are_refused_with_exit_code_2(unbroken, folders):
+    """Claim: a run is not resumed as another run, and nothing of it is touched."""
+    before = (unbroken / "settings.yaml").read_bytes()
+    log = unbroken.with_suffix(".log")
+    log.write_text("")
+    assert finish(start(folders, unbroken, "--seed=4", "--contrastive.lr=0.5")) != 0
+    text = log.read_text()
+    assert text.count("cannot be resumed under other settings: ") == 1
+    assert "seed was 1234, is 4; contrastive.lr was" in text and re.search(r"exitcode\s*: 2 ", text)
+    assert (unbroken / "settings.yaml").read_bytes() == before
+
+
+def test_a_full_disk_at_a_checkpoint_ends_all_ranks_with_one_message(folders, tmp_path):
+    """Claim: a write in the background that fails on any rank fails on all, and leaves nothing half-written.
+
+    A limit on file size stands for the full disk: the write fails in the same place, with an OSError.
+    """
+    output = tmp_path / "output"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        process = start(folders, output, "--checkpoint.asynchronous=true", ranks=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert finish(process) != 0
+    text = output.with_suffix(".log").read_text()
+    assert "could not be written, nothing was kept of it; free space on its disk" in text, text[-3000:]
+    assert re.search(r"exitcode\s*: 2 ", text)
+    assert not list((output / "bridge" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_twenty_kills_lose_nothing_but_time(folders, tmp_path, asynchronous):
+    """Claim: killed at random moments, writes of checkpoints included, the run ends bit for bit like an unbroken one.
+
+    Every start goes on from the last checkpoint that was complete at the kill; none loads a torn one.
+    """
+    options = [f"--{stage}.steps={KILL_STEPS}" for stage in ("bridge", "contrastive")]
+    options += [f"--checkpoint.asynchronous={asynchronous}"]
+    unbroken, output, chance = tmp_path / "unbroken", tmp_path / "output", random.Random(7)
+    assert finish(start(folders, unbroken, *options)) == 0
+    log, kills, torn = output.with_suffix(".log"), 0, 0
+    while kills < KILLS:
+        size = log.stat().st_size if log.is_file() else 0
+        process = start(folders, output, *options)
+        while process.poll() is None and "step/s" not in log.read_text()[size:]:
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0.0, 4.0))
+        ranks = ranks_of(process) if process.poll() is None else []
+        if not ranks:
+            break
+        # The stage that the start went on with, and from where, against what the kill before had left.
+        for child in [*ranks[0].children(recursive=True), ranks[0]]:
+            child.kill()
+        process.kill()
+        process.wait()
+        kills += 1
+        torn += any(path.suffix for path in output.glob("*/checkpoint*/*") if path.name.startswith("step-"))
+        left = {path.parent.name: complete_steps(path) for path in output.glob("*/checkpoints")}
+        for stage, steps in left.items():
+            done = len((output / stage / "metrics.jsonl").read_bytes().splitlines())
+            is_complete = (output / stage / "checkpoint" / "cocoa.json").is_file()
+            slack = 2 * INTERVAL if asynchronous == "true" else INTERVAL
+            assert is_complete or done - (steps[-1] if steps else 0) <= slack + 1, (stage, done, steps)
+    assert finish(start(folders, output, *options)) == 0
+    print(f"{kills} kills, {torn} of them while a checkpoint was being written or removed")
+    assert kills == KILLS and "Traceback" not in log.read_text()
+    for stage in ("bridge", "contrastive"):
+        assert losses(output, stage) == losses(unbroken, stage) and len(losses(output, stage)) == KILL_STEPS
+        with TorchDistReader(unbroken / stage / "checkpoint") as a, TorchDistReader(output / stage / "checkpoint") as b:
+            assert all(torch.equal(a.read(key), b.read(key)) for key in a.keys() if "_extra_state" not in key)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(folders, tmp_path):
+    """Claim: 2,000 steps of stage 3 with pictures of many sizes end within 5% of the resident memory at step 200."""
+    rng, output = random.Random(3), tmp_path / "output"
+    data = tmp_path / "pairs"
+    shutil.copytree(folders / "pairs", data)
+    for picture in (data / "images").iterdir():
+        with Image.open(picture) as image:
+            image.resize((14 * rng.randint(2, 16), 14 * rng.randint(2, 16))).save(picture)
+    process = start(
+        folders, output, f"--data.path={data}", "--stages=[contrastive]", "--contrastive.steps=2000",
+        "--checkpoint.save_interval=500",
+    )  # fmt: skip
+    assert process.wait(timeout=3600) == 0, output.with_suffix(".log").read_text()[-3000:]
+    lines = [json.loads(line) for line in (output / "contrastive" / "metrics.jsonl").read_text().splitlines()]
+    early, late = lines[199]["memory_gib"], lines[1999]["memory_gib"]
+    print(f"resident memory {early:.3f} GiB at step 200, {late:.3f} GiB at step 2,000")
+    assert late <= 1.05 * early
