@@ -19,10 +19,14 @@ from megatron_cocoa.parallel.collectives import from_last_stage
 
 @dataclass(frozen=True)
 class SampleLosses:
-    """Per sample, the sum of its supervised tokens' cross-entropy in nats, and how many there are."""
+    """Per sample, the sum of its supervised tokens' cross-entropy in nats, how many they are, and B's other tokens.
+
+    num_visible: tokens behind the bridge that are not masked; 0 for a sample without a bridge.
+    """
 
     nll: tuple[float, ...]
     num_tokens: tuple[int, ...]
+    num_visible: tuple[int, ...]
 
 
 def sample_losses(model: Model, batches: Iterable[PackedBatch]) -> SampleLosses:
@@ -34,13 +38,17 @@ def sample_losses(model: Model, batches: Iterable[PackedBatch]) -> SampleLosses:
     model.train(False)
     nll: list[float] = []
     counts: list[int] = []
+    lengths: list[int] = []
     for batch in batches:
         ends = torch.tensor(batch.sample_lengths).cumsum(0)
         # Position i - 1 predicts token i, so a sample's supervised rows all lie within the sample.
         owner = torch.bucketize(batch.text_positions, ends, right=True)
         nll += _sums_by_sample(model, batch, owner)
         counts += torch.bincount(owner, minlength=len(ends)).tolist()
-    return SampleLosses(tuple(nll), tuple(counts))
+        bridges = batch.bridge_positions or (None,) * len(ends)
+        lengths += [0 if bridge is None else end - 1 - bridge for end, bridge in zip(ends.tolist(), bridges)]
+    visible = (max(0, length - count) for length, count in zip(lengths, counts))
+    return SampleLosses(tuple(nll), tuple(counts), tuple(visible))
 
 
 def _sums_by_sample(model: Model, batch: PackedBatch, owner: torch.Tensor) -> list[float]:

@@ -204,7 +204,22 @@ def _bridge(evidence: Sequence[BridgeEvidence]) -> list[str]:
         f"<p>{text(intro)}</p>",
         f'<div class="panels">{chart}{markup.table(caption, header, rows)}</div>',
         markup.note("The difference has a 95% interval over samples, normal approximation of a ratio of sums."),
+        *_by_visible(evidence),
     ]
+
+
+def _by_visible(evidence: Sequence[BridgeEvidence]) -> list[str]:
+    """Tables of block B's loss against the number of B tokens that are not masked, where that is known."""
+    header = ["Visible B tokens", "Own A", "Another's A", "Difference", "Masked tokens"]
+    tables = []
+    for item in evidence:
+        rows = [
+            [text(b.label), f"{b.own:.3f}", f"{b.other:.3f}", f"{b.other - b.own:+.3f}", f"{b.num_tokens}"]
+            for b in item.by_visible
+        ]
+        if rows:
+            tables.append(markup.table(f"{item.model}: by what is left of B", header, rows))
+    return [f'<div class="panels">{"".join(tables)}</div>'] if tables else []
 
 
 def _curves(curves: Sequence[StageCurve]) -> list[str]:

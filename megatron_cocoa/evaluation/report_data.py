@@ -64,6 +64,25 @@ class StageCurve:
                 )
 
 
+VISIBLE_BINS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, math.inf))
+"""Numbers of visible B tokens that are measured together, first and last."""
+
+
+@dataclass(frozen=True)
+class VisibleTokens:
+    """Block B's loss over samples with a number of visible tokens.
+
+    label:      the numbers, such as ``3 to 4``.
+    own, other: nats per masked token with its own A, and with another sample's.
+    num_tokens: masked tokens measured.
+    """
+
+    label: str
+    own: float
+    other: float
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class BridgeEvidence:
     """Block B's loss when the bridge comes from its own block A, and from another sample's A.
@@ -71,17 +90,21 @@ class BridgeEvidence:
     model:               the model measured, such as ``after bridge``.
     own_nll, other_nll:  per sample, the *sum* over its masked B tokens of the cross-entropy in nats.
     num_tokens:          per sample, how many masked B tokens that sum runs over.
+    num_visible:         per sample, how many B tokens are not masked; empty where that is not known.
 
     Raises:
-        ValueError: if the three do not have one positive entry a sample.
+        ValueError: if the first three do not have one positive entry a sample, or the fourth another number.
     """
 
     model: str
     own_nll: tuple[float, ...]
     other_nll: tuple[float, ...]
     num_tokens: tuple[int, ...]
+    num_visible: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.num_visible and len(self.num_visible) != len(self.num_tokens):
+            raise ValueError(f"{len(self.num_visible)} counts of visible tokens for {len(self.num_tokens)} samples")
         counts = len(self.own_nll), len(self.other_nll), len(self.num_tokens)
         if len(set(counts)) != 1 or not self.num_tokens or min(self.num_tokens) < 1:
             raise ValueError(
@@ -116,6 +139,22 @@ class BridgeEvidence:
         variance = math.fsum(r * r for r in residuals) * samples / (samples - 1)
         margin = 1.959963984540054 * math.sqrt(variance) / tokens
         return gain, gain - margin, gain + margin
+
+    @property
+    def by_visible(self) -> list[VisibleTokens]:
+        """The same, apart for samples with few and with many visible B tokens; empty bins are left out.
+
+        What A adds should matter most where little of B is to be seen.
+        """
+        bins = []
+        for low, high in VISIBLE_BINS:
+            inside = [i for i, n in enumerate(self.num_visible) if low <= n <= high]
+            tokens = sum(self.num_tokens[i] for i in inside)
+            if tokens:
+                label = f"{low}" if low == high else f"{low} or more" if high == math.inf else f"{low} to {high}"
+                own, other = (math.fsum(nll[i] for i in inside) / tokens for nll in (self.own_nll, self.other_nll))
+                bins.append(VisibleTokens(label, own, other, tokens))
+        return bins
 
     @property
     def share_better(self) -> float:

@@ -66,6 +66,7 @@ def bridge_evidence(
         own_nll=tuple(own.nll[i] for i in measured),
         other_nll=tuple(other.nll[i] for i in measured),
         num_tokens=tuple(own.num_tokens[i] for i in measured),
+        num_visible=tuple(own.num_visible[i] for i in measured),
     )
 
 

@@ -17,7 +17,7 @@ from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.resume import SETTINGS_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
-from megatron_cocoa.recipes.validation import RetrievalValidation
+from megatron_cocoa.recipes.validation import HeldOutValidation
 from megatron_cocoa.settings import save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import StageLog
@@ -176,10 +176,10 @@ def _keeping(
     )
 
 
-def _validation(context: RunContext, stage: str) -> RetrievalValidation | None:
+def _validation(context: RunContext, stage: str) -> HeldOutValidation | None:
     if context.settings.validation.interval is None:
         return None
-    return RetrievalValidation(context, image_size=context.settings.stage(stage).image_size)
+    return HeldOutValidation(context, stage=stage)
 
 
 def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: CheckpointInfo) -> None:

@@ -1,4 +1,4 @@
-"""Retrieval on held-out pairs while a stage trains."""
+"""How good the model is on held-out pairs while a stage trains: retrieval, and in stage ``bridge`` block B's loss."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from pathlib import Path
 
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.evidence import bridge_evidence
 from megatron_cocoa.recipes.retrieval import POOLS, RetrievalProbe
 
 
-class RetrievalValidation:
+class HeldOutValidation:
     """Recall on the held-out pool, both directions and their mean; see ``training.trainer.Validation``.
 
     Args:
         context: of the run; its ``validation.interval`` is set.
-        image_size: of the stage that trains.
+        stage: that trains: its picture size, and for ``bridge`` block B's loss as well.
 
     Raises:
         ValueError: if the data folder has no held-out pool.
     """
 
-    def __init__(self, context: RunContext, *, image_size: int | None) -> None:
+    def __init__(self, context: RunContext, *, stage: str) -> None:
         settings = context.settings
+        self._context, self._stage = context, stage
         self.interval, self.metric = settings.validation.interval, settings.validation.metric
-        self._probe = RetrievalProbe(context, image_size=image_size)
+        self._probe = RetrievalProbe(context, image_size=settings.stage(stage).image_size)
         self._probe.pools = [pool for pool in self._probe.pools if pool.name == "heldout"]
         if not self._probe.pools:
             path = Path(settings.data.path) / POOLS["heldout"]
@@ -33,11 +35,22 @@ class RetrievalValidation:
             )
 
     def measure(self, model: Model) -> dict[str, float]:
-        """``recall@k`` averaged over both directions, and ``recall@k/<direction>``; every rank calls it."""
+        """``recall@k`` averaged over both directions, and ``recall@k/<direction>``; every rank calls it.
+
+        In stage ``bridge`` also ``nats_per_token``, ``nats_per_token/another_A``, and ``nats_per_token/visible_<n>``
+        for samples with so many B tokens to be seen.
+        """
         metrics: dict[str, float] = {}
         rows = self._probe.recall(model, label="validation", kind="validation")
         for row in rows:
             for k, estimate in row.result.recall.items():
                 metrics[f"recall@{k}/{row.direction}"] = estimate.value
                 metrics[f"recall@{k}"] = metrics.get(f"recall@{k}", 0.0) + estimate.value / len(rows)
-        return metrics
+        return metrics | (self._bridge_losses(model) if self._stage == "bridge" else {})
+
+    def _bridge_losses(self, model: Model) -> dict[str, float]:
+        evidence = bridge_evidence(self._context, model, pool="heldout", label="validation")
+        if evidence is None:
+            return {}
+        losses = {"nats_per_token": evidence.own, "nats_per_token/another_A": evidence.other}
+        return losses | {f"nats_per_token/visible_{b.label.replace(' ', '_')}": b.own for b in evidence.by_visible}

@@ -68,6 +68,9 @@ def test_validation_keeps_the_best_weights(finished):
     (line,) = [json.loads(line) for line in (output / "contrastive" / "validation.jsonl").read_text().splitlines()]
     both = [line[f"recall@1/{direction}"] for direction in ("text_to_image", "image_to_text")]
     assert line["step"] == 2 and line["recall@1"] == pytest.approx(sum(both) / 2)
+    bridge = json.loads((output / "bridge" / "validation.jsonl").read_text())
+    assert bridge["nats_per_token"] > 0 and bridge["nats_per_token/another_A"] > 0
+    assert any(name.startswith("nats_per_token/visible_") for name in bridge)
     info = read_info(output / "contrastive" / "best")
     assert info.step == 2 and info.progress["best_value"] == line["recall@1"] and not info.has_optimizer
     assert "contrastive, step 2: " in done.stdout + done.stderr

@@ -205,3 +205,15 @@ def test_bridge_gain_and_interval_equal_their_definition():
     assert evidence.gain == pytest.approx((ratio, ratio - 1.959964 * error, ratio + 1.959964 * error), rel=1e-6)
     assert evidence.share_better == np.mean(own < other)
     assert np.isnan(BridgeEvidence("x", (1.0,), (2.0,), (1,)).gain[1])
+
+
+def test_block_b_is_told_apart_by_what_is_left_of_it():
+    """Claim: sums run over the samples of a bin alone, by a plain count; bins without a masked token are left out."""
+    evidence = BridgeEvidence("x", (1.0, 2.0, 6.0), (3.0, 3.0, 7.0), (1, 2, 2), num_visible=(0, 3, 4))
+    assert [(b.label, b.own, b.other, b.num_tokens) for b in evidence.by_visible] == [
+        ("0", 1.0, 3.0, 1),
+        ("3 to 4", 2.0, 2.5, 4),
+    ]
+    assert BridgeEvidence("x", (1.0,), (2.0,), (1,)).by_visible == []
+    with pytest.raises(ValueError, match="1 counts of visible tokens for 2 samples"):
+        BridgeEvidence("x", (1.0, 1.0), (1.0, 1.0), (1, 1), num_visible=(1,))
