@@ -45,25 +45,22 @@ def evaluation_builder(
     return builder, options
 
 
-def embedding_batches(
-    contents: Sequence[Content], *, builder: SampleBuilder, options: PackOptions, batch_size: int
-) -> Iterator[PackedBatch]:
+def embedding_batch(
+    contents: Sequence[Content], *, builder: SampleBuilder, options: PackOptions, first: int = 0
+) -> PackedBatch:
     """Pack things to embed, in order, each with a bridge appended and one embedding.
 
     Args:
         contents: texts, pictures (text ``<|image_1|>`` alone), or both.
         builder: lays samples out; knows the data folder and the picture size.
         options: how packs are filled.
-        batch_size: samples per pack.
+        first: number of the first one, for error messages.
 
     Raises:
         ValueError: for an item that cannot be embedded: an evaluation never leaves one out.
     """
-    for start in range(0, len(contents), batch_size):
-        chunk = contents[start : start + batch_size]
-        checked = [checked_content(content.text, content.image_path) for content in chunk]
-        samples = [builder.embedding(str(start + i), content) for i, content in enumerate(checked)]
-        yield collate_embedding(samples, options)
+    checked = [checked_content(content.text, content.image_path) for content in contents]
+    return collate_embedding([builder.embedding(str(first + i), c) for i, c in enumerate(checked)], options)
 
 
 def bridge_batches(
@@ -80,14 +77,15 @@ def bridge_batches(
 
     Args:
         rows: block A is the query, block B the target's text (``read_bridge_pairs``).
-        builder, options, batch_size: as ``embedding_batches``.
+        builder, options: as ``embedding_batch``.
+        batch_size: samples per pack.
         corruption: masks are those of epoch 0.
         mask_kind: one of the two EOS-bridged kinds.
         swapped: give each sample the block A of the next one (the last one that of the first). Block B, its mask and
             its labels are the same with and without.
 
     Raises:
-        ValueError: as ``embedding_batches``, or for a single row that is to be swapped.
+        ValueError: as ``embedding_batch``, or for a single row that is to be swapped.
     """
     blocks = [builder.bridge_blocks(row.row_id, row.query, row.target.text, corruption, epoch=0) for row in rows]
     blocks = swap_blocks(blocks) if swapped else blocks

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
-from megatron_cocoa.data.collate import collate_embedding
-from megatron_cocoa.data.sources import CaptionRow, Content, checked_content, read_captions
+from megatron_cocoa.data.evaluation_batches import embedding_batch
+from megatron_cocoa.data.sources import CaptionRow, Content, read_captions
 from megatron_cocoa.evaluation.embed import embed
 from megatron_cocoa.evaluation.metrics import evaluate_pairs, top_candidates
 from megatron_cocoa.evaluation.report_data import RecallRow, RetrievalStrip, StripCandidate
@@ -76,9 +76,7 @@ class RetrievalProbe:
 
     def _embed(self, model: Model, contents: list[Content]) -> Tensor:
         def make_batch(start: int, end: int) -> PackedBatch:
-            checked = [checked_content(c.text, c.image_path) for c in contents[start:end]]
-            samples = [self.builder.embedding(str(start + i), c) for i, c in enumerate(checked)]
-            return collate_embedding(samples, self.options)
+            return embedding_batch(contents[start:end], builder=self.builder, options=self.options, first=start)
 
         return embed(model, num_items=len(contents), batch_size=self.batch_size, make_batch=make_batch)
 

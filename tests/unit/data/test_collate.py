@@ -10,7 +10,7 @@ import torch
 
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.data.collate import collate_bridge, collate_contrastive, collate_embedding, collate_warmup
-from megatron_cocoa.data.evaluation_batches import bridge_batches, embedding_batches, evaluation_builder
+from megatron_cocoa.data.evaluation_batches import bridge_batches, embedding_batch, evaluation_builder
 from megatron_cocoa.data.prepared import CorruptionSettings
 from megatron_cocoa.data.sources import CaptionRow, Content, PairRow
 
@@ -131,13 +131,16 @@ def test_a_pack_over_the_budget_is_refused_with_the_numbers(parts):
 def test_embedding_batches_keep_every_item_in_order(parts, bundle):
     builder, options = parts
     contents = [*PICTURES, *(Content(f"cat {i}") for i in range(5))]
-    batches = list(embedding_batches(contents, builder=builder, options=options, batch_size=4))
+    batches = [
+        embedding_batch(contents[first : first + 4], builder=builder, options=options, first=first)
+        for first in range(0, len(contents), 4)
+    ]
     assert [b.embedding_positions.numel() for b in batches] == [4, 4, 1]
     assert batches[1].pixel_values is None and batches[1].grid_thw == ()
     for batch in batches:
         assert (batch.input_ids[batch.embedding_positions] == bundle.bridge_token_id).all()
     with pytest.raises(ValueError, match="neither_text_nor_image"):
-        list(embedding_batches([Content("")], builder=builder, options=options, batch_size=4))
+        embedding_batch([Content("")], builder=builder, options=options)
 
 
 def test_swapping_changes_block_a_alone(parts):
