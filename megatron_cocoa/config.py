@@ -263,7 +263,9 @@ class StageSettings:
         micro_batch_size: samples (pairs) per pack, at most a rank's share of the global batch.
         lr: peak learning rate; linear warm-up over ``lr_warmup_steps``, then ``lr_decay_style`` down to
             ``min_lr`` at ``steps``.
-        image_size: pictures are resized to this many pixels square; None keeps them as the processor would.
+        image_size: pictures are resized to this many pixels square (336, 448, 672); None keeps their shape.
+        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape; None for the limits of
+            ``preprocessor_config.json``.
     """
 
     steps: int = 1000
@@ -274,11 +276,23 @@ class StageSettings:
     lr_warmup_steps: int = 100
     lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
     image_size: int | None = None
+    min_image_tokens: int | None = None
+    max_image_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, needs 1 or more")
         _require(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"need 0 <= min_lr <= lr, found {self.min_lr}, {self.lr}")
+        low, high = self.min_image_tokens, self.max_image_tokens
+        _require(
+            self.image_size is None or low is high is None,
+            f"image_size {self.image_size} fixes the size of every picture: min_image_tokens {low} and "
+            f"max_image_tokens {high} would have no effect; set image_size to null, or them",
+        )
+        _require(
+            all(limit is None or limit >= 1 for limit in (low, high)) and (low is None or high is None or low <= high),
+            f"need 1 <= min_image_tokens <= max_image_tokens, found {low} and {high}",
+        )
         _require(
             0 <= self.lr_warmup_steps <= self.steps,
             f"lr_warmup_steps is {self.lr_warmup_steps}, must lie in [0, steps = {self.steps}]",

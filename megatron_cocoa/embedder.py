@@ -29,9 +29,9 @@ from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
+from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.prepared import PreparedSample
-from megatron_cocoa.data.preprocess import PictureError, read_picture
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import IMAGE_TOKEN, Content
 from megatron_cocoa.evaluation.embed import embed_pack
@@ -73,6 +73,8 @@ class CocoaEmbedder:
         model_path: str | Path | None = None,
         dtype: str = "fp32",
         image_size: int | None = None,
+        min_image_tokens: int | None = None,
+        max_image_tokens: int | None = None,
         max_length: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         bridge_token: str | None = None,
@@ -88,7 +90,8 @@ class CocoaEmbedder:
                 what the checkpoint carries, else the folder that the ``settings.yaml`` beside it names.
             dtype: ``fp32`` or ``bf16``, of parameters and activations.
             image_size: side of the square in pixels that pictures are resized to; None keeps their shape within
-                the processor's limits.
+                the limits of tokens.
+            min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and
                 a warning counts them.
             batch_tokens: upper bound on the tokens of one forward pass.
@@ -115,6 +118,8 @@ class CocoaEmbedder:
             vision=context.geometry,
             max_length=max_length or context.hf_config["text_config"]["max_position_embeddings"],
             image_size=image_size,
+            min_image_tokens=min_image_tokens,
+            max_image_tokens=max_image_tokens,
         )
         return cls(model, builder, options, batch_tokens)
 

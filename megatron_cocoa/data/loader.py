@@ -10,10 +10,11 @@ from pathlib import Path
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.collate import PackOptions
+from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.prepared import PreparedSample
-from megatron_cocoa.data.preprocess import PictureError, PictureLoader, load_processor
+from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import MAX_BAD_SHARE
 from megatron_cocoa.data.stages import STAGE_DATA, StageData
@@ -84,6 +85,8 @@ class StageLoader:
             processor=load_processor(settings.model.path),
             vision=vision,
             image_size=self._stage_settings.image_size,
+            min_image_tokens=self._stage_settings.min_image_tokens,
+            max_image_tokens=self._stage_settings.max_image_tokens,
         )
         self._builder = SampleBuilder(
             bundle=bundle,

@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_cocoa.data import corruption
+from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import NO_ROWS, BridgeBlocks, CorruptionSettings, EncodedContent, PreparedSample
-from megatron_cocoa.data.preprocess import PictureError, PictureLoader
+from megatron_cocoa.data.preprocess import PictureLoader
 from megatron_cocoa.data.sources import IMAGE_TOKEN, CaptionRow, Content
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 

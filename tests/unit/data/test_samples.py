@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.positions import VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import CorruptionSettings, swap_blocks
-from megatron_cocoa.data.preprocess import PictureError, PictureLoader, load_processor
+from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import CaptionRow, Content
 
