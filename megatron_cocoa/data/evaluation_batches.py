@@ -68,7 +68,7 @@ def embedding_batch(
     Raises:
         ValueError: for an item that cannot be embedded: an evaluation never leaves one out.
     """
-    checked = [checked_content(content.text, content.image_path) for content in contents]
+    checked = [checked_content(content.text, content.images) for content in contents]
     return collate_embedding([builder.embedding(str(first + i), c) for i, c in enumerate(checked)], options)
 
 

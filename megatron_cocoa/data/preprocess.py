@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from megatron_cocoa.data.decode import MAX_SOURCE_PIXELS, accept_picture, picture_size, read_picture
+from megatron_cocoa.data.decode import MAX_SOURCE_PIXELS, PictureError, accept_picture, picture_size, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.stored import PictureRef, open_picture
 
-_CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 256 * 2**20
 _CACHED_SIZES = 2**20
 
 
@@ -51,7 +51,7 @@ class PictureLoader:
         image_size: int | None = None,
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
-        cache_bytes: int = _CACHE_BYTES,
+        cache_bytes: int = CACHE_BYTES,
         max_source_pixels: int = MAX_SOURCE_PIXELS,
     ) -> None:
         found = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
@@ -77,6 +77,7 @@ class PictureLoader:
         self._cache: OrderedDict[PictureRef, np.ndarray] = OrderedDict()
         self._sizes: dict[PictureRef, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self.num_decoded = 0
         self._table = _normalisation_table(processor)
 
     def load(self, image_path: PictureRef) -> np.ndarray:
@@ -98,6 +99,7 @@ class PictureLoader:
         picture = self._resize(read_picture(source, name=str(image_path), max_pixels=self._max_source_pixels))
         picture.setflags(write=False)
         with self._lock:
+            self.num_decoded += 1
             if picture.nbytes <= self._cache_bytes and image_path not in self._cache:
                 self._cache[image_path] = picture
                 self._cached_bytes += picture.nbytes
@@ -188,7 +190,10 @@ class PictureLoader:
         if self._image_size is not None:
             return self._image_size, self._image_size
         low, high = self._pixel_limits
-        return smart_resize(height, width, factor=self._vision.size_factor, min_pixels=low, max_pixels=high)
+        try:
+            return smart_resize(height, width, factor=self._vision.size_factor, min_pixels=low, max_pixels=high)
+        except ValueError as error:
+            raise PictureError("aspect_ratio", f"a picture of {width} x {height} pixels: {error}") from error
 
 
 def _pixel_limits(

@@ -27,8 +27,9 @@ class StoredPicture:
     Args:
         root: folder that ``path`` may not leave.
         path: file under ``root``: the picture itself, or what it lies in.
-        kind: ``file``; ``slice``, with ``place`` the offset and number of bytes; ``cell``, with ``place`` the row.
-        column: for ``cell``: a column of bytes, or of records with a field ``bytes``.
+        kind: ``file``; ``slice``, with ``place`` the offset and number of bytes; ``cell``, with ``place`` the row
+            and, in a column of lists, the place in its list.
+        column: for ``cell``: a column of bytes, or of records with a field ``bytes``, or of lists of these.
     """
 
     root: str
@@ -98,8 +99,9 @@ def _slice(path: Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _cell(path: Path, column: str, row: int) -> bytes:
-    value = arrow_table(path)[column][row].as_py()
+def _cell(path: Path, column: str, row: int, index: int | None = None) -> bytes:
+    cell = arrow_table(path)[column][row]
+    value = (cell if index is None else cell.values[index]).as_py()
     value = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(value, bytes):
         raise PictureError("missing_picture", f"{path} holds no picture in row {row} of column {column}")
