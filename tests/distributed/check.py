@@ -11,6 +11,7 @@ MODULES = (
     "tests.distributed.collectives",
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
+    "tests.distributed.readers",
     "tests.distributed.resuming",
     "tests.distributed.training",
 )
