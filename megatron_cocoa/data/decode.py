@@ -10,6 +10,7 @@ Pillow's decoders of raster formats: the one for PostScript would start another 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,7 +102,8 @@ def check_size(image: Image.Image, name: str | Path, max_pixels: int) -> None:
 
 @contextmanager
 def _opened(source: Path | IO[bytes], name: str | Path, max_pixels: int) -> Iterator[Image.Image]:
-    if isinstance(source, Path) and not source.is_file():
+    # Path.is_file would raise for a name that is too long.
+    if isinstance(source, Path) and not os.path.isfile(source):
         raise PictureError("missing_picture", f"{name} is not a file")
     with _decoding(name, max_pixels), warnings.catch_warnings():
         # Pillow warns of large pictures by its own limit; ours is checked before decoding.

@@ -221,6 +221,9 @@ def _text(record: dict, column: str, *, required: bool = True) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRow(f"{column}_missing" if value is None else f"{column}_not_text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        # Half of a surrogate pair: JSON can write it, UTF-8 and the tokenizer cannot.
+        raise BadRow(f"{column}_not_unicode")
     return value
 
 

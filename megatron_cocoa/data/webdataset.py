@@ -36,7 +36,7 @@ def shard_records(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} holds no .tar files: compressed shards must be unpacked, they are read in place")
     for shard in shards:
         for key, members in groupby(_members(shard), key=lambda member: _key(member.name)):
-            yield f"{shard.stem}/{key}", _record(shard, key, list(members))
+            yield f"{shard.stem}/{key}", _record(shard, f"{shard.stem}/{key}", list(members))
 
 
 def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
@@ -61,7 +61,7 @@ def _key(name: str) -> str:
     return f"{folder}/{stem}" if folder else stem
 
 
-def _record(shard: Path, key: str, members: list[tarfile.TarInfo]) -> dict | BadRow:
+def _record(shard: Path, name: str, members: list[tarfile.TarInfo]) -> dict | BadRow:
     try:
         by_extension = {_extension(member): member for member in members}
         if len(by_extension) != len(members):
@@ -71,7 +71,7 @@ def _record(shard: Path, key: str, members: list[tarfile.TarInfo]) -> dict | Bad
             for extension, member in by_extension.items()
             if extension.rpartition(".")[2] in _PICTURES
         }
-        record: dict = {"id": key}
+        record: dict = {"id": name}
         if "json" in by_extension:
             record |= _json(shard, by_extension["json"])
             named = (column for column in _IMAGE_COLUMNS if column in record)

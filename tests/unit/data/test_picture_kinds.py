@@ -19,8 +19,10 @@ def _noise(mode: str, size=(70, 51)) -> Image.Image:
     rng = np.random.default_rng(3)
     channels = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
     pixels = rng.integers(0, 256, size=(size[1], size[0], channels), dtype=np.uint8)
-    return Image.fromarray(pixels.squeeze(), mode=None) if channels == 1 else Image.merge(
-        mode, [Image.fromarray(pixels[..., c]) for c in range(channels)]
+    return (
+        Image.fromarray(pixels.squeeze(), mode=None)
+        if channels == 1
+        else Image.merge(mode, [Image.fromarray(pixels[..., c]) for c in range(channels)])
     )
 
 
