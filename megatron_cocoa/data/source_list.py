@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from megatron_cocoa.config import DataSettings, SourceSettings
 from megatron_cocoa.data.corruption import seeded_generator
 from megatron_cocoa.data.mmeb_train import SPLITS
 from megatron_cocoa.data.readers import Record, jsonl_records, parquet_records, saved_dataset_records
-from megatron_cocoa.data.sources import RowSet, bridge_pairs_from, captions_from, pairs_from
+from megatron_cocoa.data.sources import OnDrop, RowSet, bridge_pairs_from, captions_from, pairs_from
 from megatron_cocoa.data.stored import StoredPicture
 from megatron_cocoa.data.webdataset import shard_records
 
-_PARSERS: dict[str, Callable[[Iterable[Record], str], RowSet]] = {
+_PARSERS: dict[str, Callable[..., RowSet]] = {
     "warmup": captions_from,
     "bridge": bridge_pairs_from,
     "contrastive": pairs_from,
@@ -54,13 +54,25 @@ def stage_rows(stage: str, data: DataSettings, *, seed: int) -> RowSet:
     )
 
 
-def source_rows(source: SourceSettings, stage: str, *, seed: int) -> RowSet:
+def source_rows(source: SourceSettings, stage: str, *, seed: int, on_drop: OnDrop | None = None) -> RowSet:
     """The rows of one source for ``stage``; row names begin with the source's.
+
+    Args:
+        source: where they come from.
+        stage: whose rules apply.
+        seed: draws ``max_rows``.
+        on_drop: called with the name of each row that is left out for what it is, and the reason.
 
     Raises:
         ValueError: as ``stage_rows``.
     """
-    found = _PARSERS[stage](source_records(source, stage), f"source {source.name} ({source.path})")
+    name = f"source {source.name} ({source.path})"
+
+    def dropped(row_id: str, reason: str) -> None:
+        if on_drop is not None:
+            on_drop(f"{source.name}/{row_id}", reason)
+
+    found = _PARSERS[stage](source_records(source, stage), name, on_drop=dropped)
     rows = [replace(row, row_id=f"{source.name}/{row.row_id}", source=row.source or source.name) for row in found.rows]
     if source.max_rows is None or len(rows) <= source.max_rows:
         return replace(found, rows=rows)

@@ -19,6 +19,8 @@ from megatron_cocoa.data.stored import PictureRef, StoredPicture
 IMAGE_TOKEN = "<|image_1|>"
 """Where the picture goes in a text of MMEB-train; a second one goes where ``<|image_2|>`` stands, and so on."""
 
+OnDrop = Callable[[str, str], None]
+
 PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 
 MAX_BAD_SHARE = 0.05
@@ -112,7 +114,7 @@ def read_bridge_pairs(path: str | Path) -> RowSet:
     return bridge_pairs_from(jsonl_records(path), str(path))
 
 
-def captions_from(records: Iterable[Record], name: str) -> RowSet:
+def captions_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
     """Rows of stage ``warmup``: a picture and its caption.
 
     A record with MMEB-train's columns serves, too, where one side is a single picture and the other is text alone: the
@@ -121,43 +123,45 @@ def captions_from(records: Iterable[Record], name: str) -> RowSet:
     Args:
         records: default names and records, malformed ones among them.
         name: of the source, for messages.
+        on_drop: called with the name of each row that is left out, and the reason.
 
     Raises:
         ValueError: if no row is left, or more than ``MAX_BAD_SHARE`` are malformed.
     """
-    rows, dropped, flipped = [], Counter[str](), 0
-    parsed = _parse(records, name, _caption_or_pair)
+    rows, flipped = [], 0
+    dropped = _Dropped(on_drop)
+    parsed = _parse(records, name, _caption_or_pair, dropped)
     for row in parsed.rows:
         if isinstance(row, CaptionRow):
             rows.append(row)
             continue
         query, target = row.query, row.target
         if len(query.images) + len(target.images) != 1:
-            dropped["several_pictures" if query.images else "no_picture"] += 1
+            dropped.add(row.row_id, "several_pictures" if query.images else "no_picture")
             continue
         flip = bool(target.images)
         picture, words = (target, query) if flip else (query, target)
         caption = without_instruction(plain(words.text))
         if is_constant_target(caption):
-            dropped["constant_target"] += 1
+            dropped.add(row.row_id, "constant_target")
             continue
         flipped += flip
         rows.append(CaptionRow(row.row_id, picture.image_path, caption))
     if not rows:
         raise ValueError(f"{name} has no row of one picture and its text: all were dropped ({dict(dropped)})")
-    return RowSet(rows, dict(dropped + Counter(parsed.dropped)), flipped)
+    return RowSet(rows, dict(dropped), flipped)
 
 
-def pairs_from(records: Iterable[Record], name: str) -> RowSet:
+def pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
     """Rows of stage ``contrastive``. A record of a picture and a caption becomes picture to caption.
 
     Raises:
         ValueError: as ``captions_from``.
     """
-    return _parse(records, name, _pair_row)
+    return _parse(records, name, _pair_row, _Dropped(on_drop))
 
 
-def bridge_pairs_from(records: Iterable[Record], name: str) -> RowSet:
+def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
     """Rows of stage ``bridge``: of the pairs those that can be reconstructed, block B being plain text.
 
     Text-to-image rows are flipped: the picture and its prompt become block A, the query block B, without the
@@ -167,20 +171,20 @@ def bridge_pairs_from(records: Iterable[Record], name: str) -> RowSet:
     Raises:
         ValueError: as ``captions_from``.
     """
-    pairs = _parse(records, name, _pair_row)
+    dropped = _Dropped(on_drop)
+    pairs = _parse(records, name, _pair_row, dropped)
     kept: list[PairRow] = []
-    dropped: Counter[str] = Counter(pairs.dropped)
     flipped = 0
     for pair in pairs.rows:
         if pair.query.images and pair.target.images:
-            dropped["image_to_image"] += 1
+            dropped.add(pair.row_id, "image_to_image")
             continue
         flip = bool(pair.target.images)
         block_a, block_b = (pair.target, pair.query) if flip else (pair.query, pair.target)
         text = plain(block_b.text)
         text = without_instruction(text) if flip else text
         if is_constant_target(text):
-            dropped["constant_target"] += 1
+            dropped.add(pair.row_id, "constant_target")
             continue
         flipped += flip
         kept.append(PairRow(pair.row_id, block_a, Content(text)))
@@ -194,9 +198,23 @@ def plain(text: str) -> str:
     return PLACEHOLDER.sub(" ", text).strip()
 
 
-def _parse(records: Iterable[Record], name: str, parse: Callable[[dict, str], object]) -> RowSet:
+class _Dropped(Counter):
+    """Rows left out, by reason."""
+
+    def __init__(self, on_drop: OnDrop | None) -> None:
+        super().__init__()
+        self._on_drop = on_drop
+
+    def add(self, row_id: str, reason: str) -> None:
+        self[reason] += 1
+        if self._on_drop is not None:
+            self._on_drop(row_id, reason)
+
+
+def _parse(
+    records: Iterable[Record], name: str, parse: Callable[[dict, str], object], bad: _Dropped
+) -> RowSet:
     rows: list = []
-    bad: Counter[str] = Counter()
     first_bad = ""
     for default_id, record in records:
         try:
@@ -205,7 +223,7 @@ def _parse(records: Iterable[Record], name: str, parse: Callable[[dict, str], ob
             rows.append(parse(record, default_id))
         except BadRow as error:
             first_bad = first_bad or f"{default_id}: {error}"
-            bad[str(error)] += 1
+            bad.add(default_id, str(error))
     total = len(rows) + bad.total()
     if not rows or bad.total() > MAX_BAD_SHARE * total:
         raise ValueError(
