@@ -74,7 +74,14 @@ def available_presets() -> list[str]:
 
 def settings_to_dict(settings: TrainSettings) -> dict[str, Any]:
     """``settings`` as nested plain dicts, lists and scalars, for YAML or JSON."""
-    return asdict(settings) | {"stages": list(settings.stages)}
+    return _plain(asdict(settings))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with lists in place of tuples, which YAML's safe dialect does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def save_settings(settings: TrainSettings, path: str | Path) -> None:
@@ -148,6 +155,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     for key, value in _flatten(tree or {}, str(path)):
         with_type = _known_keys()[key]
         try:
+            _check_records(key, value, with_type, str(path))
             values[key] = _no_null(parser.parse_object({key: value}, defaults=False)[key], with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{path}: {key} is {value!r}, needed {_spell(with_type)}") from None
@@ -295,8 +303,24 @@ def _spell(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_spell(member) for member in get_args(hint))
     if get_origin(hint) is tuple:
+        record = get_args(hint)[0]
+        if is_dataclass(record):
+            return f"a list of records with the keys {', '.join(field.name for field in fields(record))}"
         return "a list of names"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
+
+
+def _check_records(key: str, value: Any, hint: Any, source: str) -> None:
+    """Refuse a misspelled key in a list of records by its nearest known one."""
+    record = get_args(hint)[0] if get_origin(hint) is tuple else None
+    if not is_dataclass(record) or not isinstance(value, list):
+        return
+    known = [field.name for field in fields(record)]
+    for number, entry in enumerate(value):
+        for name in entry if isinstance(entry, Mapping) else ():
+            if name not in known:
+                where = f"{source}: {key}[{number}]"
+                raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), known)}")
 
 
 def _one_line(error: Exception) -> str:

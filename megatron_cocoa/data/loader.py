@@ -8,13 +8,14 @@ from pathlib import Path
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.data import preprocess
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.feed import Made, packs_from
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.mixture import MixedOrder
 from megatron_cocoa.data.order import SampleOrder
-from megatron_cocoa.data.preprocess import CACHE_BYTES, PictureLoader, load_processor
+from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import MAX_BAD_SHARE
 from megatron_cocoa.data.stages import STAGE_DATA, StageData
@@ -192,7 +193,7 @@ class StageLoader:
             min_image_tokens=self._stage_settings.min_image_tokens,
             max_image_tokens=self._stage_settings.max_image_tokens,
             # Each worker has a cache of its own.
-            cache_bytes=CACHE_BYTES // max(1, settings.data.num_workers),
+            cache_bytes=preprocess.CACHE_BYTES // max(1, settings.data.num_workers),
         )
 
     def _check_skipped(self) -> None:

@@ -98,6 +98,10 @@ class ReplicaLoader:
         """The reader's, as of the last step."""
         return dict(self._latest.statistics)
 
+    def num_skipped(self) -> int:
+        """As ``StageLoader.num_skipped``, as of the last step."""
+        return int(sum(n for name, n in self._latest.statistics.items() if name.startswith("skipped/")))
+
     def close(self) -> None:
         """End the thread and the reader's processes. Safe to call twice."""
         self._settle()

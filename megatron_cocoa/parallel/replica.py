@@ -8,6 +8,7 @@ image decoder.
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,16 @@ Audience = Literal["tower", "decoder"]
 class ReplicaLink:
     """This rank's end of the hand-over. Every rank of the world must build one at the same time.
 
+    Args:
+        timeout_minutes: after which a rank that waits for another gives up.
+
     Attributes:
         is_reader: whether this rank reads for its replica.
         num_ranks: of the replica.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout_minutes: float) -> None:
+        timeout = datetime.timedelta(minutes=timeout_minutes)
         rosters = _rosters()
         own = topology.data_parallel_rank()
         self.num_ranks = len(rosters[own]["all"])
@@ -39,7 +44,8 @@ class ReplicaLink:
             for ranks in roster.values():
                 # Every rank takes part in the making of every group, in the same order.
                 if ranks not in groups:
-                    groups[ranks] = dist.new_group(list(ranks), backend="gloo") if len(ranks) > 1 else None
+                    alone = len(ranks) == 1
+                    groups[ranks] = None if alone else dist.new_group(list(ranks), timeout=timeout, backend="gloo")
         self._groups = {name: groups[ranks] for name, ranks in self._members.items()}
 
     def share(self, value: Any) -> Any:

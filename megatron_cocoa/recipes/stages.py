@@ -217,7 +217,7 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
         return make_reader()
     return ReplicaLoader(
         make_reader,
-        ReplicaLink(),
+        ReplicaLink(timeout_minutes=parallel.distributed_timeout_minutes),
         needs_pixels=topology.is_pipeline_first_stage(),
         needs_unit_targets=topology.is_pipeline_last_stage(),
         ahead=context.settings.data.num_workers > 0,
