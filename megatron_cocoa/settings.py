@@ -128,7 +128,8 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
             text = f"[{text}]"
         with_type = _known_keys()[key]
         try:
-            values[key] = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
+            found = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
+            values[key] = _as_records(found, with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{_COMMAND_LINE}: --{key} is {text!r}, needed {_spell(with_type)}") from None
     return values
@@ -156,7 +157,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         with_type = _known_keys()[key]
         try:
             _check_records(key, value, with_type, str(path))
-            values[key] = _no_null(parser.parse_object({key: value}, defaults=False)[key], with_type)
+            found = _no_null(parser.parse_object({key: value}, defaults=False)[key], with_type)
+            values[key] = _as_records(found, with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{path}: {key} is {value!r}, needed {_spell(with_type)}") from None
     return values
@@ -321,6 +323,14 @@ def _check_records(key: str, value: Any, hint: Any, source: str) -> None:
             if name not in known:
                 where = f"{source}: {key}[{number}]"
                 raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), known)}")
+
+
+def _as_records(value: Any, hint: Any) -> Any:
+    """A list of records as their dataclass, whose defaults stand for what is not given; all else as it is."""
+    record = get_args(hint)[0] if get_origin(hint) is tuple else None
+    if not is_dataclass(record):
+        return value
+    return tuple(item if is_dataclass(item) else record(**item.as_dict()) for item in value)
 
 
 def _one_line(error: Exception) -> str:
