@@ -523,6 +523,12 @@ class TrainSettings:
             not (self.resume and self.overwrite),
             "resume goes on with the run in output_dir and overwrite removes it: choose one of the two",
         )
+        measured = self.evaluate or self.validation.interval is not None
+        _require(
+            not (measured and self.data.sources and self.data.path is None),
+            "evaluate and validation.interval measure on the pools in data.path, which data.sources does not replace: "
+            "set data.path, too, to a folder with eval_heldout.jsonl",
+        )
 
     def stage(self, name: str) -> StageSettings:
         """The settings of stage ``name``."""

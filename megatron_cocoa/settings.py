@@ -207,7 +207,7 @@ def _require_recipe(values: Mapping[str, Any], preset: str, *, is_chosen: bool) 
         )
     if preset not in (TOY_PRESET, PLAIN_DEFAULTS):
         for key in ("model.path", "data.path"):
-            if not values.get(key):
+            if not values.get(key) and not (key == "data.path" and values.get("data.sources")):
                 raise SettingsError(f"preset {preset} needs --{key} FOLDER; only preset {TOY_PRESET} makes its own")
 
 

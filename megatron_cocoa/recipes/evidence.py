@@ -23,8 +23,9 @@ from megatron_cocoa.recipes.retrieval import PICTURE, POOLS
 
 def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
     """Up to ``limit`` rows of a retrieval pool, spread over its file; empty where the data folder has none."""
-    path = Path(context.settings.data.path) / POOLS[pool]
-    if not path.is_file():
+    folder = context.settings.data.path
+    path = None if folder is None else Path(folder) / POOLS[pool]
+    if path is None or not path.is_file():
         return []
     rows = read_captions(path).rows
     return rows[:: max(1, len(rows) // limit)][:limit]

@@ -302,6 +302,13 @@ def test_sources_are_a_list_in_yaml_and_survive_saving(tmp_path):
     assert parse_settings(["--preset", "none", "--config", str(tmp_path / "b.yaml")]) == settings
 
 
+def test_sources_stand_for_a_data_folder_but_not_for_its_pools(tmp_path):
+    (tmp_path / "a.yaml").write_text(SOURCES)
+    published = ["--preset", PUBLISHED[0], "--model.path", "model", "--config", str(tmp_path / "a.yaml")]
+    assert len(parse_settings(published).data.sources) == 2
+    assert "set data.path, too" in refusal(*published, "--evaluate", "true")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
