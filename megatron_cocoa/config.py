@@ -13,6 +13,9 @@ from typing import Literal
 STAGES = ("warmup", "bridge", "contrastive")
 """CoCoA's stages in their order; the paper's figure calls them 1, 2, 3, the authors' code 1, 1.5, 2."""
 
+TEMPERATURE_RANGE = (0.01, 1.0)
+"""Bounds of a learned temperature: cosines are scaled by 1 to 100, as in CLIP (arXiv 2103.00020) and OpenCLIP."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -377,8 +380,20 @@ class ContrastiveSettings(StageSettings):
 
     Args:
         temperature: divides the cosine similarities (published: 0.02).
+        learnable_temperature: train log(1 / temperature) from ``temperature`` on, as in CLIP (arXiv 2103.00020), at
+            the stage's learning rate, within [0.01, 1]; published: fixed. A checkpoint that holds a learned
+            temperature goes on from it.
         symmetric: average with the target-to-query direction (published: query to target only).
-        mask_equal_targets: leave a target out of a row's negatives where it equals the row's own target.
+        mask_equal_targets: leave a target or hard negative out of a row's negatives where it equals the row's own
+            target (published: no).
+        num_hard_negatives: explicit negatives per query, drawn anew each epoch from a row's ``neg_text`` and
+            ``neg_image_path`` where it has more; rows with fewer use what they have (published: 0).
+        hard_negatives_shared: every query sees all hard negatives of the step; False: only its own.
+        per_source_batches: all pairs of a step come from one source (column ``source``). What is left of a source
+            after its last full step sits out the epoch, other rows in each (published: sources are mixed).
+        matryoshka_dims: take the loss on the first so many dimensions, each renormalised (arXiv 2205.13147), and
+            average; name the whole width, too, to keep it. Empty: the whole width alone (published).
+        matryoshka_weights: of ``matryoshka_dims``, in the same order; empty weighs them equally.
     """
 
     steps: int = 2000
@@ -387,12 +402,47 @@ class ContrastiveSettings(StageSettings):
     lr_warmup_steps: int = 200
     image_size: int | None = None
     temperature: float = 0.02
+    learnable_temperature: bool = False
     symmetric: bool = False
     mask_equal_targets: bool = False
+    num_hard_negatives: int = 0
+    hard_negatives_shared: bool = True
+    per_source_batches: bool = False
+    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.temperature > 0, f"contrastive.temperature is {self.temperature}, must be positive")
+        low, high = TEMPERATURE_RANGE
+        _require(
+            not self.learnable_temperature or low <= self.temperature <= high,
+            f"contrastive.temperature is {self.temperature}: a learnable one must start within [{low}, {high}]",
+        )
+        _require(
+            self.num_hard_negatives >= 0,
+            f"contrastive.num_hard_negatives is {self.num_hard_negatives}, must not be negative",
+        )
+        _require(
+            self.hard_negatives_shared or self.num_hard_negatives > 0,
+            "contrastive.hard_negatives_shared false has no effect without hard negatives: set num_hard_negatives",
+        )
+        self._check_matryoshka()
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        _require(
+            all(dim >= 1 for dim in dims) and len(set(dims)) == len(dims),
+            f"contrastive.matryoshka_dims are {list(dims)}: each must be 1 or more and occur once",
+        )
+        _require(
+            not weights or len(weights) == len(dims),
+            f"contrastive.matryoshka_weights has {len(weights)} entries for {len(dims)} matryoshka_dims",
+        )
+        _require(
+            all(weight > 0 for weight in weights),
+            f"contrastive.matryoshka_weights are {list(weights)}: each must be positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -449,3 +499,8 @@ class TrainSettings:
     def stage(self, name: str) -> StageSettings:
         """The settings of stage ``name``."""
         return getattr(self, name)
+
+    def learned_temperature(self, stage: str) -> float | None:
+        """Where the temperature starts that ``stage`` trains, None where it trains none."""
+        own = self.contrastive
+        return own.temperature if stage == "contrastive" and own.learnable_temperature else None

@@ -74,7 +74,14 @@ def available_presets() -> list[str]:
 
 def settings_to_dict(settings: TrainSettings) -> dict[str, Any]:
     """``settings`` as nested plain dicts, lists and scalars, for YAML or JSON."""
-    return asdict(settings) | {"stages": list(settings.stages)}
+    return _plain(asdict(settings))
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def save_settings(settings: TrainSettings, path: str | Path) -> None:
@@ -117,7 +124,7 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for key, text in given:
         if key not in _known_keys():
             continue
-        if key == "stages" and not text.startswith("["):
+        if get_origin(_known_keys()[key]) is tuple and not text.startswith("["):
             text = f"[{text}]"
         with_type = _known_keys()[key]
         try:
@@ -295,7 +302,7 @@ def _spell(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_spell(member) for member in get_args(hint))
     if get_origin(hint) is tuple:
-        return "a list of names"
+        return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
 
 

@@ -281,3 +281,29 @@ def test_a_pack_never_holds_more_than_a_ranks_share():
         stage.num_microbatches(3)
     with pytest.raises(ValueError, match="gives 64 samples a rank, which are not divisible by micro_batch_size 24"):
         ContrastiveSettings(global_batch_size=128, micro_batch_size=24).num_microbatches(2)
+
+
+def test_lists_of_numbers_are_written_as_people_write_them(tmp_path):
+    """Claim: nested widths come from the command line, from YAML and back from what was saved."""
+    dims = ["--contrastive.matryoshka_dims", "64,32", "--contrastive.matryoshka_weights=[1.0, 0.5]"]
+    settings = parse_settings(dims)
+    assert settings.contrastive.matryoshka_dims == (64, 32) and settings.contrastive.matryoshka_weights == (1.0, 0.5)
+    save_settings(settings, tmp_path / "s.yaml")
+    assert parse_settings(["--preset", "none", "--config", str(tmp_path / "s.yaml")]) == settings
+    assert "a list of numbers" in refusal("--contrastive.matryoshka_dims", "wide")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--contrastive.matryoshka_weights", "1,2"], "2 entries for 0 matryoshka_dims"),
+        (["--contrastive.matryoshka_dims", "8,8"], "each must be 1 or more and occur once"),
+        (["--contrastive.matryoshka_dims", "8", "--contrastive.matryoshka_weights", "0"], "each must be positive"),
+        (["--contrastive.hard_negatives_shared", "false"], "no effect without hard negatives"),
+        (["--contrastive.num_hard_negatives", "-1"], "must not be negative"),
+        (["--contrastive.learnable_temperature", "true", "--contrastive.temperature", "0.001"], "within [0.01, 1.0]"),
+    ],
+)
+def test_contrastive_options_that_contradict_each_other_are_refused(argv, message):
+    """Claim: an option without effect, or outside of its range, ends before the run starts."""
+    assert message in refusal(*argv)
