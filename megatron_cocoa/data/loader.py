@@ -11,7 +11,6 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.geometry import VisionGeometry
-from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.preprocess import PictureError, PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
@@ -74,10 +73,13 @@ class StageLoader:
             raise ValueError("data.path and model.path must both be set: rows come from one, sizes from the other")
         folder = Path(settings.data.path)
         self._data: StageData = STAGE_DATA[stage](folder, settings)
-        self._identity = {"stage": stage, "seed": settings.seed, "num_rows": len(self._data.row_set.rows)}
-        self._order = SampleOrder(
-            len(self._data.row_set.rows), seed=settings.seed, stage=stage, groups=self._data.groups()
-        )
+        self._order = self._data.order()
+        self._identity = {
+            "stage": stage,
+            "seed": settings.seed,
+            "num_rows": len(self._data.row_set.rows),
+            **self._order.identity,
+        }
         self._rank = data_parallel_rank
         pictures = PictureLoader(
             folder,
@@ -101,6 +103,7 @@ class StageLoader:
             needs_pixels=needs_pixels,
             needs_unit_targets=needs_unit_targets,
             normalize_unit_targets=getattr(self._stage_settings, "mae_target", "pixels") == "normalized",
+            defer_floats=self._num_microbatches > 1,
         )
         self._position = 0
         self._counts: Counter = Counter()
@@ -109,6 +112,8 @@ class StageLoader:
 
     def next_step(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next optimizer step, on the CPU.
+
+        Of several, only the first holds its pixels; the others hold 8-bit pictures until they are ``materialized``.
 
         Raises:
             ValueError: if more than ``MAX_BAD_SHARE`` of the pictures cannot be used, or a pack is longer than
@@ -143,12 +148,15 @@ class StageLoader:
     def statistics(self) -> dict[str, float]:
         """Counts of this rank since the start, and ratios.
 
-        Keys: ``rows``, ``dropped/<reason>`` and ``flipped`` (whole file); ``samples``, ``skipped/<reason>``,
-        ``cut_tokens``, ``text_mask_ratio`` and ``unit_mask_ratio`` as drawn (this rank's share so far).
+        Keys: ``rows``, ``dropped/<reason>`` and ``flipped`` (whole file); what the stage's data and order tell of
+        the rows, such as ``rows_with_fewer_hard_negatives`` and ``left_out_per_epoch``; ``samples``,
+        ``skipped/<reason>``, ``cut_tokens``, ``text_mask_ratio`` and ``unit_mask_ratio`` as drawn (this rank's share
+        so far).
         """
         row_set, counts = self._data.row_set, self._counts
         report: dict[str, float] = {"rows": len(row_set.rows), "flipped": row_set.flipped}
         report.update({f"dropped/{reason}": number for reason, number in row_set.dropped.items()})
+        report.update({**self._data.statistics(), **self._order.statistics()})
         report.update({name: n for name, n in counts.items() if name.startswith("skipped/")})
         report.update({name: counts[name] for name in ("samples", "cut_tokens")})
         for kind in ("text", "unit"):
@@ -189,7 +197,8 @@ class StageLoader:
             samples: list[PreparedSample] = []
             for place in range(start + pack * size, start + (pack + 1) * size):
                 samples += self._prepare(place, position, step.counts)
-            step.batches.append(self._data.collate(samples, self._options))
+            batch = self._data.collate(samples, self._options)
+            step.batches.append(batch.materialized() if pack == 0 else batch)
             _count(samples, step.counts)
         return step
 

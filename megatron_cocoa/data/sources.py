@@ -6,6 +6,7 @@ turned round, and rows whose target is an image or a constant phrase are left ou
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,11 +43,20 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """A query and its target, as in MMEB-train."""
+    """A query and its target, as in MMEB-train.
+
+    Args:
+        row_id: name for seeds and messages.
+        query, target: the two sides.
+        negatives: explicit hard negatives of the query, any number; see ``checked_negatives``.
+        source: name of the data set that the row comes from; empty where nobody said.
+    """
 
     row_id: str
     query: Content
     target: Content
+    negatives: tuple[Content, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,17 @@ def read_captions(path: str | Path) -> RowSet:
     return _read(Path(path), _caption_row)
 
 
-def read_pairs(path: str | Path) -> RowSet:
+def read_pairs(path: str | Path, *, with_negatives: bool = False) -> RowSet:
     """Read ``contrastive.jsonl``: ``{"id", "qry", "qry_image_path", "pos_text", "pos_image_path"}``.
+
+    Args:
+        path: of the file. A column ``source``, optional, names the data set that a row comes from.
+        with_negatives: also read ``neg_text`` and ``neg_image_path``, each a string or a list of strings.
 
     Raises:
         ValueError: as ``read_captions``.
     """
-    return _read(Path(path), _pair_row)
+    return _read(Path(path), functools.partial(_pair_row, with_negatives=with_negatives))
 
 
 def read_bridge_pairs(path: str | Path) -> RowSet:
@@ -111,7 +125,7 @@ def read_bridge_pairs(path: str | Path) -> RowSet:
             dropped["constant_target"] += 1
             continue
         flipped += flip
-        kept.append(PairRow(pair.row_id, block_a, Content(text)))
+        kept.append(PairRow(pair.row_id, block_a, Content(text), source=pair.source))
     if not kept:
         raise ValueError(f"{path} has no row whose target carries text: all were dropped ({dict(dropped)})")
     return RowSet(kept, dict(dropped), flipped)
@@ -188,11 +202,46 @@ def _caption_row(record: dict, default_id: str) -> CaptionRow:
     return row
 
 
-def _pair_row(record: dict, default_id: str) -> PairRow:
+def _pair_row(record: dict, default_id: str, *, with_negatives: bool = False) -> PairRow:
     query_path, target_path = (_text(record, column, required=False) for column in _IMAGE_COLUMNS)
     query = checked_content(_text(record, "qry"), query_path)
     target = checked_content(_text(record, "pos_text"), target_path)
-    return PairRow(_row_id(record, default_id), query, target)
+    negatives: tuple[Content, ...] = ()
+    if with_negatives:
+        negatives = checked_negatives(record.get("neg_text"), record.get("neg_image_path"))
+    source = _text(record, "source", required=False)
+    return PairRow(_row_id(record, default_id), query, target, negatives, source)
+
+
+def checked_negatives(texts: object, image_paths: object) -> tuple[Content, ...]:
+    """Hard negatives from MMEB-train's columns ``neg_text`` and ``neg_image_path``.
+
+    Args:
+        texts, image_paths: each a string, a list of strings, or None. Two lists go together entry by entry; a column
+            that is missing or empty goes with every entry of the other. An entry with neither text nor picture is
+            none: rows without a negative carry empty strings.
+
+    Raises:
+        BadRow: for columns that are neither, lists of different lengths, or an entry that ``checked_content`` refuses.
+    """
+    columns = [_strings(column, name) for column, name in ((texts, "neg_text"), (image_paths, "neg_image_path"))]
+    length = max(len(column) for column in columns)
+    columns = [[""] * length if column == [""] else column for column in columns]
+    if any(len(column) != length for column in columns):
+        raise BadRow("neg_columns_differ_in_length")
+    try:
+        return tuple(checked_content(text, path) for text, path in zip(*columns) if _plain(text) or path)
+    except BadRow as error:
+        raise BadRow(f"neg_{error}") from error
+
+
+def _strings(value: object, column: str) -> list[str]:
+    """A column as a list; what is missing or empty becomes one empty string."""
+    entries = value if isinstance(value, list) else [value]
+    entries = ["" if entry is None else entry for entry in entries] or [""]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise BadRow(f"{column}_not_text")
+    return entries
 
 
 def checked_content(text: str, image_path: str) -> Content:
