@@ -48,6 +48,7 @@ def build_model(
     *,
     with_image_decoder: bool,
     mask_token_id: int | None = None,
+    learned_temperature: float | None = None,
 ) -> Model:
     """Build this rank's chunks at the layout that is initialised; weights are not set.
 
@@ -56,6 +57,7 @@ def build_model(
         settings: of the run.
         with_image_decoder: stage ``warmup`` needs it.
         mask_token_id: row of the embedding that trains even where the language model is frozen; None for none.
+        learned_temperature: see ``QwenVL``.
 
     Raises:
         ValueError: if the layout does not fit the architecture.
@@ -79,6 +81,7 @@ def build_model(
             pre_process=rank == 0 and index == 0,
             post_process=rank == size - 1 and index == num_chunks - 1,
             with_image_decoder=with_image_decoder,
+            learned_temperature=learned_temperature,
             vp_stage=index if num_chunks > 1 else None,
         ).to(device.device())
         for index in range(num_chunks)

@@ -128,6 +128,29 @@ def seed_everything(*key: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+RandomStates = tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]
+
+
+def random_states() -> RandomStates:
+    """All of this rank's random states: the CPU's, the GPU's (None without one), Megatron's tracked ones by name."""
+    from megatron.core import tensor_parallel
+
+    accelerator = torch.cuda.get_rng_state() if has_gpu() else None
+    # The tracker replaces states and never changes them in place; its dictionary it does change.
+    return torch.get_rng_state(), accelerator, dict(tensor_parallel.get_cuda_rng_tracker().get_states())
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Go back to what ``random_states`` returned."""
+    from megatron.core import tensor_parallel
+
+    cpu, accelerator, tracked = states
+    torch.set_rng_state(cpu)
+    if accelerator is not None:
+        torch.cuda.set_rng_state(accelerator)
+    tensor_parallel.get_cuda_rng_tracker().set_states(dict(tracked))
+
+
 def missing_names() -> list[str]:
     """Names in ``REQUIRED_NAMES`` that the installed torch or Megatron-Core does not have."""
     missing = []

@@ -63,26 +63,38 @@ class StageSummary:
         return cls(folder.name, stage, folder / STAGE_CHECKPOINT, progress, values["statistics"])
 
 
-def build_with_weights(context: RunContext, *, checkpoint: Path | None, with_image_decoder: bool) -> Model:
+def build_with_weights(
+    context: RunContext,
+    *,
+    checkpoint: Path | None,
+    with_image_decoder: bool,
+    learned_temperature: float | None = None,
+) -> Model:
     """The model at the run's layout with its initial weights, not yet wrapped for training.
 
     Args:
         context: of the run.
         checkpoint: weights of the previous stage; None starts where the run starts.
         with_image_decoder: stage ``warmup`` needs it.
+        learned_temperature: see ``TrainSettings.learned_temperature``.
     """
-    model = build_without_weights(context, with_image_decoder=with_image_decoder)
+    model = build_without_weights(
+        context, with_image_decoder=with_image_decoder, learned_temperature=learned_temperature
+    )
     load_initial_weights(model.chunks, context.table, context.weight_source(checkpoint))
     return model
 
 
-def build_without_weights(context: RunContext, *, with_image_decoder: bool) -> Model:
+def build_without_weights(
+    context: RunContext, *, with_image_decoder: bool, learned_temperature: float | None = None
+) -> Model:
     """The model at the run's layout for weights to be loaded into, not yet wrapped for training."""
     return build_model(
         context.architecture,
         context.settings,
         with_image_decoder=with_image_decoder,
         mask_token_id=context.bundle.mask_token_id,
+        learned_temperature=learned_temperature,
     )
 
 
@@ -111,11 +123,11 @@ def run_stage(
     stage_settings, folder = settings.stage(stage), context.output / name
     check_microbatches(context, stage)
     loader = build_loader(context, stage)
-    has_decoder = stage == "warmup"
+    parts = dict(with_image_decoder=stage == "warmup", learned_temperature=settings.learned_temperature(stage))
     if resume_step is None:
-        bare = build_with_weights(context, checkpoint=checkpoint, with_image_decoder=has_decoder)
+        bare = build_with_weights(context, checkpoint=checkpoint, **parts)
     else:
-        bare = build_without_weights(context, with_image_decoder=has_decoder)
+        bare = build_without_weights(context, **parts)
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
     log = StageLog(
