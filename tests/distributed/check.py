@@ -13,6 +13,7 @@ MODULES = (
     "tests.distributed.mask_kinds",
     "tests.distributed.resuming",
     "tests.distributed.training",
+    "tests.distributed.gradients",
 )
 """Each holds ``CHECKS``: its checks by name."""
 
