@@ -14,6 +14,8 @@ MODULES = (
     "tests.distributed.resuming",
     "tests.distributed.training",
     "tests.distributed.gradients",
+    "tests.distributed.caching",
+    "tests.distributed.temperature",
 )
 """Each holds ``CHECKS``: its checks by name."""
 

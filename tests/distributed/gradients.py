@@ -146,7 +146,7 @@ def every_objective(packs: tuple[int, ...], degrees: dict) -> dict[str, dict]:
     return found
 
 
-def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **more) -> dict:
+def degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **more) -> dict:
     return dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -157,13 +157,13 @@ def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **mo
 
 
 LAYOUTS: dict[str, tuple[int, tuple[int, ...], dict]] = {
-    "gradients-single": (1, (1, 4), _degrees()),
-    "gradients-dp2": (2, (2, 8), _degrees()),
-    "gradients-pp2": (2, (4,), _degrees(pp=2)),
-    "gradients-pp2-vpp2": (2, (4,), _degrees(pp=2, vpp=2)),
-    "gradients-cp2": (2, (1, 4), _degrees(cp=2)),
-    "gradients-tp2-sp-pp2": (4, (4,), _degrees(tp=2, pp=2, sequence_parallel=True)),
-    "gradients-dp2-pp2": (4, (8,), _degrees(pp=2)),
+    "gradients-single": (1, (1, 4), degrees()),
+    "gradients-dp2": (2, (2, 8), degrees()),
+    "gradients-pp2": (2, (4,), degrees(pp=2)),
+    "gradients-pp2-vpp2": (2, (4,), degrees(pp=2, vpp=2)),
+    "gradients-cp2": (2, (1, 4), degrees(cp=2)),
+    "gradients-tp2-sp-pp2": (4, (4,), degrees(tp=2, pp=2, sequence_parallel=True)),
+    "gradients-dp2-pp2": (4, (8,), degrees(pp=2)),
 }
 """World size, numbers of packs that the global batch is cut into, degrees."""
 
