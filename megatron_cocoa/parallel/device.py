@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,11 +100,22 @@ def release_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Peak memory of this process so far: allocated on the GPU, or resident on the CPU route."""
-    if has_gpu():
-        return torch.cuda.max_memory_allocated()
-    import resource
+    return torch.cuda.max_memory_allocated() if has_gpu() else _process_memory("VmHWM")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def reset_peak_memory() -> int:
+    """Let ``peak_memory_bytes`` count from now on; returns the bytes in use now, by the same measure."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _process_memory("VmRSS")
+
+
+def _process_memory(name: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def memory_bytes() -> int:
