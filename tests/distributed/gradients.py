@@ -161,7 +161,7 @@ LAYOUTS: dict[str, tuple[int, tuple[int, ...], dict]] = {
     "gradients-dp2": (2, (2, 8), degrees()),
     "gradients-pp2": (2, (4,), degrees(pp=2)),
     "gradients-pp2-vpp2": (2, (4,), degrees(pp=2, vpp=2)),
-    "gradients-cp2": (2, (1, 4), degrees(cp=2)),
+    "gradients-cp2": (2, (4,), degrees(cp=2)),
     "gradients-tp2-sp-pp2": (4, (4,), degrees(tp=2, pp=2, sequence_parallel=True)),
     "gradients-dp2-pp2": (4, (8,), degrees(pp=2)),
 }

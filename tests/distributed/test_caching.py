@@ -3,10 +3,13 @@
 import pytest
 
 from tests.distributed.caching import DROPOUT
-from tests.distributed.launch import result_of
+from tests.distributed.launch import result_of, some_slow
+
+SLOW = {"dropout-dp2-recompute", "dropout-pp2", "dropout-cp2"}
+"""What the interleaved pipeline with recompute and tensor parallelism show, too."""
 
 
-@pytest.mark.parametrize("check", DROPOUT)
+@pytest.mark.parametrize("check", some_slow(DROPOUT, SLOW))
 def test_both_passes_draw_the_same_dropout(request, check):
     """Claim: every stage and virtual chunk replays its own random states, those of tensor parallelism included.
 

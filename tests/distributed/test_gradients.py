@@ -3,16 +3,14 @@
 import pytest
 
 from tests.distributed.gradients import LAYOUTS
-from tests.distributed.launch import result_of
+from tests.distributed.launch import result_of, some_slow
 from tests.distributed.uneven import OBJECTIVES
 
 SLOW = {"gradients-dp2-pp2"}
 """Mixtures of layouts that the default tests check one by one."""
 
 
-@pytest.mark.parametrize(
-    "check", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("check", some_slow(LAYOUTS, SLOW))
 def test_every_objectives_gradient_equals_one_process_with_one_big_batch(request, check):
     """Claim: spreading a batch over ranks, stages and micro-batches changes no parameter's gradient.
 

@@ -2,11 +2,14 @@
 
 import pytest
 
-from tests.distributed.launch import result_of
+from tests.distributed.launch import result_of, some_slow
 from tests.distributed.temperature import LAYOUTS, OTHER
 
+SLOW = {"temperature-pp2", "temperature-cp2"}
+"""Their gradients are compared by default, with those of every other parameter."""
 
-@pytest.mark.parametrize("check", LAYOUTS)
+
+@pytest.mark.parametrize("check", some_slow(LAYOUTS, SLOW))
 def test_one_temperature_is_learned_at_every_layout_and_kept_by_checkpoints(request, check):
     """Claim: all ranks hold the single process's value, a checkpoint brings it to another layout to the last bit.
 
