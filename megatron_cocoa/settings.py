@@ -74,7 +74,13 @@ def available_presets() -> list[str]:
 
 def settings_to_dict(settings: TrainSettings) -> dict[str, Any]:
     """``settings`` as nested plain dicts, lists and scalars, for YAML or JSON."""
-    return asdict(settings) | {"stages": list(settings.stages)}
+    return _plain(asdict(settings))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def save_settings(settings: TrainSettings, path: str | Path) -> None:
@@ -117,9 +123,9 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for key, text in given:
         if key not in _known_keys():
             continue
-        if key == "stages" and not text.startswith("["):
-            text = f"[{text}]"
         with_type = _known_keys()[key]
+        if get_origin(with_type) is tuple and not text.startswith("["):
+            text = f"[{text}]"
         try:
             values[key] = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
         except (ArgumentError, TypeError):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -126,6 +128,41 @@ def seed_everything(*key: int) -> None:
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]) & 0x7FFFFFFF
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def set_random_state(name: str, seed: int) -> None:
+    """Start (or restart) a random state of the device that Megatron tracks: recompute replays it, checkpoints keep it.
+
+    Args:
+        name: of the state; ``random_state`` takes it.
+        seed: no other state of this process may have it.
+    """
+    from megatron.core import tensor_parallel
+
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states({key: state for key, state in tracker.get_states().items() if key != name})
+    tracker.seeds_.discard(seed)
+    tracker.add(name, seed)
+
+
+@contextmanager
+def random_state(name: str) -> Iterator[None]:
+    """What is drawn on the device in this context comes from the state ``name``, and moves it on."""
+    from megatron.core import tensor_parallel
+
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    if has_gpu():
+        with tracker.fork(name):
+            yield
+        return
+    # Megatron's fork warns where the CPU's state moves, which is what has to move here.
+    outside = torch.get_rng_state()
+    torch.set_rng_state(tracker.states_[name])
+    try:
+        yield
+    finally:
+        tracker.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outside)
 
 
 def missing_names() -> list[str]:
