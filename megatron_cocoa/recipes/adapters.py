@@ -11,6 +11,7 @@ from megatron_cocoa.checkpoint.adapter_mapping import adapter_mappings
 from megatron_cocoa.checkpoint.adapter_weights import draw_adapters, gather_adapters, num_parameters
 from megatron_cocoa.model.adapters import attach_adapters, merge_adapters
 from megatron_cocoa.model.build import Model
+from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext
 
 FOLDER = "adapter"
@@ -31,7 +32,13 @@ def add_adapters(context: RunContext, model: Model, stage: str) -> int:
     attach_adapters(model, settings, mask_token_id=context.bundle.mask_token_id, stage=stage)
     mappings = adapter_mappings(context.table, settings.adapter)
     draw_adapters(model.bare_chunks, mappings, settings.adapter, seed=settings.seed)
-    return num_parameters(mappings)
+    count = num_parameters(mappings)
+    if topology.is_first_rank():
+        share = count / num_parameters(tuple(context.table))
+        modules = len({name.rpartition(".lora_")[0] for mapping in mappings for name in mapping.hf_names})
+        what = f"{settings.adapter.kind} adapters of rank {settings.adapter.rank} on {modules} modules"
+        print(f"Stage {stage}: {what} train {count:,} values, {share:.2%} of the model's", flush=True)
+    return count
 
 
 def hand_over_adapters(context: RunContext, model: Model, folder: Path, *, checkpoint: Path | None) -> None:

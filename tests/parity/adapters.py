@@ -63,10 +63,8 @@ def adapted(tiny, adapter: AdapterSettings, *, kind: MaskKind = MaskKind.BIDIREC
     settings = adapter_settings(adapter, **model_settings)
     table = compare.name_table(tiny.huggingface.config, settings)
     mappings = adapter_mappings(table, adapter)
-    tensors = {name: torch.empty(s) for m in mappings for name, s in zip(m.hf_names, m.hf_shapes)}
-    config = LoraConfig(**peft_config(tensors, adapter, base_model="tiny") | {"inference_mode": False})
-    model = get_peft_model(copy.deepcopy(tiny.huggingface), config)
-    values = randomize(model, tensors)
+    model = with_peft(copy.deepcopy(tiny.huggingface), mappings, adapter)
+    values = randomize(model)
     ours = bare_model(tiny, settings)
     attach_adapters(ours, settings, mask_token_id=None)
     fill_adapters(ours.bare_chunks, mappings, read_from(values))
@@ -74,12 +72,20 @@ def adapted(tiny, adapter: AdapterSettings, *, kind: MaskKind = MaskKind.BIDIREC
     return Adapted(ours, model, settings, table, mappings, tiny.pack(encoded, kind), encoded, kind)
 
 
+def with_peft(huggingface, mappings: tuple[Mapping, ...], adapter: AdapterSettings):
+    """peft's adapters on Hugging Face's model, by the configuration that an export has."""
+    shapes = {name: torch.empty(s) for m in mappings for name, s in zip(m.hf_names, m.hf_shapes)}
+    config = LoraConfig(**peft_config(shapes, adapter, base_model="tiny") | {"inference_mode": False})
+    model = get_peft_model(huggingface, config)
+    assert peft_parameters(model).keys() == shapes.keys()
+    return model
+
+
 @torch.no_grad()
-def randomize(model, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Draw every adapter value of peft's model; returns them by our names, and checks that there are no others."""
+def randomize(model) -> dict[str, torch.Tensor]:
+    """Draw every adapter value of peft's model; returns them by our names."""
     generator = torch.Generator().manual_seed(3)
     parameters = peft_parameters(model)
-    assert parameters.keys() == tensors.keys()
     for name, parameter in parameters.items():
         noise = torch.randn(parameter.shape, generator=generator)
         # A magnitude stays near the length that it starts from, as in training.
