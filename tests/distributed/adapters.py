@@ -205,9 +205,10 @@ def stage_hand_over(degrees: dict, dtype: str) -> dict:
 
 
 def _hand_over_errors(context: RunContext, checkpoint: Path) -> dict:
-    """Largest difference between checkpoint and initial weights + exported adapters, and smallest change of a weight."""
+    """Largest difference of the checkpoint from initial weights + exported adapters, smallest change of a weight."""
     exported = load_file(checkpoint.parent / "adapter" / "adapter_model.safetensors")
-    initial = RandomWeights(seed=context.settings.seed, initializer_range=0.02)
+    source = context.weight_source(None)
+    initial = RandomWeights(seed=source.seed, initializer_range=source.initializer_range)
     worst, least, bf16 = 0.0, float("inf"), context.settings.model.dtype == "bf16"
     with TorchDistReader(checkpoint) as reader:
         tensors = StackedTensors(reader)

@@ -42,7 +42,7 @@ def test_a_stage_hands_over_merged_weights_and_its_adapters(request, check):
     """Claim: a stage's checkpoint is its initial weights with the exported adapters merged into them, by DoRA's plain
     definition; what has no adapter is unchanged; and there is an export of every adapter.
 
-    The same FP32 sums in another order; BF16 weights are rounded once, to 2^-9 of each.
+    The same FP32 sums in another order; BF16 rounds weights to 2^-9, and the products behind a row's length too.
     """
     found = result_of(request, check)
     assert found["worst"] < (2**-8 if "bf16" in check else 1e-6), found
