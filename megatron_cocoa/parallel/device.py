@@ -130,27 +130,18 @@ def seed_everything(*key: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def set_random_state(name: str, seed: int) -> None:
-    """Start (or restart) a random state of the device that Megatron tracks: recompute replays it, checkpoints keep it.
+@contextmanager
+def random_state(*, differs_over_tensor_parallel: bool) -> Iterator[None]:
+    """What is drawn on the device in this context comes from a random state that Megatron tracks, and moves it on.
 
     Args:
-        name: of the state; ``random_state`` takes it.
-        seed: no other state of this process may have it.
+        differs_over_tensor_parallel: draw apart on each tensor-parallel rank, or the same on all of them.
     """
-    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel import random
 
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    tracker.set_states({key: state for key, state in tracker.get_states().items() if key != name})
-    tracker.seeds_.discard(seed)
-    tracker.add(name, seed)
-
-
-@contextmanager
-def random_state(name: str) -> Iterator[None]:
-    """What is drawn on the device in this context comes from the state ``name``, and moves it on."""
-    from megatron.core import tensor_parallel
-
-    tracker = tensor_parallel.get_cuda_rng_tracker()
+    names = random._MODEL_PARALLEL_RNG_TRACKER_NAME, random._DATA_PARALLEL_RNG_TRACKER_NAME
+    name = names[0 if differs_over_tensor_parallel else 1]
+    tracker = random.get_cuda_rng_tracker()
     if has_gpu():
         with tracker.fork(name):
             yield

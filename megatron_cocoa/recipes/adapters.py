@@ -29,7 +29,7 @@ def add_adapters(context: RunContext, model: Model, stage: str) -> int:
     settings = context.settings
     if not settings.adapter.is_used:
         return 0
-    attach_adapters(model, settings, mask_token_id=context.bundle.mask_token_id, stage=stage)
+    attach_adapters(model, settings, mask_token_id=context.bundle.mask_token_id)
     mappings = adapter_mappings(context.table, settings.adapter)
     draw_adapters(model.bare_chunks, mappings, settings.adapter, seed=settings.seed)
     count = num_parameters(mappings)
