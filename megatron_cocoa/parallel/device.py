@@ -26,7 +26,9 @@ REQUIRED_NAMES = {
         "current_device device_count set_device synchronize empty_cache current_stream default_stream stream Stream "
         "get_rng_state set_rng_state manual_seed"
     ).split(),
-    "megatron.core.tensor_parallel.random": ["_get_cuda_rng_state", "_set_cuda_rng_state"],
+    "megatron.core.tensor_parallel.random": (
+        "_get_cuda_rng_state _set_cuda_rng_state _MODEL_PARALLEL_RNG_TRACKER_NAME _DATA_PARALLEL_RNG_TRACKER_NAME"
+    ).split(),
     "megatron.core.optimizer": ["Adam", "USING_PYTORCH_OPTIMIZER"],
     "megatron.core.optimizer.distrib_optimizer": ["Adam", "HAVE_APEX_OR_TE"],
     "megatron.core.optimizer.optimizer": ["multi_tensor_applier", "multi_tensor_scale_impl"],

@@ -1,4 +1,4 @@
-"""Checks of adapters at a layout: equality with peft, training as in one process, and checkpoints that move."""
+"""Checks of adapters at a layout: equality with peft, training as in one process, and what a stage hands over."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from megatron_cocoa.recipes.adapters import add_adapters
 from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.stages import build_loader, build_with_weights, run_stage
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
-from megatron_cocoa.training.optimizer import build_optimizer
-from megatron_cocoa.training.step import forward_backward
+from megatron_cocoa.training.trainer import train_stage
 from tests.distributed.check import Check
 from tests.distributed.tiny_run import tiny_settings, write_folders
+from tests.distributed.training import _Losses
 from tests.parity import adapters, compare, reference
 from tests.parity.cases import FULL, Case
 
@@ -127,41 +127,25 @@ def _prepare(folder: Path, parallel: ParallelSettings, adapter: AdapterSettings)
     return prepare_context(tiny_settings(folder, steps=STEPS, parallel=parallel, adapter=adapter))
 
 
-def _train(context: RunContext, steps: range, *, resume: Path | None = None, save: Path | None = None):
+def _train(context: RunContext):
     """Some steps of a stage with adapters; returns the model, losses and gradient norms."""
-    stage = context.settings.stage(STAGE)
-    model = build_with_weights(context, checkpoint=None, with_image_decoder=True)
-    add_adapters(context, model, STAGE)
-    model = wrap_data_parallel(model, context.settings.parallel)
-    optimizer, schedule = build_optimizer(model, stage, context.settings.optimizer, context.settings.parallel)
-    if resume is not None:
-        load_checkpoint(resume, model.bare_chunks, optimizer=optimizer)
-        schedule.step(increment=steps.start)
-    objective, loader = build_objective(STAGE, context.settings), build_loader(context, STAGE)
-    model.train()
-    losses, norms = [], []
-    for step in range(steps.stop):
-        batches = loader.next_step()
-        if step < steps.start:
-            continue
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        schedule.step(increment=1)
-        losses.append(forward_backward(model, objective, batches)["loss"])
-        norms.append(float(optimizer.step()[1]))
-    loader.close()
-    if context.settings.parallel.overlap_param_gather:
-        for chunk in model.chunks:
-            chunk.start_param_sync(force_sync=True)
-    if save is not None:
-        save_checkpoint(save, model.bare_chunks, _info(context), optimizer=optimizer)
-    return model, losses, norms
+    bare = build_with_weights(context, checkpoint=None, with_image_decoder=True)
+    add_adapters(context, bare, STAGE)
+    model, log = wrap_data_parallel(bare, context.settings.parallel), _Losses()
+    train_stage(
+        model,
+        build_objective(STAGE, context.settings),
+        build_loader(context, STAGE),
+        stage=context.settings.stage(STAGE),
+        settings=context.settings,
+        log=log,
+    )
+    return model, log.values, log.grad_norms
 
 
 def _info(context: RunContext) -> CheckpointInfo:
     ids = context.bundle.mask_token_id, context.bundle.bridge_token_id
-    return CheckpointInfo(STAGE, STEPS, *ids, {}, has_optimizer=True)
+    return CheckpointInfo(STAGE, STEPS, *ids, {})
 
 
 def _samples(path: Path, context: RunContext) -> dict[str, list[float]]:
@@ -182,12 +166,24 @@ def training(adapter: AdapterSettings, degrees: dict) -> dict:
     topology.set_layout(parallel, seed=0)
     with _shared_folder() as (folder, shared):
         context = _prepare(folder, parallel, adapter)
-        model, losses, norms = _train(context, range(STEPS))
+        model, losses, norms = _train(context)
+        refused = _refusal_without_adapters(model, context, shared / "unmerged")
         merge_adapters(model)
         save_checkpoint(shared / "merged", model.bare_chunks, _info(context))
         weights = _samples(shared / "merged", context) if dist.get_rank() == 0 else {}
         dist.barrier()
-    return dict(losses=losses, norms=norms, weights=weights)
+    return dict(losses=losses, norms=norms, weights=weights, refused=refused)
+
+
+def _refusal_without_adapters(model, context: RunContext, path: Path) -> str:
+    """What a model without adapters says to a checkpoint that has them, on every rank."""
+    save_checkpoint(path, model.bare_chunks, _info(context))
+    plain = build_model(context.architecture, context.settings, with_image_decoder=True)
+    try:
+        load_checkpoint(path, plain.chunks)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def stage_hand_over(degrees: dict, dtype: str) -> dict:
@@ -229,30 +225,6 @@ def _hand_over_errors(context: RunContext, checkpoint: Path) -> dict:
                     wanted = start
                 worst = max(worst, compare.relative(found.float(), wanted))
     return dict(worst=worst, least=least, tensors=len(exported))
-
-
-def resumed(save_at: dict, load_at: dict) -> dict:
-    """Losses of a run whose first steps ran at one layout and whose last resumed at another."""
-    losses = []
-    with _shared_folder() as (folder, shared):
-        halves = (
-            (range(STEPS - 1), dict(save=shared / "half")),
-            (range(STEPS - 1, STEPS), dict(resume=shared / "half")),
-        )
-        for degrees, (steps, more) in zip((save_at, load_at), halves):
-            parallel = ParallelSettings(**degrees)
-            topology.set_layout(parallel, seed=0)
-            context = _prepare(folder, parallel, EVERYWHERE)
-            losses += _train(context, steps, **more)[1]
-            dist.barrier()
-        plain = build_model(context.architecture, context.settings, with_image_decoder=True)
-        refused = ""
-        try:
-            load_checkpoint(shared / "half", plain.chunks)
-        except ValueError as error:
-            refused = str(error)
-        dist.barrier()
-    return dict(losses=losses, refused=refused)
 
 
 class _shared_folder:
@@ -308,15 +280,6 @@ HAND_OVERS: dict[str, tuple[int, dict, str]] = {
     "adapters-stage-tp2-pp2": (4, _degrees(tp=2, pp=2), "fp32"),
 }
 
-MOVES: dict[str, tuple[int, dict, dict]] = {
-    "adapters-tp2-to-pp2": (2, _degrees(tp=2), _degrees(pp=2)),
-    "adapters-dp2-distributed-optimizer-to-tp2": (
-        2,
-        _degrees(use_distributed_optimizer=True),
-        _degrees(tp=2, use_distributed_optimizer=True),
-    ),
-}
-
 PEFT = {
     **{
         f"peft-dora-{case.name}": Check(case.world_size, functools.partial(equality_with_peft, EVERYWHERE, case))
@@ -336,5 +299,4 @@ CHECKS = {
         name: Check(size, functools.partial(training, EVERYWHERE, degrees)) for name, (size, degrees) in LAYOUTS.items()
     },
     **{name: Check(size, functools.partial(stage_hand_over, *how)) for name, (size, *how) in HAND_OVERS.items()},
-    **{name: Check(size, functools.partial(resumed, *ends)) for name, (size, *ends) in MOVES.items()},
 }

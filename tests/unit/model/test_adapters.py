@@ -13,7 +13,8 @@ from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import flat_spelling
 from megatron_cocoa.config import VISION_TARGETS, AdapterSettings, FreezeSettings, RecomputeSettings
 from megatron_cocoa.model import linear_adapter
-from megatron_cocoa.model.adapters import attach_adapters, merge_adapters
+from megatron_cocoa.model.adapters import attach_adapters, merge_adapters, merged_adapters
+from megatron_cocoa.parallel import device
 from tests.parity import adapters
 from tests.parity.compare import relative
 
@@ -89,13 +90,22 @@ def test_merged_weights_are_pefts_and_do_the_same(tiny, kind):
     assert case.chunk.state_dict().keys() == tiny.chunk.state_dict().keys()
     assert not any(module._forward_hooks for module in case.chunk.modules())
     assert relative(tiny_hidden(case), unmerged) < OUTPUT
-    theirs = {
-        flat_spelling(name): p for name, p in case.peft.merge_and_unload(safe_merge=True).named_parameters()
-    }
+    theirs = {flat_spelling(name): p for name, p in case.peft.merge_and_unload(safe_merge=True).named_parameters()}
     for name, parameter in case.chunk.named_parameters():
         mapping = case.table.megatron_to_hf(global_name(case.chunk, name))
         wanted = mapping.merge([theirs[hf].detach() for hf in mapping.hf_names])
         assert relative(parameter.detach(), wanted) < 1e-6, name
+
+
+def test_weights_are_merged_for_a_while(tiny):
+    """Claim: inside of the block the model is the plain one with merged weights, afterwards bit for bit what it was."""
+    case = adapters.adapted(tiny, AdapterSettings(kind="dora", **EVERYWHERE))
+    before, state = tiny_hidden(case), {name: t.clone() for name, t in case.chunk.state_dict().items() if t is not None}
+    with merged_adapters(case.model):
+        assert case.chunk.state_dict().keys() == tiny.chunk.state_dict().keys()
+        assert relative(tiny_hidden(case), before) < OUTPUT
+    assert torch.equal(tiny_hidden(case), before)
+    assert all(torch.equal(case.chunk.state_dict()[name], value) for name, value in state.items())
 
 
 def tiny_hidden(case) -> torch.Tensor:
@@ -187,6 +197,7 @@ def test_dropout_is_replayed_by_recompute(tiny):
         again = replace(case, model=adapters.bare_model(tiny, settings), settings=settings)
         attach_adapters(again.model, settings, mask_token_id=None)
         again.chunk.load_state_dict(case.chunk.state_dict())
+        device.seed_everything(5)
         adapters.run_ours(again)
         found[how] = adapters.our_parts(again, lambda parameter: parameter.grad)
     for name, gradient in found["none"].items():
