@@ -124,9 +124,9 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for key, text in given:
         if key not in _known_keys():
             continue
-        if get_origin(_known_keys()[key]) is tuple and not text.startswith("["):
-            text = f"[{text}]"
         with_type = _known_keys()[key]
+        if get_origin(with_type) is tuple and not text.startswith("["):
+            text = f"[{text}]"
         try:
             values[key] = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
         except (ArgumentError, TypeError):

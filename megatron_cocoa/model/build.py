@@ -69,7 +69,8 @@ def build_model(
         recompute=settings.recompute,
         fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
     )
-    provider = build_provider(settings.model)
+    # An adapter reads what its projection reads, which a norm fused into the projection would hide.
+    provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used)
     num_chunks = settings.parallel.virtual_pipeline_model_parallel_size or 1
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), settings.parallel.pipeline_model_parallel_size
     chunks = [
@@ -125,6 +126,15 @@ def freeze(chunk: QwenVL, settings: TrainSettings, mask_token_id: int | None = N
                 f"freeze.language with optimizer.weight_decay {settings.optimizer.weight_decay} would shrink the "
                 f"frozen rows of the embedding, of which the mask token's row trains: set weight_decay to 0"
             )
+        _train_one_row(chunk, mask_token_id)
+
+
+def freeze_pretrained(chunk: QwenVL, mask_token_id: int | None) -> None:
+    """Turn off gradients of all but the image decoder and the mask token's row, for adapters to train beside them."""
+    for name, part in chunk.named_children():
+        if name != "image_decoder":
+            part.requires_grad_(False)
+    if mask_token_id is not None:
         _train_one_row(chunk, mask_token_id)
 
 

@@ -14,6 +14,7 @@ from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.heads import ImageDecoder, LocalRows, gather_embeddings, local_rows, whole_rows
 from megatron_cocoa.model.language import LanguageModel
 from megatron_cocoa.model.logit_scale import bounded_logit_scale, new_logit_scale
+from megatron_cocoa.model.recompute import input_of_layers
 from megatron_cocoa.model.rope import mrope_tables
 from megatron_cocoa.model.segments import compile_segments
 from megatron_cocoa.model.specs import BackendSpecProvider
@@ -127,7 +128,7 @@ class QwenVL(MegatronModule):
         if self.config.sequence_parallel:
             self._check_sequence_parallel(embeddings.shape[0])
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings.contiguous()
+        return input_of_layers(embeddings.contiguous(), self.config)
 
     def _check_sequence_parallel(self, tokens: int) -> None:
         size = self.config.tensor_model_parallel_size

@@ -11,6 +11,8 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,9 @@ REQUIRED_NAMES = {
         "current_device device_count set_device synchronize empty_cache current_stream default_stream stream Stream "
         "get_rng_state set_rng_state manual_seed"
     ).split(),
-    "megatron.core.tensor_parallel.random": ["_get_cuda_rng_state", "_set_cuda_rng_state"],
+    "megatron.core.tensor_parallel.random": (
+        "_get_cuda_rng_state _set_cuda_rng_state _MODEL_PARALLEL_RNG_TRACKER_NAME _DATA_PARALLEL_RNG_TRACKER_NAME"
+    ).split(),
     "megatron.core.optimizer": ["Adam", "USING_PYTORCH_OPTIMIZER"],
     "megatron.core.optimizer.distrib_optimizer": ["Adam", "HAVE_APEX_OR_TE"],
     "megatron.core.optimizer.optimizer": ["multi_tensor_applier", "multi_tensor_scale_impl"],
@@ -161,6 +165,32 @@ def set_random_states(states: RandomStates) -> None:
     if accelerator is not None:
         torch.cuda.set_rng_state(accelerator)
     tensor_parallel.get_cuda_rng_tracker().set_states(dict(tracked))
+
+
+@contextmanager
+def random_state(*, differs_over_tensor_parallel: bool) -> Iterator[None]:
+    """What is drawn on the device in this context comes from a random state that Megatron tracks, and moves it on.
+
+    Args:
+        differs_over_tensor_parallel: draw apart on each tensor-parallel rank, or the same on all of them.
+    """
+    from megatron.core.tensor_parallel import random
+
+    names = random._MODEL_PARALLEL_RNG_TRACKER_NAME, random._DATA_PARALLEL_RNG_TRACKER_NAME
+    name = names[0 if differs_over_tensor_parallel else 1]
+    tracker = random.get_cuda_rng_tracker()
+    if has_gpu():
+        with tracker.fork(name):
+            yield
+        return
+    # Megatron's fork warns where the CPU's state moves, which is what has to move here.
+    outside = torch.get_rng_state()
+    torch.set_rng_state(tracker.states_[name])
+    try:
+        yield
+    finally:
+        tracker.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outside)
 
 
 def missing_names() -> list[str]:

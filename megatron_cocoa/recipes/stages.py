@@ -15,6 +15,7 @@ from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
+from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.resume import SETTINGS_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
 from megatron_cocoa.recipes.validation import HeldOutValidation
@@ -128,6 +129,7 @@ def run_stage(
         bare = build_with_weights(context, checkpoint=checkpoint, **parts)
     else:
         bare = build_without_weights(context, **parts)
+    add_adapters(context, bare, name)
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
     log = StageLog(
@@ -157,6 +159,7 @@ def run_stage(
         name, stage, folder / STAGE_CHECKPOINT, result.progress, loader.statistics(), stopped=result.stopped
     )
     if result.stopped is None:
+        hand_over_adapters(context, model, folder, checkpoint=checkpoint)
         _hand_over(context, summary, model, replace(info, step=stage_settings.steps, loader=loader.state_dict()))
         if after is not None:
             after(name, model)

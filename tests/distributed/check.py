@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 MODULES = (
     "tests.parity.checks",
+    "tests.distributed.adapters",
     "tests.distributed.collectives",
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
