@@ -48,6 +48,7 @@ def build_model(
     *,
     with_image_decoder: bool,
     mask_token_id: int | None = None,
+    target: torch.device | None = None,
 ) -> Model:
     """Build this rank's chunks at the layout that is initialised; weights are not set.
 
@@ -56,6 +57,8 @@ def build_model(
         settings: of the run.
         with_image_decoder: stage ``warmup`` needs it.
         mask_token_id: row of the embedding that trains even where the language model is frozen; None for none.
+        target: where the parameters go, this rank's device by default. The meta device, as the default device of
+            the caller's ``with`` block too, builds shapes without memory.
 
     Raises:
         ValueError: if the layout does not fit the architecture.
@@ -80,7 +83,7 @@ def build_model(
             post_process=rank == size - 1 and index == num_chunks - 1,
             with_image_decoder=with_image_decoder,
             vp_stage=index if num_chunks > 1 else None,
-        ).to(device.device())
+        ).to(target or device.device())
         for index in range(num_chunks)
     ]
     for chunk in chunks:
