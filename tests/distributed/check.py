@@ -12,6 +12,7 @@ MODULES = (
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
     "tests.distributed.resuming",
+    "tests.distributed.memory",
     "tests.distributed.training",
 )
 """Each holds ``CHECKS``: its checks by name."""
