@@ -51,4 +51,6 @@ def build_on_meta(
     with pytest.MonkeyPatch.context() as patch, fake_world(settings.parallel, pipeline_rank=pipeline_rank), meta:
         # On a machine with a GPU Megatron would place its tensors there by name.
         patch.setattr(device, "has_gpu", lambda: False)
+        # Megatron moves the copies of a tied matrix to the GPU before it makes them equal.
+        patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
         return build_model(architecture, settings, with_image_decoder=with_image_decoder, mask_token_id=7, target=meta)
