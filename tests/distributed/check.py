@@ -11,8 +11,8 @@ MODULES = (
     "tests.distributed.collectives",
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
-    "tests.distributed.resuming",
     "tests.distributed.memory",
+    "tests.distributed.resuming",
     "tests.distributed.training",
 )
 """Each holds ``CHECKS``: its checks by name."""
