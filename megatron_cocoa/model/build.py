@@ -49,6 +49,7 @@ def build_model(
     with_image_decoder: bool,
     mask_token_id: int | None = None,
     learned_temperature: float | None = None,
+    target: torch.device | None = None,
 ) -> Model:
     """Build this rank's chunks at the layout that is initialised; weights are not set.
 
@@ -58,6 +59,8 @@ def build_model(
         with_image_decoder: stage ``warmup`` needs it.
         mask_token_id: row of the embedding that trains even where the language model is frozen; None for none.
         learned_temperature: see ``QwenVL``.
+        target: where the parameters go, this rank's device by default. The meta device, as the default device of
+            the caller's ``with`` block too, builds shapes without memory.
 
     Raises:
         ValueError: if the layout does not fit the architecture.
@@ -84,7 +87,7 @@ def build_model(
             with_image_decoder=with_image_decoder,
             learned_temperature=learned_temperature,
             vp_stage=index if num_chunks > 1 else None,
-        ).to(device.device())
+        ).to(target or device.device())
         for index in range(num_chunks)
     ]
     for chunk in chunks:

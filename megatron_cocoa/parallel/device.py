@@ -53,6 +53,11 @@ def distributed_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def device_name() -> str | None:
+    """What the driver calls this rank's GPU, such as ``NVIDIA H100 80GB HBM3``; None on the CPU route."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
 def setup_device(local_rank: int) -> torch.device:
     """Bind this rank to its GPU, or activate the CPU route.
 

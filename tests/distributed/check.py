@@ -12,6 +12,7 @@ MODULES = (
     "tests.distributed.collectives",
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
+    "tests.distributed.memory",
     "tests.distributed.resuming",
     "tests.distributed.training",
     "tests.distributed.gradients",
