@@ -106,6 +106,7 @@ class TorchDistReader:
         self.path = Path(path)
         content = _read_metadata(self.path)
         sizes: dict[str, int] = {}
+        self._states: list[str] = []
         self._entries: dict[str, metadata.TensorStorageMetadata] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
@@ -113,6 +114,8 @@ class TorchDistReader:
                 if isinstance(entry, metadata.TensorStorageMetadata):
                     self._entries[key] = entry
                     self._chunks[key] = [self._locate(key, chunk, content, sizes) for chunk in entry.chunks]
+                else:
+                    self._states.append(key)
         except (AttributeError, TypeError, KeyError) as error:
             raise ValueError(f"{self.path / METADATA_FILE} is damaged: {error!r}") from error
         self._descriptors: dict[str, int] = {}
@@ -131,6 +134,10 @@ class TorchDistReader:
     def keys(self) -> list[str]:
         """Keys of all tensors, optimizer state included."""
         return list(self._entries)
+
+    def state_keys(self) -> list[str]:
+        """Keys of what is no tensor, such as the empty ``_extra_state`` of a layer."""
+        return self._states
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._entries[key].size)

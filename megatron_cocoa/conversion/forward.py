@@ -20,11 +20,11 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.live import fill_parameters
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import load_checkpoint
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
+from megatron_cocoa.conversion.load_parts import load_in_parts
 from megatron_cocoa.conversion.probe_inputs import Probe, make_probes, pack
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.model.language import padded_vocab_size
@@ -145,7 +145,7 @@ def _run_megatron(
     with TorchDistReader(folder) as reader:
         tensors = StackedTensors(reader)
         if tensors.dialect == "sharded":
-            load_checkpoint(folder, model.bare_chunks)
+            load_in_parts(folder, model.bare_chunks)
         else:
             _fill_from_dialect(model, tensors, settings.model.make_vocab_size_divisible_by)
     model.train(False)

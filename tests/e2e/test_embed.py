@@ -72,8 +72,8 @@ def test_a_killed_run_goes_on_to_the_same_files(folders, tmp_path):
 def test_export_and_check_from_the_command_line(folders, tmp_path):
     """Claim: the two commands of the documentation work, and the exported files are those of the function."""
     target = tmp_path / "exported"
-    arguments = ["--mcore-path", folders.checkpoint, "--model-path", folders.hf, "--output-path", target]
-    run([sys.executable, "tools/export_embedder.py", *map(str, arguments), "--format", "sentence-transformers"])
+    arguments = ["--mcore-path", folders.checkpoint, "--hf-path", target, "--format", "sentence-transformers"]
+    run([sys.executable, "tools/convert_mcore_to_hf.py", *map(str, arguments), "--verify"])
     assert "9 of 9" in run([sys.executable, "-m", "megatron_cocoa.export.check_golden", str(target)])
     names = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
     assert names == {str(f.relative_to(folders.exported)) for f in folders.exported.rglob("*") if f.is_file()}

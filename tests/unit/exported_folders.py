@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
-from megatron_cocoa.export.folder import export_embedder
+from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
 from tests.distributed.tiny_run import write_folders
 
 
@@ -38,5 +38,5 @@ def write_exported(root: Path) -> Folders:
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copy(root / "model" / name, folders.hf)
     convert_hf_to_mcore(folders.hf, folders.checkpoint)
-    export_embedder(folders.checkpoint, folders.exported, model_path=folders.hf, format="sentence-transformers")
+    export_embedder(folders.checkpoint, folders.exported, options=EmbedderOptions("sentence-transformers"))
     return folders

@@ -18,7 +18,7 @@ from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.export.check_golden import check_golden, main
 from megatron_cocoa.export.corpus import read_corpus
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
-from megatron_cocoa.export.folder import export_embedder
+from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
 from tests.unit.exported_folders import Folders, write_exported
 
 BATCH_BOUND = 1e-5
@@ -209,17 +209,19 @@ def test_export_replaces_nothing_unasked(folders):
     """Claim: an existing folder stays, unless it may be overwritten, and no half is left beside it."""
     before = sorted(folders.root.iterdir())
     with pytest.raises(ValueError, match="exists"):
-        export_embedder(folders.checkpoint, folders.exported, model_path=folders.hf)
+        export_embedder(folders.checkpoint, folders.exported)
     with pytest.raises(ValueError, match="lacks tokenizer.json"):
-        export_embedder(folders.checkpoint, folders.root / "new", model_path=folders.exported / "1_Pooling")
+        export_embedder(folders.checkpoint, folders.root / "new", companions=folders.exported / "1_Pooling")
     assert sorted(folders.root.iterdir()) == before
 
 
 def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
     """Claim: a folder is exported with the token that it was trained with, and every library then uses that one."""
-    arguments = dict(model_path=folders.hf, bridge_token="<|im_start|>")
-    with pytest.raises(ValueError, match="trained with the bridge token's id"):
-        export_embedder(folders.checkpoint, tmp_path / "refused", **arguments)
+    arguments = dict(options=EmbedderOptions(bridge_token="<|im_start|>"))
+    for golden in (True, False):
+        options = EmbedderOptions(bridge_token="<|im_start|>", golden=golden)
+        with pytest.raises(ValueError, match="trained with the bridge token's id"):
+            export_embedder(folders.checkpoint, tmp_path / "refused", options=options)
     assert not any(tmp_path.iterdir())
     convert_hf_to_mcore(folders.hf, tmp_path / "other", bridge_token="<|im_start|>")
     export_embedder(tmp_path / "other", tmp_path / "exported", **arguments)
