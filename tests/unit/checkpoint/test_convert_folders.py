@@ -47,7 +47,7 @@ def assert_equal_weights(folder, state) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spelling, num_files", [("flat", 1), ("nested", 3)])
+@pytest.mark.parametrize("spelling, num_files", [("flat", 1), ("flat", 3), ("nested", 1), ("nested", 3)])
 def test_round_trip_is_bit_exact(tmp_path, tiny, model_type, tied, dtype, spelling, num_files, monkeypatch):
     """Every tensor of both families comes back, tied and untied, in both spellings, from one file and from several."""
     # Small chunks, so that row blocks and gated halves are cut as in a large model.
