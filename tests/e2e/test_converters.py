@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -146,3 +147,16 @@ def test_full_size_model_streams(tmp_path):
     assert result["equal"] and result["parameters"] == 3_754_622_976
     for direction in ("import", "export"):
         assert result[direction]["ours"]["peak_gib"] < 3 and result[direction]["ratio"] < 3, result
+
+
+@pytest.mark.slow
+def test_full_size_model_is_verified_within_24_gib(tmp_path):
+    """Claim: --verify of the 3B shape passes in the memory of one FP32 model (14.0 GiB) and 4 GiB more."""
+    free, memory = shutil.disk_usage(tmp_path).free, psutil.virtual_memory().available
+    if free < 35e9 or memory < 18 * 2**30:
+        pytest.skip(f"needs 35 GB of disk and 18 GiB of memory: {free / 1e9:.0f} GB and {memory / 2**30:.0f} GiB free")
+    command = (ROOT / "benchmarks" / "convert.py", "--work-dir", tmp_path, "--shape", "3b", "--verify")
+    done = run(sys.executable, *command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["equal"] and result["verify"]["peak_gib"] < 18, result
