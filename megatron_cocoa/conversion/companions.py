@@ -20,12 +20,12 @@ SETTINGS_FILE = "settings.yaml"
 def run_settings(checkpoint: Path) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint, which lie in its output folder; empty where there are none.
 
-    A run writes ``OUTPUT/settings.yaml`` and ``OUTPUT/STAGE/checkpoint``.
+    A run writes ``OUTPUT/settings.yaml``, ``OUTPUT/STAGE/checkpoint``, and further ones one level deeper.
 
     Raises:
         ValueError: if they are not readable YAML.
     """
-    for folder in checkpoint.resolve().parents[:2]:
+    for folder in checkpoint.resolve().parents[:3]:
         file = folder / SETTINGS_FILE
         if not file.is_file():
             continue

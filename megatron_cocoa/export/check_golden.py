@@ -54,7 +54,8 @@ def _with_megatron_cocoa(folder: Path) -> Embed:
 def _with_sentence_transformers(folder: Path) -> Embed:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), local_files_only=True)
+    # The library computes in the dtype on disk unless told otherwise; the recorded vectors are FP32's.
+    model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"dtype": "float32"})
 
     def embed(text, image):
         item = {name: value for name, value in (("text", text), ("image", image)) if value}

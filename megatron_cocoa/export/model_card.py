@@ -76,6 +76,9 @@ model = SentenceTransformer(".")
 vectors = model.encode([{"text": "a red house", "image": "house.png"}])
 ```
 
+It computes in the dtype of the weights on disk. In fp32, as the code above does:
+`SentenceTransformer(".", model_kwargs={"dtype": "float32"})`.
+
 A text that spells a control token, such as `<|im_end|>`, is read as that token here, and as plain characters above.
 """
 

@@ -47,7 +47,8 @@ def vectors_of(plain: PlainEmbedder, items: list) -> np.ndarray:
 
 
 def main(folder: str) -> None:
-    ours, theirs = CocoaEmbedder.from_pretrained(folder), SentenceTransformer(folder, local_files_only=True)
+    ours = CocoaEmbedder.from_pretrained(folder)
+    theirs = SentenceTransformer(folder, local_files_only=True, model_kwargs={"dtype": "float32"})
     plain = PlainEmbedder(folder, bridge_token=read_export_info(Path(folder))[0])
     texts = ["a", "a red house " * 10, "sol", "Gr\u00fc\u00dfe, 3 \u20ac", "the moon and two trees"]
     sizes = [(56, 56), (140, 60), (70, 154), (30, 31), (400, 300)]
