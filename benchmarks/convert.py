@@ -1,12 +1,14 @@
 """Time and peak memory of both converters beside a plain copy of the same bytes on the same disk.
 
-    python benchmarks/convert.py --work-dir DIR [--shape 3b|small]
+    python benchmarks/convert.py --work-dir DIR [--shape 3b|small] [--verify]
 
 Writes a model of random weights (the Qwen2.5-VL-3B shape: 3.755 B parameters, 7.5 GB in BF16) into the work folder,
 which needs room for four of it, and prints one JSON line. The reference copies the files and forces them to disk, once
 before and once after the conversion, and the mean counts; the converters run as users run them, as a process of their
 own whose start is part of the time. Before each run the files that it reads are dropped from the page cache. Memory is
-the largest resident size of the process and its children.
+the largest resident size of the process and its children. With --verify the round trip is followed by the tool's own
+comparison of the two models (--verify-only), with weights that a model can compute with; at the 3B shape that takes
+17 GiB.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def write_random_model(folder: Path, shape: str, *, shard_bytes: int = 4 * 10**9) -> int:
+def write_random_model(folder: Path, shape: str, *, shard_bytes: int = 4 * 10**9, plausible: bool = False) -> int:
     """A tied Qwen2.5-VL folder in BF16 whose weights are random finite numbers. Returns its number of parameters."""
     import torch
     from transformers import Qwen2_5_VLConfig
@@ -57,7 +59,10 @@ def write_random_model(folder: Path, shape: str, *, shard_bytes: int = 4 * 10**9
     from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors
 
     text, vision = SHAPES[shape]
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, dtype="bfloat16")
+    # The published ids lie at the end of the published vocabulary, as these do in any.
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    ids = {name: text["vocab_size"] - 4 + place for place, name in enumerate(names)}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, dtype="bfloat16", **ids)
     config.save_pretrained(folder)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
@@ -72,7 +77,8 @@ def write_random_model(folder: Path, shape: str, *, shard_bytes: int = 4 * 10**9
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, ((name, random_weights(size)) for name, size in shapes.items()), shapes)
+        draw = plausible_weights if plausible else random_weights
+        write_safetensors(folder / file, ((name, draw(size)) for name, size in shapes.items()), shapes)
         weight_map |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(torch.Size(s).numel() for shapes in shards for s in shapes.values())
@@ -83,6 +89,15 @@ def random_weights(size: tuple[int, ...]):
     import torch
 
     return torch.empty(size, dtype=torch.int16).random_(0, 0x3F80).view(torch.bfloat16)
+
+
+def plausible_weights(size: tuple[int, ...]):
+    """BF16 numbers that a model can compute with: as freshly initialised, norms and biases off their defaults."""
+    import torch
+
+    if len(size) == 1:
+        return (1 + 0.1 * torch.randn(size)).bfloat16()
+    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02)
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -178,12 +193,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", required=True, help="folder on the disk to measure; cleaned up afterwards")
     parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--verify", action="store_true", help="run the comparison of the two models, too")
     args = parser.parse_args()
     Path(args.work_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         scratch = Path(folder)
         source, checkpoint, back = scratch / "source", scratch / "checkpoint", scratch / "back"
-        num_parameters = write_random_model(source, args.shape)
+        num_parameters = write_random_model(source, args.shape, plausible=args.verify)
         imported = measure(
             "convert_hf_to_mcore.py", source, checkpoint,
             ["--hf-path", str(source), "--mcore-path", str(checkpoint)], scratch,
@@ -192,9 +208,13 @@ def main() -> None:
             "convert_mcore_to_hf.py", checkpoint, back,
             ["--mcore-path", str(checkpoint), "--hf-path", str(back)], scratch,
         )  # fmt: skip
+        verified = {}
+        if args.verify:
+            paths = ["--hf-path", str(source), "--mcore-path", str(checkpoint)]
+            verified = {"verify": run_converter("convert_hf_to_mcore.py", source, *paths, "--verify-only")}
         print(json.dumps({
             "benchmark": "convert", "shape": args.shape, "parameters": num_parameters, "dtype": "bf16",
-            "import": imported, "export": exported, "equal": same_weights(source, back),
+            "import": imported, "export": exported, "equal": same_weights(source, back), **verified,
             "versions": versions(), "hardware": hardware(scratch),
         }))  # fmt: skip
 

@@ -11,6 +11,7 @@ pipeline- or context-parallel rank needs. Positions in a batch are therefore *gl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 
@@ -66,6 +67,12 @@ class PackedBatch:
     embedding_positions: int64 ``(embeddings,)``: rows whose final hidden state is an embedding (bridges).
     query_rows, target_rows: int64 ``(pairs,)``: which embeddings are queries, and which their targets.
     target_keys:         int64 ``(pairs,)``: equal where two targets are the same text and pictures.
+    negative_rows:       int64 ``(pairs, hard_negatives)``: which embeddings are a pair's explicit negatives, -1
+                         where it has fewer; None without any.
+    negative_keys:       int64 ``(pairs, hard_negatives)``: comparable with ``target_keys``, 0 where there is none.
+
+    Float tensors are the bulk of a batch, and a step has many batches. So ``deferred`` may stand for some of them: a
+    function that makes the fields that it returns by name, called by ``materialized`` as often as they are needed.
     """
 
     input_ids: Tensor
@@ -86,6 +93,9 @@ class PackedBatch:
     query_rows: Tensor | None = None
     target_rows: Tensor | None = None
     target_keys: Tensor | None = None
+    negative_rows: Tensor | None = None
+    negative_keys: Tensor | None = None
+    deferred: Callable[[], dict[str, Tensor]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -96,15 +106,22 @@ class PackedBatch:
     def num_patches(self) -> int:
         return sum(t * h * w for t, h, w in self.grid_thw)
 
+    def materialized(self) -> PackedBatch:
+        """The batch with its deferred fields made; a field that is set already stays as it is."""
+        if self.deferred is None:
+            return self
+        made = {name: value for name, value in self.deferred().items() if getattr(self, name) is None}
+        return replace(self, deferred=None, **made)
+
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> PackedBatch:
-        """Copy the tensors to ``device``; ``dtype`` casts the floating-point ones (pixels and targets)."""
-        moved = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
+        """Copy the tensors, deferred ones too, to ``device``; ``dtype`` casts the floats (pixels and targets)."""
+        whole, moved = self.materialized(), {}
+        for f in fields(whole):
+            value = getattr(whole, f.name)
             if isinstance(value, Tensor):
                 cast = dtype if value.is_floating_point() else None
                 moved[f.name] = value.to(device, dtype=cast, non_blocking=True)
-        return replace(self, **moved)
+        return replace(whole, **moved)
 
     def validate(self, *, spatial_merge_size: int) -> None:
         """Refuse a batch whose parts do not fit together.
@@ -131,8 +148,11 @@ class PackedBatch:
             ("text_positions", "text_labels"),
             ("unit_positions", "unit_targets"),
             ("query_rows", "target_rows"),
+            ("negative_rows", "negative_keys"),
         ):
             p, v = getattr(self, positions), getattr(self, values)
+            if v is None and values == "unit_targets" and self.deferred is not None:
+                continue
             if (p is None) != (v is None) or (p is not None and p.shape[0] != v.shape[0]):
                 found = tuple(None if x is None else x.shape[0] for x in (p, v))
                 raise ValueError(f"{positions} and {values} must come together and in equal number, found {found}")
@@ -141,6 +161,21 @@ class PackedBatch:
             if rows is not None and rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < tokens):
                 low, high = int(rows.min()), int(rows.max())
                 raise ValueError(f"{name} spans [{low}, {high}], the pack has rows [0, {tokens})")
+        if self.negative_rows is not None:
+            self._validate_negatives()
+
+    def _validate_negatives(self) -> None:
+        pairs = 0 if self.query_rows is None else self.query_rows.shape[0]
+        if self.negative_rows.dim() != 2 or self.negative_rows.shape[0] != pairs:
+            raise ValueError(
+                f"negative_rows has shape {tuple(self.negative_rows.shape)}, needed ({pairs}, hard_negatives): one "
+                f"line for each pair"
+            )
+        if self.target_keys is None:
+            raise ValueError("negative_rows come without target_keys: negatives and targets must be comparable")
+        embeddings = 0 if self.embedding_positions is None else self.embedding_positions.shape[0]
+        if self.negative_rows.numel() and int(self.negative_rows.max()) >= embeddings:
+            raise ValueError(f"negative_rows names row {int(self.negative_rows.max())} of {embeddings} embeddings")
 
     def _validate_bridges(self) -> None:
         if not self.bridge_positions and not self.mask_kind.needs_bridge:
@@ -189,6 +224,7 @@ class ModelOutput:
     unit_targets:    the rows of ``PackedBatch.unit_targets`` that belong to ``predicted_units``.
     embeddings:      ``(embeddings, hidden)``, *not* normalised, gathered over context parallel (every rank holds
                      all; its backward passes each rank the gradient of its own rows only).
+    logit_scale:     float32 scalar, log(1 / temperature), where the model learns it; the same on every rank.
     """
 
     hidden_states: Tensor | None = None
@@ -196,4 +232,4 @@ class ModelOutput:
     predicted_units: Tensor | None = None
     unit_targets: Tensor | None = None
     embeddings: Tensor | None = None
-
+    logit_scale: Tensor | None = None

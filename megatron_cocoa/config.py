@@ -7,11 +7,14 @@ fields are checked at construction, before any process group exists, so that a w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 STAGES = ("warmup", "bridge", "contrastive")
 """CoCoA's stages in their order; the paper's figure calls them 1, 2, 3, the authors' code 1, 1.5, 2."""
+
+TEMPERATURE_RANGE = (0.01, 1.0)
+"""Bounds of a learned temperature: cosines are scaled by 1 to 100, as in CLIP (arXiv 2103.00020) and OpenCLIP."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -80,6 +83,78 @@ class FreezeSettings:
     vision: bool = False
     merger: bool = False
     language: bool = False
+
+
+LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear modules of a language layer that adapters can sit on, as Hugging Face names them."""
+
+VISION_TARGETS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "mlp.0", "mlp.2")
+"""The same of the tower (``visual``): Qwen2.5-VL's MLP is gate, up and down, Qwen2-VL's fc1 and fc2; ``mlp.0`` and
+``mlp.2`` are the merger's."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """LoRA or DoRA adapters in place of full-parameter training.
+
+    With adapters all pretrained weights are frozen, whatever ``freeze`` says; what trains is the adapters, the image
+    decoder and the mask token's row. At the end of a stage they are merged into its checkpoint.
+
+    Args:
+        kind: ``none`` trains the weights themselves, ``lora`` adds ``alpha / rank * B A`` to each target (arXiv
+            2106.09685), ``dora`` also trains the length of each row of the sum (arXiv 2402.09353; published).
+        rank: rows of A and columns of B, ``r`` in peft (published: 8).
+        alpha: numerator of the scale, ``lora_alpha`` in peft (published: 64).
+        dropout: on the adapter's input, ``lora_dropout`` in peft (published: 0.1). Targets that are fused into one
+            projection share the mask of their common input.
+        init: of A, peft's ``init_lora_weights``: ``gaussian`` is normal with standard deviation 1 / rank (published),
+            ``kaiming`` is uniform within 1 / sqrt(input width), which peft calls true. B starts at zero.
+        rslora: scale by ``alpha / sqrt(rank)`` (arXiv 2312.03732), ``use_rslora`` in peft.
+        language_targets: modules of the language model's layers, by Hugging Face's names.
+        vision_targets: modules of the tower, by Hugging Face's names; those of the other family are passed over.
+        export: write the adapters by themselves, in peft's format, to ``output_dir/<stage>/adapter``.
+    """
+
+    kind: Literal["none", "lora", "dora"] = "none"
+    rank: int = 8
+    alpha: float = 64.0
+    dropout: float = 0.1
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    rslora: bool = False
+    language_targets: tuple[str, ...] = LANGUAGE_TARGETS
+    vision_targets: tuple[str, ...] = ("qkv", "proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+    export: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"adapter.rank is {self.rank}, needs 1 or more")
+        _require(self.alpha > 0, f"adapter.alpha is {self.alpha}, must be positive")
+        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}, must lie in [0, 1)")
+        for name, known in (("language_targets", LANGUAGE_TARGETS), ("vision_targets", VISION_TARGETS)):
+            targets = getattr(self, name)
+            unknown = [target for target in targets if target not in known]
+            _require(not unknown, f"adapter.{name} has {unknown}: choose from {', '.join(known)}")
+            _require(len(set(targets)) == len(targets), f"adapter.{name} names a target twice: {list(targets)}")
+        if self.is_used:
+            _require(
+                bool(self.language_targets or self.vision_targets),
+                f"adapter.kind is {self.kind}, and neither language_targets nor vision_targets names a module",
+            )
+        else:
+            changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            _require(
+                not changed,
+                f"adapter.{' and adapter.'.join(changed)} would have no effect: adapter.kind is none, set lora or dora",
+            )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are adapters at all."""
+        return self.kind != "none"
+
+    @property
+    def scaling(self) -> float:
+        """Factor of ``B A``."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -455,8 +530,21 @@ class ContrastiveSettings(StageSettings):
 
     Args:
         temperature: divides the cosine similarities (published: 0.02).
+        learnable_temperature: train log(1 / temperature) from ``temperature`` on, as in CLIP (arXiv 2103.00020), at
+            the stage's learning rate, within [0.01, 1]; published: fixed. A checkpoint that holds a learned
+            temperature goes on from it.
         symmetric: average with the target-to-query direction (published: query to target only).
-        mask_equal_targets: leave a target out of a row's negatives where it equals the row's own target.
+        mask_equal_targets: leave a target or hard negative out of a row's negatives where it equals the row's own
+            target (published: no).
+        num_hard_negatives: explicit negatives per query, drawn anew each epoch from a row's ``neg_text`` and
+            ``neg_image_path`` where it has more; rows with fewer use what they have (published: 0).
+        hard_negatives_shared: every query sees all hard negatives of the step; False: only its own.
+        per_source_batches: all pairs of a step come from one source (column ``source``, else the source's name in
+            ``data.sources``, which then have no weights). What is left of a source after its last full step sits out
+            the epoch, other rows in each (published: sources are mixed).
+        matryoshka_dims: take the loss on the first so many dimensions, each renormalised (arXiv 2205.13147), and
+            average; name the whole width, too, to keep it. Empty: the whole width alone (published).
+        matryoshka_weights: of ``matryoshka_dims``, in the same order; empty weighs them equally.
     """
 
     steps: int = 2000
@@ -465,12 +553,47 @@ class ContrastiveSettings(StageSettings):
     lr_warmup_steps: int = 200
     image_size: int | None = None
     temperature: float = 0.02
+    learnable_temperature: bool = False
     symmetric: bool = False
     mask_equal_targets: bool = False
+    num_hard_negatives: int = 0
+    hard_negatives_shared: bool = True
+    per_source_batches: bool = False
+    matryoshka_dims: tuple[int, ...] = ()
+    matryoshka_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.temperature > 0, f"contrastive.temperature is {self.temperature}, must be positive")
+        low, high = TEMPERATURE_RANGE
+        _require(
+            not self.learnable_temperature or low <= self.temperature <= high,
+            f"contrastive.temperature is {self.temperature}: a learnable one must start within [{low}, {high}]",
+        )
+        _require(
+            self.num_hard_negatives >= 0,
+            f"contrastive.num_hard_negatives is {self.num_hard_negatives}, must not be negative",
+        )
+        _require(
+            self.hard_negatives_shared or self.num_hard_negatives > 0,
+            "contrastive.hard_negatives_shared false has no effect without hard negatives: set num_hard_negatives",
+        )
+        self._check_matryoshka()
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        _require(
+            all(dim >= 1 for dim in dims) and len(set(dims)) == len(dims),
+            f"contrastive.matryoshka_dims are {list(dims)}: each must be 1 or more and occur once",
+        )
+        _require(
+            not weights or len(weights) == len(dims),
+            f"contrastive.matryoshka_weights has {len(weights)} entries for {len(dims)} matryoshka_dims",
+        )
+        _require(
+            all(weight > 0 for weight in weights),
+            f"contrastive.matryoshka_weights are {list(weights)}: each must be positive",
+        )
 
 
 @dataclass(frozen=True)
@@ -500,6 +623,7 @@ class TrainSettings:
     with_baseline: bool = False
     model: ModelSettings = field(default_factory=ModelSettings)
     freeze: FreezeSettings = field(default_factory=FreezeSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     recompute: RecomputeSettings = field(default_factory=RecomputeSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -523,13 +647,48 @@ class TrainSettings:
             not (self.resume and self.overwrite),
             "resume goes on with the run in output_dir and overwrite removes it: choose one of the two",
         )
+        if self.data.sources:
+            self._check_sources()
+        if self.adapter.is_used:
+            self._check_adapter()
+
+    def _check_sources(self) -> None:
         measured = self.evaluate or self.validation.interval is not None
         _require(
-            not (measured and self.data.sources and self.data.path is None),
+            not (measured and self.data.path is None),
             "evaluate and validation.interval measure on the pools in data.path, which data.sources does not replace: "
             "set data.path, too, to a folder with eval_heldout.jsonl",
+        )
+        weighted = [s.name for s in self.data.sources if "contrastive" in s.stages and s.weight is not None]
+        _require(
+            not (self.contrastive.per_source_batches and weighted),
+            f"contrastive.per_source_batches gives each source the steps that its rows fill, so the weights of "
+            f"data.sources {weighted} would have no effect: leave the weights out, or set per_source_batches to false",
+        )
+
+    def _check_adapter(self) -> None:
+        for part, frozen in (("language", self.freeze.language), ("vision", self.freeze.vision)):
+            targets = getattr(self.adapter, f"{part}_targets")
+            _require(
+                not (frozen and targets),
+                f"freeze.{part} and adapter.{part}_targets {list(targets)} contradict each other: set freeze.{part} "
+                f"to false, or adapter.{part}_targets to []",
+            )
+        _require(
+            not (self.freeze.merger and {"mlp.0", "mlp.2"} & set(self.adapter.vision_targets)),
+            "freeze.merger and the merger's mlp.0 or mlp.2 in adapter.vision_targets contradict each other",
+        )
+        _require(
+            not self.optimizer.weight_decay,
+            f"adapter.kind {self.adapter.kind} with optimizer.weight_decay {self.optimizer.weight_decay} would shrink "
+            f"the frozen rows of the embedding, of which the mask token's row trains: set weight_decay to 0",
         )
 
     def stage(self, name: str) -> StageSettings:
         """The settings of stage ``name``."""
         return getattr(self, name)
+
+    def learned_temperature(self, stage: str) -> float | None:
+        """Where the temperature starts that ``stage`` trains, None where it trains none."""
+        own = self.contrastive
+        return own.temperature if stage == "contrastive" and own.learnable_temperature else None

@@ -16,17 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import parallel_state
 from PIL import Image
 from tqdm import tqdm
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.checkpoint.import_hf import COMPANION_FOLDER
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
@@ -47,6 +46,9 @@ BATCH_TOKENS = 16384
 
 BRIDGE_KEY = "cocoa_bridge_token"
 """Where the ``config.json`` of an exported folder names the token that carries the embedding."""
+
+IMAGE_SIZE_KEY = "cocoa_image_size"
+"""Where it gives the side in pixels of the square that pictures are resized to; absent where they keep their shape."""
 
 
 @dataclass
@@ -89,8 +91,8 @@ class CocoaEmbedder:
             model_path: Hugging Face folder with the tokenizer and processor of a Megatron checkpoint; None takes
                 what the checkpoint carries, else the folder that the ``settings.yaml`` beside it names.
             dtype: ``fp32`` or ``bf16``, of parameters and activations.
-            image_size: side of the square in pixels that pictures are resized to; None keeps their shape within
-                the limits of tokens.
+            image_size: side of the square in pixels that pictures are resized to; None takes what an exported folder
+                says, where no limits of tokens are given, else keeps their shape.
             min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and
                 a warning counts them.
@@ -106,6 +108,8 @@ class CocoaEmbedder:
             raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
         start_alone()
         settings, info = _settings_for(path, model_path, dtype, bridge_token)
+        if info is None and image_size is min_image_tokens is max_image_tokens is None:
+            image_size = _config_of_export(path).get(IMAGE_SIZE_KEY)
         context = prepare_context(settings)
         if info is not None:
             _check_fit(path, info, context)
@@ -266,7 +270,8 @@ def _settings_for(
         with TorchDistReader(path) as reader:
             more["vision_ffn_multiple"] = StackedTensors(reader).vision_ffn_multiple
     elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        info, chosen, more = None, Path(model_path or path), _bridge_of_export(path)
+        info, chosen, content = None, Path(model_path or path), _config_of_export(path)
+        more = {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
         if chosen != path:
             raise ValueError(f"{path} is a Hugging Face folder, which brings its own tokenizer: leave model_path out")
     else:
@@ -279,35 +284,25 @@ def _settings_for(
     return TrainSettings(model=ModelSettings(path=str(chosen), dtype=dtype, **more)), info
 
 
-def _bridge_of_export(path: Path) -> dict[str, str]:
+def _config_of_export(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is not readable JSON: {error}") from error
-    return {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
 
 
 def _folder_of_checkpoint(path: Path, model_path: str | Path | None) -> tuple[Path, dict[str, str]]:
     """Where a checkpoint's tokenizer is, and the names of its tokens where a run's settings say them."""
-    settings_file = path.resolve().parent / "settings.yaml"
-    saved: dict[str, Any] = {}
-    if settings_file.is_file():
-        try:
-            content = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{settings_file} is not readable YAML: {error}") from error
-        saved = (content or {}).get("model") or {}
+    saved = run_settings(path).get("model") or {}
     tokens = {name: saved[name] for name in ("mask_token", "bridge_token") if saved.get(name)}
     if model_path is not None:
         return Path(model_path), tokens
-    carried = path / COMPANION_FOLDER
-    if (carried / "tokenizer.json").is_file():
-        return carried, tokens
+    found = find_companions(path)
+    if found is not None and (found / "tokenizer.json").is_file():
+        return found, tokens
     named = saved.get("path")
-    if named and (Path(named) / "tokenizer.json").is_file():
-        return Path(named), tokens
-    found = f"{settings_file} names {named}, which has none here" if named else f"there is no {settings_file}"
-    raise ValueError(f"{path} carries no tokenizer, and {found}: name the Hugging Face folder as model_path")
+    why = f"its run's {SETTINGS_FILE} names {named}, which has none here" if named else f"there is no {SETTINGS_FILE}"
+    raise ValueError(f"{path} carries no tokenizer, and {why}: name the Hugging Face folder as model_path")
 
 
 def _check_fit(path: Path, info: CheckpointInfo, context: RunContext) -> None:

@@ -124,9 +124,9 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for key, text in given:
         if key not in _known_keys():
             continue
-        if key == "stages" and not text.startswith("["):
-            text = f"[{text}]"
         with_type = _known_keys()[key]
+        if get_origin(with_type) is tuple and not text.startswith("["):
+            text = f"[{text}]"
         try:
             found = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
             values[key] = _as_records(found, with_type)
@@ -308,7 +308,7 @@ def _spell(hint: Any) -> str:
         record = get_args(hint)[0]
         if is_dataclass(record):
             return f"a list of records with the keys {', '.join(field.name for field in fields(record))}"
-        return "a list of names"
+        return "a list of names" if record is str else "a list of numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
 
 

@@ -3,6 +3,7 @@
 examples:
   python tools/convert_hf_to_mcore.py --hf-path Qwen2.5-VL-3B-Instruct --mcore-path checkpoints/3b
   python tools/convert_hf_to_mcore.py --hf-path Qwen2-VL-2B-Instruct --mcore-path checkpoints/2b --verify
+  python tools/convert_hf_to_mcore.py --hf-path Qwen2-VL-2B-Instruct --mcore-path checkpoints/2b --verify-only
   torchrun examples/pretrain_cocoa.sh --model.path Qwen2.5-VL-3B-Instruct --model.load checkpoints/3b
 
 what is written, a folder that Megatron's dist_checkpointing loads at any TP, PP, VPP and DP:
@@ -12,7 +13,9 @@ what is written, a folder that Megatron's dist_checkpointing loads at any TP, PP
 
 The folder appears when it is complete; until then it is called .NAME.*.incomplete. Weights are streamed: memory holds
 one tensor at a time. Every tensor on disk is converted, or ignored with a reason, or an error. No weight is changed:
-the mask token's row is what the folder has in it. Under torchrun the first rank does the work.
+the mask token's row is what the folder has in it. A cocoa.safetensors, which convert_mcore_to_hf.py writes on request,
+is read too: image decoder and trained rows get their places, and the checkpoint continues the stage that it names.
+Under torchrun the first rank does the work.
 
 exit status: 0 done, 1 --verify found a difference, 2 bad input or no room (nothing was written).
 """
@@ -25,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_cocoa.conversion.command import DIALECT_NAMES, DTYPES, run_command  # noqa: E402
+from megatron_cocoa.conversion.command import DIALECT_NAMES, DTYPES, add_verify_options, run_command  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,12 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto keeps what is on disk (default); bf16 or fp32 casts to it"
     )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read both sides back and compare them bit for bit, then run both models in fp32 on text and pictures, "
-        "causal and bidirectional; needs memory for one fp32 model",
-    )
+    add_verify_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint at --mcore-path")
     parser.add_argument("--mask-token", default="<|mask|>", help="model.mask_token of the run (default %(default)s)")
     parser.add_argument("--bridge-token", default="<|im_end|>", help="model.bridge_token (default %(default)s)")
@@ -63,27 +61,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> bool:
     # Imported late: --help and a mistyped option must not wait for torch.
-    from megatron_cocoa.conversion.command import dtype_of, report_import
+    from megatron_cocoa.conversion.command import dtype_of, report_import, verified
+
+    if not args.verify_only:
+        report_import(_import(args, dtype_of(args.dtype)))
+    return verified(args, source="huggingface")
+
+
+def _import(args: argparse.Namespace, dtype):
     from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 
-    report = convert_hf_to_mcore(
+    return convert_hf_to_mcore(
         args.hf_path,
         args.mcore_path,
-        dtype=dtype_of(args.dtype),
+        dtype=dtype,
         overwrite=args.overwrite,
         mask_token=args.mask_token,
         bridge_token=args.bridge_token,
         vision_ffn_multiple=args.vision_ffn_multiple,
         dialect=args.dialect,
     )
-    report_import(report)
-    if not args.verify:
-        return True
-    from megatron_cocoa.conversion.verify import verify
 
-    return verify(args.hf_path, args.mcore_path, source="huggingface")
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return run_command(lambda: convert(args), target=args.mcore_path)
 
 
 if __name__ == "__main__":
-    options = parse()
-    sys.exit(run_command(lambda: convert(options), target=options.mcore_path))
+    sys.exit(main())

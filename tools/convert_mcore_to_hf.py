@@ -1,20 +1,33 @@
-"""Convert a Megatron distributed checkpoint of this project to a Hugging Face folder.
+"""Convert a Megatron distributed checkpoint of this project to a Hugging Face or sentence-transformers folder.
 
 examples:
-  python tools/convert_mcore_to_hf.py --mcore-path outputs/run/contrastive/checkpoint --hf-path exported
-  python tools/convert_mcore_to_hf.py --mcore-path checkpoints/3b --hf-path exported --verify
-  python tools/convert_mcore_to_hf.py --mcore-path checkpoints/3b --hf-path exported --companions Qwen2.5-VL-3B-Instruct
+  python tools/convert_mcore_to_hf.py --mcore-path outputs/run/contrastive/checkpoint --hf-path exported --verify
+  python tools/convert_mcore_to_hf.py --mcore-path outputs/run/contrastive/checkpoint --hf-path exported \\
+      --format sentence-transformers --companions Qwen2.5-VL-3B-Instruct
+  python tools/convert_mcore_to_hf.py --mcore-path checkpoints/3b --hf-path back --format plain --verify
+  python tools/convert_mcore_to_hf.py --mcore-path checkpoints/3b --hf-path back --verify-only
+  python -m megatron_cocoa.export.check_golden exported
 
-what is written, a folder that transformers loads:
+formats, all with the same weights, bit for bit:
+  hf                     the embedding model, for transformers: text_config.is_causal is false, README.md has the code
+                         that gives an embedding, golden.json inputs and their vectors to check an installation with
+  sentence-transformers  the same folder with modules.json, pooling on the bridge and normalisation, for
+                         SentenceTransformer(path).encode(texts, pictures or both)
+  plain                  the model with its configuration as it came (causal, as published): the way back from
+                         convert_hf_to_mcore.py, for tools that generate, or to train elsewhere
+  auto (default)         hf for a checkpoint that a stage has trained, plain for converted weights
+
+what is written:
   model.safetensors, or model-*-of-*.safetensors and model.safetensors.index.json
   config.json, and the tokenizer and processor files of --companions or, without it, those that an imported checkpoint
-  carries in huggingface/
+  carries in huggingface/ or that the settings.yaml of the run names
 
 The checkpoint may have been written at any TP, PP and DP, in this project's names or Megatron-Bridge's (the iter_*
-folder; name --companions then). The folder appears when it is complete; until then it is
-called .NAME.*.incomplete. Weights are streamed: memory holds one tensor at a time. What a Hugging Face model has no
-place for (the image decoder, optimizer state, trained rows beyond the vocabulary) is left out and said. Under torchrun
-the first rank does the work.
+folder; name --companions then). The folder appears when it is complete; until then it is called .NAME.*.incomplete.
+Weights are streamed: memory holds one tensor at a time; golden.json and --verify need one fp32 model. What a Hugging
+Face model has no place for (the image decoder, optimizer state, trained rows beyond the vocabulary) is left out and
+said; --with-cocoa-tensors keeps it beside the model, where convert_hf_to_mcore.py finds it again. Under torchrun the
+first rank does the work.
 
 exit status: 0 done, 1 --verify found a difference, 2 bad input or no room (nothing was written).
 """
@@ -27,26 +40,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_cocoa.conversion.command import DTYPES, byte_count, run_command  # noqa: E402
+from megatron_cocoa.conversion.command import (  # noqa: E402
+    DIALECT_NAMES,
+    DTYPES,
+    add_verify_options,
+    byte_count,
+    run_command,
+)
+
+FORMATS = ("auto", "plain", "hf", "sentence-transformers")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mcore-path", required=True, metavar="DIR", help="complete checkpoint; read only")
     parser.add_argument("--hf-path", required=True, metavar="DIR", help="Hugging Face folder to create")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="see above (default %(default)s)")
     parser.add_argument(
         "--companions", metavar="DIR", help="Hugging Face folder whose configuration and tokenizer files go along"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto keeps the checkpoint's (default); bf16 or fp32 casts"
     )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read both sides back and compare them bit for bit, then run both models in fp32 on text and pictures, "
-        "causal and bidirectional; needs memory for one fp32 model",
-    )
+    add_verify_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model folder at --hf-path")
+    parser.add_argument(
+        "--with-cocoa-tensors",
+        action="store_true",
+        help="write the image decoder, the mask token's row and trained rows beyond the vocabulary into "
+        "cocoa.safetensors in the same folder; other libraries do not look at it",
+    )
     parser.add_argument(
         "--spelling",
         choices=("flat", "nested"),
@@ -56,31 +79,67 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-size", type=byte_count, default="5GB", metavar="SIZE", help="e.g. 500MB (default %(default)s)"
     )
+    parser.add_argument(
+        "--dialect",
+        choices=("auto", *DIALECT_NAMES),
+        default="auto",
+        help="names in the checkpoint; auto sees it (default), another word refuses a checkpoint of other names",
+    )
+    embedding = parser.add_argument_group("embedding model (formats hf and sentence-transformers)")
+    embedding.add_argument(
+        "--bridge-token", metavar="TOKEN", help="carries the embedding (default: the run's, else <|im_end|>)"
+    )
+    embedding.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="resize pictures to a square of this side, as a stage with image_size does (hf only: "
+        "sentence-transformers cannot; default: pictures keep their shape)",
+    )
+    embedding.add_argument(
+        "--no-golden", action="store_true", help="leave golden.json out, where there is no memory for an fp32 model"
+    )
     return parser.parse_args(argv)
 
 
 def convert(args: argparse.Namespace) -> bool:
     # Imported late: --help and a mistyped option must not wait for torch.
-    from megatron_cocoa.conversion.command import dtype_of, report_export
+    from megatron_cocoa.conversion.command import dtype_of, report_export, verified
+
+    if not args.verify_only:
+        conversion = dict(
+            companions=args.companions,
+            dtype=dtype_of(args.dtype),
+            spelling=args.spelling,
+            max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
+            with_cocoa_tensors=args.with_cocoa_tensors,
+            dialect=args.dialect,
+        )
+        report_export(_export(args, conversion))
+    return verified(args, source="megatron")
+
+
+def _export(args: argparse.Namespace, conversion: dict):
     from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
+    from megatron_cocoa.export.folder import EmbedderOptions, default_format, export_embedder
 
-    report = convert_mcore_to_hf(
-        args.mcore_path,
-        args.hf_path,
-        companions=args.companions,
-        dtype=dtype_of(args.dtype),
-        spelling=args.spelling,
-        max_shard_bytes=args.max_shard_size,
-        overwrite=args.overwrite,
-    )
-    report_export(report)
-    if not args.verify:
-        return True
-    from megatron_cocoa.conversion.verify import verify
+    chosen = default_format(args.mcore_path) if args.format == "auto" else args.format
+    if chosen == "plain":
+        given = {"--bridge-token": args.bridge_token, "--image-size": args.image_size, "--no-golden": args.no_golden}
+        useless = [name for name, value in given.items() if value]
+        if useless:
+            raise ValueError(f"{', '.join(useless)} has no effect in format plain: name --format hf, or leave it out")
+        return convert_mcore_to_hf(args.mcore_path, args.hf_path, **conversion)
+    print(f"format: {chosen}")
+    options = EmbedderOptions(chosen, args.bridge_token, args.image_size, golden=not args.no_golden)
+    return export_embedder(args.mcore_path, args.hf_path, options=options, **conversion)
 
-    return verify(args.hf_path, args.mcore_path, source="megatron")
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return run_command(lambda: convert(args), target=args.hf_path)
 
 
 if __name__ == "__main__":
-    options = parse()
-    sys.exit(run_command(lambda: convert(options), target=options.hf_path))
+    sys.exit(main())

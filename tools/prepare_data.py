@@ -41,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="names of columns that differ")
     add("--max-rows", type=int, metavar="N", help="draw at most this many rows of each input")
     add("--copy-pictures", action="store_true", help="copy pictures to OUTPUT/images instead of keeping their paths")
+    add("--without-negatives", action="store_true", help="contrastive: leave out neg_text and neg_image_path")
     add("--check", choices=("none", "header", "decode"), default="header", help="of pictures (default %(default)s)")
     add("--seed", type=int, default=1234, help="draws --max-rows (default %(default)s)")
     add("--overwrite", action="store_true", help="replace an earlier file of the stage")
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         sources=sources,
         output=args.output,
         copy_pictures=args.copy_pictures,
+        with_negatives=not args.without_negatives,
         check=args.check,
         seed=args.seed,
         overwrite=args.overwrite,

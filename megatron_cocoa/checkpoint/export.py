@@ -38,6 +38,7 @@ class ExportReport:
         files: weight files.
         num_tensors, num_bytes: Hugging Face tensors, and their size.
         left_out: one line for each thing that the Megatron checkpoint holds and the folder does not.
+        beside: one line for each further file that the caller asked for.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class ExportReport:
     num_tensors: int
     num_bytes: int
     left_out: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
 
 def export_huggingface(
@@ -59,6 +61,7 @@ def export_huggingface(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     keep: str | Path | None = None,
+    write_own: Callable[[Path], str] | None = None,
 ) -> ExportReport:
     """Write the model as a Hugging Face folder; one Megatron tensor is in memory at a time.
 
@@ -74,6 +77,8 @@ def export_huggingface(
         max_shard_bytes: upper bound on a weight file, except where a single Megatron tensor exceeds it.
         overwrite: replace an existing model folder at ``target``.
         keep: folder that the tensors come from, if it is not ``source``: it is never overwritten either.
+        write_own: writes what has no place in a Hugging Face model into a file of its own, in the folder that it is
+            given, and returns a line about it; None leaves it out.
 
     Raises:
         ValueError: if the target exists and ``overwrite`` is off or it is not a model folder, the source has no
@@ -85,10 +90,11 @@ def export_huggingface(
         check_target(target, Path(keep), marker="config.json", kind="model folder", overwrite=overwrite)
     _check_places(source, target, overwrite)
     left_out = [] if names is None else _check_names(names, table)
+    left_out = left_out if write_own is None else []
     item_bytes = dtype.itemsize if dtype else _WIDEST_ITEM
     shards = _plan_shards(table, max_shard_bytes, item_bytes)
     spell = nested_spelling if spelling == "nested" else str
-    writer = _ShardWriter(tensors, dtype, spell, left_out)
+    writer = _ShardWriter(tensors, dtype, spell, left_out if write_own is None else [])
     weight_map: dict[str, str] = {}
     files, num_bytes = [], 0
     room = dtype.itemsize * sum(torch.Size(shape).numel() for shape in table.hf_shapes.values()) if dtype else 0
@@ -102,7 +108,8 @@ def export_huggingface(
         if len(shards) > 1:
             _write_json(work / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
         _copy_companions(source, work, writer.dtypes)
-    return ExportReport(target, tuple(files), len(weight_map), num_bytes, tuple(left_out))
+        beside = () if write_own is None else (write_own(work),)
+    return ExportReport(target, tuple(files), len(weight_map), num_bytes, tuple(left_out), beside)
 
 
 class _ShardWriter:

@@ -12,6 +12,7 @@ import torch
 from megatron_cocoa.checkpoint.export import COMPANION_FILES
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
 from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, OwnTensors, own_tensors
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.stacked import StackedLayout
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo
@@ -36,6 +37,7 @@ class ImportReport:
         num_hf_tensors, num_tensors: Hugging Face tensors, and the Megatron tensors (layers stacked) made of them.
         num_bytes: their size.
         ignored: keys on disk that are not weights of the model, each with the reason.
+        own: what was read from ``cocoa.safetensors``, in a line; None where the folder has none.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class ImportReport:
     num_tensors: int
     num_bytes: int
     ignored: dict[str, str]
+    own: str | None = None
 
 
 def import_huggingface(
@@ -59,7 +62,7 @@ def import_huggingface(
     One Megatron tensor of one layer is in memory at a time.
 
     Args:
-        source: Hugging Face model folder.
+        source: Hugging Face model folder; its ``cocoa.safetensors``, where it has one, is put back in its place.
         table: name table of the model, without padding of the vocabulary.
         target: folder to create.
         info: goes into the checkpoint.
@@ -74,9 +77,10 @@ def import_huggingface(
     """
     source, target = Path(source), Path(target).absolute()
     check_target(target, source, marker=BACKEND_FILE, kind="distributed checkpoint", overwrite=overwrite)
-    with HuggingFaceReader(source) as reader:
+    with HuggingFaceReader(source) as reader, own_tensors(source, table) as own:
         coverage = check_coverage(reader, table)
-        found = _common_dtype(reader, table, cast=dtype is not None)
+        found = _common_dtype(reader, table, own, cast=dtype is not None)
+        info = info if own is None else own.info(info)
         rows = -(-table.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         layout = StackedLayout(table, vocabulary_rows=rows)
         shapes = {mapping.stacked_name: layout.shape(mapping) for mapping in table}
@@ -84,22 +88,38 @@ def import_huggingface(
         with new_folder(target, num_bytes=room) as work, TorchDistWriter(work) as writer:
             for mapping in table:
                 tensor = reader.read(mapping)
+                if own is not None:
+                    tensor = own.with_rows(mapping, tensor, limit=rows)
                 for values, offset in layout.blocks(mapping, tensor, max_bytes=CHUNK_BYTES):
                     values = values if dtype is None else values.to(dtype)
                     writer.write(mapping.stacked_name, values, shape=shapes[mapping.stacked_name], offset=offset)
                 for key in layout.empty_states(mapping):
                     writer.write_empty_state(key)
+            if own is not None:
+                _write_heads(own, writer, dtype)
             _copy_companions(source, work / COMPANION_FOLDER)
             (work / INFO_FILE).write_text(json.dumps(asdict(info), indent=1), encoding="utf-8")
             writer.finish()
-    return ImportReport(target, len(coverage.mapped), len(shapes), writer.num_bytes, coverage.ignored)
+        said = None if own is None else own.line()
+    return ImportReport(target, len(coverage.mapped), len(shapes), writer.num_bytes, coverage.ignored, said)
 
 
-def _common_dtype(reader: HuggingFaceReader, table: NameTable, *, cast: bool) -> torch.dtype:
+def _write_heads(own: OwnTensors, writer: TorchDistWriter, dtype: torch.dtype | None) -> None:
+    for key in own.heads:
+        tensor = own.file.read(key)
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        writer.write(key, tensor, shape=tensor.shape, offset=(0,) * tensor.dim())
+    for key in own.empty_states:
+        writer.write_empty_state(key)
+
+
+def _common_dtype(reader: HuggingFaceReader, table: NameTable, own: OwnTensors | None, *, cast: bool) -> torch.dtype:
     """The dtype of all tensors; where they will be cast anyway, the one of the first."""
     names: dict[str, list[str]] = {}
     for name in table.hf_shapes:
         names.setdefault(reader.dtype(name), []).append(name)
+    for name in own.file.keys() if own is not None else ():
+        names.setdefault(own.file.dtype(name), []).append(f"{name} in {OWN_FILE}")
     unknown = {word: group for word, group in names.items() if word not in _DTYPES}
     if unknown or (len(names) > 1 and not cast):
         listed = "; ".join(f"{len(group)} {word} ({', '.join(group[:5])})" for word, group in names.items())

@@ -21,6 +21,7 @@ from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
 IMAGE_DECODER = "image_decoder."
+LOGIT_SCALE = "logit_scale"
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
     """Fill this rank's bare chunks; every rank calls it.
 
     An image decoder that the source does not bring starts from the language model's middle layer, and its linear
-    map from N(0, 0.02), as in MoCa (arXiv 2506.23115).
+    map from N(0, 0.02), as in MoCa (arXiv 2506.23115). A learned temperature keeps the value it was built with.
 
     Raises:
         ValueError: if the source is incomplete or does not fit.
     """
     if source.checkpoint is not None:
-        info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER,))
+        info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE))
         if info.stage == IMPORT_STAGE:
             _set_mask_row(chunks, source)
         elif info.mask_token_id != source.mask_token_id:

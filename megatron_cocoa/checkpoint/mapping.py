@@ -21,8 +21,8 @@ from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "language_model.output_layer.weight"
-OWN_PREFIXES = ("image_decoder.",)
-"""Tensors of this project's own heads: they have no Hugging Face counterpart."""
+OWN_PREFIXES = ("image_decoder.", "logit_scale")
+"""Tensors of this project's own heads and temperature: they have no Hugging Face counterpart."""
 
 _LOCAL_NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),

@@ -31,7 +31,7 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """An open file; close it with ``close``.
+    """An open file; close it with ``close``. ``metadata`` is what its header says beyond the tensors.
 
     Raises:
         ValueError: if the file is truncated or damaged, saying how.
@@ -40,6 +40,7 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
+        self.metadata: dict[str, str] = {}
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
             self.size = os.fstat(self._descriptor).st_size
@@ -98,7 +99,7 @@ class SafetensorsFile:
         text = bytearray(length)
         self._read_into(memoryview(text), 8)
         header = json.loads(text, object_pairs_hook=_without_duplicates)
-        header.pop("__metadata__", None)
+        self.metadata = dict(header.pop("__metadata__", None) or {})
         entries = {name: _parse(name, value) for name, value in header.items()}
         position = 0
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):

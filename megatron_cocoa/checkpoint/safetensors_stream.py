@@ -21,13 +21,20 @@ _WIDEST_ITEM = 8
 _LONGEST_DTYPE = "BF16"
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> int:
+def write_safetensors(
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """Write ``tensors`` in the order in which they come and force them to disk.
 
     Args:
         path: file to create.
         tensors: names and floating-point tensors on any device.
         shapes: the names and shapes that will come, in that order.
+        metadata: goes into the header.
 
     Returns:
         Bytes of tensor data.
@@ -36,7 +43,8 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes:
         ValueError: if a name, its place in the order or its shape is not as announced, or a dtype is not floating.
     """
     widest = sum(torch.Size(shape).numel() for shape in shapes.values()) * _WIDEST_ITEM
-    room = len(_header({name: (_LONGEST_DTYPE, shape, (widest, widest)) for name, shape in shapes.items()}))
+    metadata = metadata or {}
+    room = len(_header({name: (_LONGEST_DTYPE, shape, (widest, widest)) for name, shape in shapes.items()}, metadata))
     room = -(-room // 8) * 8
     entries: dict[str, tuple[str, tuple[int, ...], tuple[int, int]]] = {}
     position, expected = 0, iter(shapes.items())
@@ -54,14 +62,14 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]], shapes:
         if len(entries) != len(shapes):
             raise ValueError(f"{len(shapes)} tensors were announced for {path}, {len(entries)} came")
         file.seek(0)
-        file.write(room.to_bytes(8, "little") + _header(entries).ljust(room))
+        file.write(room.to_bytes(8, "little") + _header(entries, metadata).ljust(room))
         file.flush()
         os.fsync(file.fileno())
     return position
 
 
-def _header(entries: Mapping[str, tuple[str, tuple[int, ...], tuple[int, int]]]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(entries: Mapping[str, tuple[str, tuple[int, ...], tuple[int, int]]], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     for name, (dtype, shape, offsets) in entries.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     return json.dumps(header, separators=(",", ":")).encode()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import nn
@@ -91,13 +92,15 @@ def load_checkpoint(
         may_be_missing: prefixes of parameters that keep their values where the checkpoint lacks them.
 
     Raises:
-        ValueError: if the folder is no complete checkpoint, or lacks a parameter that may not be missing.
+        ValueError: if the folder is no complete checkpoint, lacks a parameter that may not be missing, or holds
+            adapters that are not merged and that the model does not have.
     """
     info = read_info(path)
     if optimizer is not None and not info.has_optimizer:
         raise ValueError(f"{path} holds weights alone: it can start a stage, but a run cannot resume from it")
     state = sharded_state(chunks, optimizer, is_loading=True)
     present = set(dist_checkpointing.load_tensors_metadata(str(path)))
+    _refuse_unmerged(path, state, present)
     absent = _drop_absent(state, present)
     refused = sorted(name for name in absent if not name.startswith(may_be_missing or ("\0",)))
     if refused:
@@ -163,3 +166,21 @@ def _drop_absent(state: ShardedStateDict, present: set[str]) -> set[str]:
                 absent.add(name)
             del entries[name]
     return absent
+
+
+def _refuse_unmerged(path: str | Path, state: ShardedStateDict, present: set[str]) -> None:
+    """Weights whose adapters were left out would be those from before the training."""
+    adapters = {key for key in present if "_adapter.lora_" in key and not key.startswith("optimizer.")}
+    if not adapters:
+        return
+    # Each pipeline stage has the adapters of its own layers.
+    wanted: list[set[str | None]] = [set()] * dist.get_world_size()
+    mine = {getattr(value, "key", None) for entries in state.values() for value in entries.values()}
+    dist.all_gather_object(wanted, mine & adapters)
+    missing = adapters.difference(*wanted)
+    if missing:
+        raise ValueError(
+            f"{path} holds {len(missing)} adapter tensors that are not merged into its weights, and this model has no "
+            f"such adapters: resume the run that wrote it with its adapter settings; the checkpoint at its end holds "
+            f"merged weights"
+        )

@@ -58,10 +58,14 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Slice(io.RawIOBase):
-    """The bytes ``[start, start + length)`` of an open file, as a file."""
+    """The bytes ``[start, start + length)`` of an open file, as a file.
+
+    ``failure`` keeps the operating system's error: torch's reader turns it into another one without its reason.
+    """
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
         self.descriptor, self.start, self.length, self.position = descriptor, start, length, 0
+        self.failure: OSError | None = None
 
     def readable(self) -> bool:
         return True
@@ -78,7 +82,11 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self.length - self.position)]
-        count = os.preadv(self.descriptor, [view], self.start + self.position)
+        try:
+            count = os.preadv(self.descriptor, [view], self.start + self.position)
+        except OSError as error:
+            self.failure = error
+            raise
         self.position += count
         return count
 
@@ -106,6 +114,7 @@ class TorchDistReader:
         self.path = Path(path)
         content = _read_metadata(self.path)
         sizes: dict[str, int] = {}
+        self._states: list[str] = []
         self._entries: dict[str, metadata.TensorStorageMetadata] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         try:
@@ -113,6 +122,8 @@ class TorchDistReader:
                 if isinstance(entry, metadata.TensorStorageMetadata):
                     self._entries[key] = entry
                     self._chunks[key] = [self._locate(key, chunk, content, sizes) for chunk in entry.chunks]
+                else:
+                    self._states.append(key)
         except (AttributeError, TypeError, KeyError) as error:
             raise ValueError(f"{self.path / METADATA_FILE} is damaged: {error!r}") from error
         self._descriptors: dict[str, int] = {}
@@ -131,6 +142,10 @@ class TorchDistReader:
     def keys(self) -> list[str]:
         """Keys of all tensors, optimizer state included."""
         return list(self._entries)
+
+    def state_keys(self) -> list[str]:
+        """Keys of what is no tensor, such as the empty ``_extra_state`` of a layer."""
+        return self._states
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._entries[key].size)
@@ -187,13 +202,15 @@ class TorchDistReader:
 
     def _read_chunk(self, key: str, chunk: _Chunk) -> Tensor:
         where = f"{key} in {self.path / chunk.file} at byte {chunk.start}"
+        file = None
         try:
             if chunk.file not in self._descriptors:
                 self._descriptors[chunk.file] = os.open(self.path / chunk.file, os.O_RDONLY)
             file = _Slice(self._descriptors[chunk.file], chunk.start, chunk.length)
             tensor = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else repr(error)
+        except (OSError, RuntimeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+            cause = error if file is None or file.failure is None else file.failure
+            reason = str(cause).splitlines()[0] if str(cause) else repr(cause)
             raise ValueError(f"{where} cannot be read as a tensor: {reason}") from error
         found = (tuple(tensor.shape), tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         if found != (chunk.size, self.dtype(key)):

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,29 @@ def dtype_of(word: str) -> torch.dtype | None:
     import torch
 
     return {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[word]
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """``--verify`` and ``--verify-only``."""
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--verify",
+        action="store_true",
+        help="read both sides back and compare them bit for bit, then run both models in fp32 on text and pictures, "
+        "causal and bidirectional, one after the other: 4 bytes of memory a parameter and 3 GiB more",
+    )
+    choice.add_argument(
+        "--verify-only", action="store_true", help="write nothing: run that comparison on two folders that exist"
+    )
+
+
+def verified(args: argparse.Namespace, *, source: Literal["huggingface", "megatron"]) -> bool:
+    """Run the comparison if it was asked for; ``source`` is the side that the other was made from."""
+    if not (args.verify or args.verify_only):
+        return True
+    from megatron_cocoa.conversion.verify import verify
+
+    return verify(args.hf_path, args.mcore_path, source=source)
 
 
 def run_command(action: Callable[[], bool], *, target: str) -> int:
@@ -95,11 +118,15 @@ def report_import(report: ImportReport) -> None:
     )
     for name, reason in report.ignored.items():
         print(f"ignored {name}: {reason}")
+    if report.own is not None:
+        print(report.own)
 
 
 def report_export(report: ExportReport) -> None:
     """Print what an export wrote and what it left out."""
     size = f"{report.num_bytes / 1e9:.3f} GB"
     print(f"{report.path}: {report.num_tensors} tensors in {len(report.files)} file(s), {size}")
+    for line in report.beside:
+        print(f"beside it: {line}")
     for line in report.left_out:
         print(f"left out: {line}")

@@ -20,11 +20,11 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.live import fill_parameters
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import load_checkpoint
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
+from megatron_cocoa.conversion.load_in_place import load_in_place
 from megatron_cocoa.conversion.probe_inputs import Probe, make_probes, pack
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.model.language import padded_vocab_size
@@ -70,7 +70,8 @@ class Agreement:
     def line(self) -> str:
         """For the terminal."""
         return (
-            f"{self.mask}: largest logit difference {self.logits:.2e} of the largest logit (bound {LOGIT_BOUND:.0e}), "
+            f"{self.mask}: {'ok' if self.passed else 'FAIL'}, largest logit difference {self.logits:.2e} of the "
+            f"largest logit (bound {LOGIT_BOUND:.0e}), "
             f"1 - cosine of the embedding {1 - self.cosine:.2e} (bound {COSINE_BOUND:.0e}), top token agrees at "
             f"{self.top_token:.2%} of {self.positions} positions ({self.ties} ties)"
         )
@@ -86,7 +87,8 @@ def compare_forward(
 ) -> list[Agreement]:
     """Run both models on text and pictures, causal and bidirectional.
 
-    Takes the memory of one fp32 model at a time. Starts a process group of one rank where none is running.
+    Takes the memory of one fp32 model at a time: at the 3B's 3.755 B parameters 16.7 GiB were resident. Starts a
+    process group of one rank where none is running.
 
     Args:
         huggingface: model folder.
@@ -145,7 +147,7 @@ def _run_megatron(
     with TorchDistReader(folder) as reader:
         tensors = StackedTensors(reader)
         if tensors.dialect == "sharded":
-            load_checkpoint(folder, model.bare_chunks)
+            load_in_place(folder, model.bare_chunks)
         else:
             _fill_from_dialect(model, tensors, settings.model.make_vocab_size_divisible_by)
     model.train(False)

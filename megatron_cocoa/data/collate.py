@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
-from megatron_cocoa.data.corruption import normalize_targets, replace_units
+from megatron_cocoa.data.deferred import DeferredFloats, joined
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.preprocess import PictureLoader
@@ -34,6 +34,8 @@ class PackOptions:
         needs_unit_targets: False on ranks that hold no image decoder: ``unit_targets`` is ``(masked_units, 0)``, so
             that every rank still counts the same units.
         normalize_unit_targets: zero mean and unit variance per patch.
+        defer_floats: leave ``pixel_values`` and ``unit_targets`` to ``PackedBatch.materialized``, so that a step of
+            many packs holds 8-bit pictures and not floats, which take eight times the memory.
 
     Raises:
         ValueError: if ``tokens_per_microbatch`` is not a multiple of ``pad_to_multiple_of``.
@@ -47,6 +49,7 @@ class PackOptions:
     needs_pixels: bool = True
     needs_unit_targets: bool = True
     normalize_unit_targets: bool = False
+    defer_floats: bool = False
 
     def __post_init__(self) -> None:
         fixed, multiple = self.tokens_per_microbatch, self.pad_to_multiple_of
@@ -69,14 +72,44 @@ def collate_bridge(
     return _pack(samples, options, mask_kind=mask_kind, supervise_text=True)
 
 
-def collate_contrastive(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
-    """Query and target of each pair next to each other (``q0, t0, q1, t1, ..``), one embedding each."""
-    assert len(samples) % 2 == 0, len(samples)
-    rows = torch.arange(len(samples))
-    keys = torch.tensor([_content_key(sample) for sample in samples[1::2]])
+def collate_contrastive(
+    samples: list[PreparedSample], options: PackOptions, *, num_hard_negatives: int = 0
+) -> PackedBatch:
+    """Pairs, each a query, its target and at most ``num_hard_negatives`` negatives, one embedding each.
+
+    Samples are told apart by their ``role``; a query opens a pair, whatever follows belongs to it.
+    """
+    roles = [sample.role for sample in samples]
+    queries = [index for index, role in enumerate(roles) if role == "query"]
+    targets = [index for index, role in enumerate(roles) if role == "target"]
+    assert len(queries) == len(targets) and set(roles) <= {"query", "target", "negative"}, roles
+    keys = [_content_key(sample) for sample in samples]
+    pairs: dict[str, Tensor] = {}
+    if num_hard_negatives:
+        rows = _negative_rows(roles, num_hard_negatives)
+        pairs["negative_rows"] = torch.tensor(rows)
+        pairs["negative_keys"] = torch.tensor([[keys[i] if i >= 0 else 0 for i in line] for line in rows])
     return _pack(
-        samples, options, embeddings=True, query_rows=rows[0::2], target_rows=rows[1::2], target_keys=keys
+        samples,
+        options,
+        embeddings=True,
+        query_rows=torch.tensor(queries),
+        target_rows=torch.tensor(targets),
+        target_keys=torch.tensor([keys[i] for i in targets]),
+        **pairs,
     )
+
+
+def _negative_rows(roles: list[str], places: int) -> list[list[int]]:
+    """For each query its negatives' indices, filled with -1."""
+    rows: list[list[int]] = []
+    for index, role in enumerate(roles):
+        if role == "query":
+            rows.append([])
+        elif role == "negative":
+            rows[-1].append(index)
+    assert all(len(line) <= places for line in rows), (rows, places)
+    return [line + [-1] * (places - len(line)) for line in rows]
 
 
 def _content_key(sample: PreparedSample) -> int:
@@ -144,26 +177,33 @@ def _tail_length(tokens: int, samples: list[PreparedSample], options: PackOption
 
 def _vision_fields(
     samples: list[PreparedSample], starts: list[int], options: PackOptions, *, supervise_units: bool
-) -> dict[str, Tensor]:
-    pictures = [picture for s in samples for picture in s.pictures]
+) -> dict:
     feature_rows = _rows([s.feature_rows for s in samples], starts)
-    fields: dict[str, Tensor] = {"feature_positions": feature_rows} if pictures else {}
     unit_starts = np.cumsum([0] + [s.feature_rows.size for s in samples[:-1]]).tolist()
     masked = _rows([s.masked_units for s in samples], unit_starts)
-    wants_targets = supervise_units and options.needs_unit_targets
-    targets = np.zeros((masked.numel(), options.vision.unit_dim if wants_targets else 0), dtype=np.float32)
-    if pictures and (options.needs_pixels or wants_targets):
-        pixels = options.pictures.patches(pictures)
-        originals = replace_units(pixels, masked.numpy(), _noise(samples), vision=options.vision)
-        if wants_targets:
-            normalize = options.normalize_unit_targets
-            targets = normalize_targets(originals, vision=options.vision) if normalize else originals
-        if options.needs_pixels:
-            fields["pixel_values"] = torch.from_numpy(pixels)
+    fields: dict = {"feature_positions": feature_rows} if any(s.pictures for s in samples) else {}
     if supervise_units:
         fields["unit_positions"] = feature_rows[masked]
-        fields["unit_targets"] = torch.from_numpy(targets)
-    return fields
+    make = _floats(samples, masked.numpy(), options, supervise_units=supervise_units)
+    return fields | ({"deferred": make} if options.defer_floats else make())
+
+
+def _floats(
+    samples: list[PreparedSample], masked: np.ndarray, options: PackOptions, *, supervise_units: bool
+) -> DeferredFloats:
+    noise = _noise(samples)
+    is_read = options.needs_pixels or (supervise_units and options.needs_unit_targets)
+    return DeferredFloats(
+        cutter=options.pictures.cutter,
+        grid_thw=tuple(grid for s in samples for grid in s.grid_thw),
+        pictures=joined([picture for s in samples for picture in s.pictures]) if is_read else None,
+        masked=masked,
+        noise=None if noise is None else torch.from_numpy(noise),
+        is_supervised=supervise_units,
+        needs_pixels=options.needs_pixels,
+        needs_unit_targets=options.needs_unit_targets,
+        normalize_unit_targets=options.normalize_unit_targets,
+    )
 
 
 def _noise(samples: list[PreparedSample]) -> np.ndarray | None:

@@ -13,8 +13,6 @@ from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.feed import Made, packs_from
 from megatron_cocoa.data.geometry import VisionGeometry
-from megatron_cocoa.data.mixture import MixedOrder
-from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import MAX_BAD_SHARE
@@ -39,6 +37,7 @@ class StageLoader:
         data_parallel_rank, data_parallel_size: this rank's place.
         needs_pixels, needs_unit_targets, pad_to_multiple_of: see ``PackOptions``.
         packs_multiple_of: where packs are filled to a budget, a rank's number of them is a multiple of this.
+        defers_all: the first pack of a step holds 8-bit pictures, too, as the others do.
 
     Raises:
         ValueError: for a missing path or file, unusable rows, or batch sizes that do not divide.
@@ -57,6 +56,7 @@ class StageLoader:
         needs_unit_targets: bool = True,
         pad_to_multiple_of: int = 1,
         packs_multiple_of: int = 1,
+        defers_all: bool = False,
     ) -> None:
         self._stage_settings = settings.stage(stage)
         shape = StepShape(
@@ -74,11 +74,12 @@ class StageLoader:
                 "data.path (or data.sources) and model.path must both be set: rows come from one, sizes from the other"
             )
         self._data: StageData = STAGE_DATA[stage](settings)
-        self._identity = _identity(stage, settings, self._data)
+        self._order = self._data.order()
+        self._identity = _identity(stage, settings, self._data) | self._order.identity
         pictures = self._picture_loader(settings, vision)
         self._planner = StepPlanner(
             self._data,
-            _order(stage, settings, self._data),
+            self._order,
             builder=SampleBuilder(
                 bundle=bundle,
                 vision=vision,
@@ -95,9 +96,11 @@ class StageLoader:
                 needs_pixels=needs_pixels,
                 needs_unit_targets=needs_unit_targets,
                 normalize_unit_targets=getattr(self._stage_settings, "mae_target", "pixels") == "normalized",
+                defer_floats=True,
             ),
             cost=CostModel.from_model_folder(settings.model.path),
             shape=shape,
+            defers_all=defers_all,
         )
         self._num_workers = settings.data.num_workers
         self._position = 0
@@ -106,6 +109,8 @@ class StageLoader:
 
     def next_step(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next optimizer step, on the CPU.
+
+        Of several, only the first holds its pixels; the others hold 8-bit pictures until they are ``materialized``.
 
         Raises:
             ValueError: if more than ``MAX_BAD_SHARE`` of the pictures cannot be used, or a sample is longer than
@@ -154,15 +159,17 @@ class StageLoader:
     def statistics(self) -> dict[str, float]:
         """Counts of this rank since the start, and ratios.
 
-        Keys: ``rows``, ``dropped/<reason>`` and ``flipped`` (whole data); ``samples``, ``decoded`` (pictures read and
-        decoded), ``skipped/<reason>``, ``cut_tokens``, ``text_mask_ratio`` and ``unit_mask_ratio`` as drawn (this
-        rank's share so far); ``budget_filled``: the share of its packs' tokens that belongs to samples;
+        Keys: ``rows``, ``dropped/<reason>`` and ``flipped`` (whole data); what the stage's data and order tell of
+        the rows, such as ``rows_with_fewer_hard_negatives`` and ``left_out_per_epoch``; ``samples``, ``decoded``
+        (pictures read and decoded), ``skipped/<reason>``, ``cut_tokens``, ``text_mask_ratio`` and ``unit_mask_ratio``
+        as drawn (this rank's share so far); ``budget_filled``: the share of its packs' tokens that belongs to samples;
         ``rank_imbalance`` and ``pack_imbalance``: by how much the costliest rank and pack of a step exceed the mean,
         on average over the steps.
         """
         row_set, counts = self._data.row_set, self._counts
         report: dict[str, float] = {"rows": len(row_set.rows), "flipped": row_set.flipped}
         report.update({f"dropped/{reason}": number for reason, number in row_set.dropped.items()})
+        report.update({**self._data.statistics(), **self._order.statistics()})
         report.update({name: n for name, n in counts.items() if name.startswith("skipped/")})
         report.update({name: counts[name] for name in ("samples", "decoded", "cut_tokens")})
         for kind in ("text", "unit"):
@@ -210,10 +217,3 @@ def _identity(stage: str, settings: TrainSettings, data: StageData) -> dict:
     """What must be the same for a saved position to mean the same samples; plain enough for JSON."""
     identity = {"stage": stage, "seed": settings.seed, "num_rows": len(data.row_set.rows)}
     return identity | ({"sources": [list(part) for part in data.row_set.parts]} if data.row_set.parts else {})
-
-
-def _order(stage: str, settings: TrainSettings, data: StageData) -> SampleOrder | MixedOrder:
-    parts = data.row_set.parts
-    if any(weight is not None for _, _, weight in parts):
-        return MixedOrder(parts, seed=settings.seed, stage=stage, groups=data.groups())
-    return SampleOrder(len(data.row_set.rows), seed=settings.seed, stage=stage, groups=data.groups())

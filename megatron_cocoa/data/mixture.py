@@ -15,9 +15,19 @@ import numpy as np
 
 from megatron_cocoa.data.corruption import seeded_generator
 from megatron_cocoa.data.order import SampleOrder
+from megatron_cocoa.data.sources import RowSet
 
 BLOCK = 4096
 """Positions of a block: over every aligned block, shares are exact to one row."""
+
+
+def stream_of(
+    row_set: RowSet, *, seed: int, stage: str, groups: Sequence[Hashable] | None = None
+) -> SampleOrder | MixedOrder:
+    """All rows once an epoch, or where their sources have weights, by these; arguments as of the two classes."""
+    if any(weight is not None for _, _, weight in row_set.parts):
+        return MixedOrder(row_set.parts, seed=seed, stage=stage, groups=groups)
+    return SampleOrder(len(row_set.rows), seed=seed, stage=stage, groups=groups)
 
 
 class MixedOrder:
@@ -50,6 +60,7 @@ class MixedOrder:
                 f"or leave them out"
             )
         self.num_rows = sum(rows for _, rows, _ in parts)
+        self._parts = tuple(parts)
         self._ends = [sum(shares[: i + 1], Fraction()) for i in range(len(shares))]
         self._starts = np.cumsum([0] + [rows for _, rows, _ in parts]).tolist()
         self._orders = [
@@ -63,6 +74,15 @@ class MixedOrder:
         ]
         self._seed, self._stage = seed, stage
         self._block = lru_cache(maxsize=4)(self._draw_block)
+
+    @property
+    def identity(self) -> dict[str, list]:
+        """What else than seed, stage and number of rows the stream depends on."""
+        return {"sources": [list(part) for part in self._parts]}
+
+    def statistics(self) -> dict[str, int]:
+        """What the order leaves out; nothing here."""
+        return {}
 
     def at(self, position: int) -> tuple[int, int]:
         """``(epoch of its source, row)`` at a position of the stream."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -31,14 +31,20 @@ class SampleOrder:
         if num_rows < 1:
             raise ValueError(f"stage {stage} has {num_rows} rows, needs 1 or more")
         assert groups is None or len(groups) == num_rows, num_rows
-        numbers: dict[Hashable, int] = {}
-        self._groups = None
-        if groups is not None:
-            self._groups = np.fromiter((numbers.setdefault(key, len(numbers)) for key in groups), dtype=np.int64)
+        self._groups = None if groups is None else numbered(groups)
         self.num_rows = num_rows
         self._seed = seed
         self._stage = stage
         self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What else than seed, stage and number of rows the stream depends on."""
+        return {}
+
+    def statistics(self) -> dict[str, int]:
+        """What the order leaves out; nothing here."""
+        return {}
 
     def at(self, position: int) -> tuple[int, int]:
         """``(epoch, row)`` at a position of the stream."""
@@ -52,7 +58,18 @@ class SampleOrder:
 
     def _draw(self, epoch: int) -> np.ndarray:
         order = seeded_generator(self._seed, self._stage, epoch, "order").permutation(self.num_rows)
-        return order if self._groups is None else order[np.argsort(_rounds(self._groups[order]), kind="stable")]
+        return in_rounds(order, self._groups)
+
+
+def numbered(keys: Iterable[Hashable]) -> np.ndarray:
+    """Each key as the number of its first occurrence among distinct keys, int64."""
+    numbers: dict[Hashable, int] = {}
+    return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), dtype=np.int64)
+
+
+def in_rounds(order: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """``order``, rearranged as little as it takes that each round holds at most one row of a group."""
+    return order if groups is None else order[np.argsort(_rounds(groups[order]), kind="stable")]
 
 
 def _rounds(groups: np.ndarray) -> np.ndarray:

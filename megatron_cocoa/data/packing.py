@@ -53,7 +53,7 @@ def assign_samples(
     """Share out one step.
 
     Args:
-        tokens: of each sample (pair: of both sides together).
+        tokens: of each sample (pair: of both sides and its hard negatives together).
         costs: of each sample, in any unit.
         num_ranks: must divide the number of samples.
         samples_per_pack: without a budget; must divide a rank's share.
@@ -65,8 +65,8 @@ def assign_samples(
     """
     if budget is not None and max(tokens) > budget:
         raise ValueError(
-            f"a sample of {max(tokens)} tokens does not fit into data.tokens_per_microbatch {budget}: raise it, or "
-            f"lower data.max_length or the size of pictures"
+            f"a sample of {max(tokens)} tokens does not fit into data.tokens_per_microbatch {budget} (a pair counts "
+            f"with its hard negatives): raise it, or lower data.max_length or the size of pictures"
         )
     sizes, weights = np.asarray(tokens, dtype=np.int64), np.asarray(costs, dtype=np.float64)
     assert weights.size % num_ranks == 0, (weights.size, num_ranks)

@@ -39,6 +39,7 @@ class Preparation:
         output: folder for ``<stage>.jsonl``, ``<stage>.rejected.jsonl`` and ``<stage>.manifest.json``.
         copy_pictures: copy pictures to ``output/images`` under the hash of their bytes; else paths stay as they are,
             relative to the sources' ``image_root``. Pictures inside shards and Arrow files are always copied.
+        with_negatives: in stage ``contrastive``, keep hard negatives; a row whose negatives cannot be used is rejected.
         check: what of each picture is read to find unusable ones.
         seed: draws ``max_rows``.
         overwrite: replace an earlier file of the stage.
@@ -48,6 +49,7 @@ class Preparation:
     sources: tuple[SourceSettings, ...]
     output: Path
     copy_pictures: bool = False
+    with_negatives: bool = True
     check: PictureCheck = "header"
     seed: int = 1234
     overwrite: bool = False
@@ -105,7 +107,9 @@ def _write(plan: Preparation, scratch: Path, progress: bool) -> dict:
         work = _Work(plan, scratch, *files)
         for source in plan.sources:
             before, reasons = work.counts["rows"], Counter(work.reasons)
-            found = source_rows(source, plan.stage, seed=plan.seed, on_drop=work.reject)
+            found = source_rows(
+                source, plan.stage, seed=plan.seed, with_negatives=plan.with_negatives, on_drop=work.reject
+            )
             flipped += found.flipped
             if "over_max_rows" in found.dropped:
                 work.reasons["over_max_rows"] += found.dropped["over_max_rows"]
@@ -156,6 +160,10 @@ def _record(row: CaptionRow | PairRow, work: _Work) -> dict:
     if isinstance(row, CaptionRow):
         picture = _picture(row.image_path, work)
         return {"id": row.row_id, "image_path": picture, "caption": row.caption, "source": row.source}
+    negatives = {
+        "neg_text": [content.text for content in row.negatives],
+        "neg_image_path": [_paths(content, work) for content in row.negatives],
+    }
     return {
         "id": row.row_id,
         "qry": row.query.text,
@@ -163,6 +171,7 @@ def _record(row: CaptionRow | PairRow, work: _Work) -> dict:
         "pos_text": row.target.text,
         "pos_image_path": _paths(row.target, work),
         "source": row.source,
+        **(negatives if row.negatives else {}),
     }
 
 

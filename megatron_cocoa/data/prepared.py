@@ -50,6 +50,7 @@ class PreparedSample:
         unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
         num_eligible: text tokens that could have been masked.
         num_cut: text tokens cut to fit ``max_length``.
+        role: what the sample is to its pair in stage ``contrastive``: ``query``, ``target`` or ``negative``.
     """
 
     sample_id: str
@@ -66,6 +67,7 @@ class PreparedSample:
     unit_noise: np.ndarray | None = None
     num_eligible: int = 0
     num_cut: int = 0
+    role: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Picture files to patches, with the arithmetic of transformers' ``Qwen2VLImageProcessorPil``.
 
 A run sees each picture many times, and decoding dominates. So the decoded, resized 8-bit picture is cached, and
-only normalising and cutting into patches is done per step: a table lookup per pixel (the 256 x 3 results of the
-processor's own arithmetic) and one transpose for all pictures of a size. Tests prove it equal to the processor.
+only normalising and cutting into patches (``patches.py``) is done per step. Tests prove it equal to the processor.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_cocoa.data.decode import MAX_SOURCE_PIXELS, PictureError, accept_picture, picture_size, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.patches import PatchCutter
 from megatron_cocoa.data.stored import PictureRef, open_picture
 
 CACHE_BYTES = 256 * 2**20
@@ -37,9 +37,13 @@ class PictureLoader:
         cache_bytes: 8-bit pixels kept in memory.
         max_source_pixels: a file that announces more is refused before it is decoded.
 
+    Attributes:
+        cutter: turns pictures into patches; small, unlike the cache beside it.
+        num_decoded: pictures read and decoded so far.
+
     Raises:
-        ValueError: if ``image_size`` is not a multiple of ``patch_size * spatial_merge_size``, the processor and
-            ``vision`` disagree, or the limits are not in order.
+        ValueError: if ``image_size`` is not a multiple of ``patch_size * spatial_merge_size`` or comes with limits,
+            the processor and ``vision`` disagree, or the limits are not in order.
     """
 
     def __init__(
@@ -66,6 +70,11 @@ class PictureLoader:
                 f"image_size {image_size} is not a multiple of {vision.size_factor} pixels "
                 f"(patch_size {vision.patch_size} x spatial_merge_size {vision.spatial_merge_size})"
             )
+        if image_size is not None and not min_image_tokens is max_image_tokens is None:
+            raise ValueError(
+                f"image_size {image_size} fixes the size of every picture: min_image_tokens {min_image_tokens} and "
+                f"max_image_tokens {max_image_tokens} would have no effect; leave out the one or the others"
+            )
         self._root = Path(root).resolve()
         self._processor = processor
         self._vision = vision
@@ -78,7 +87,7 @@ class PictureLoader:
         self._sizes: dict[PictureRef, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self.num_decoded = 0
-        self._table = _normalisation_table(processor)
+        self.cutter = PatchCutter.of_processor(processor, vision)
 
     def load(self, image_path: PictureRef) -> np.ndarray:
         """The picture at ``image_path`` (relative to the root, or stored elsewhere), resized.
@@ -150,36 +159,8 @@ class PictureLoader:
         return 1, picture.shape[1] // size, picture.shape[2] // size
 
     def patches(self, pictures: list[np.ndarray]) -> np.ndarray:
-        """Normalise and cut pictures from ``load``.
-
-        Returns:
-            float32 ``(patches, patch_dim)``, the pictures one after the other, each in the processor's order: merged
-            units row by row, the patches of a unit next to each other, and in a patch channel, time, row, column.
-        """
-        vision = self._vision
-        counts = [picture.shape[1] * picture.shape[2] // vision.patch_size**2 for picture in pictures]
-        ends = np.cumsum(counts, dtype=np.int64)
-        out = np.empty((int(ends[-1]) if pictures else 0, vision.patch_dim), dtype=np.float32)
-        start = 0
-        while start < len(pictures):
-            end = start + 1
-            while end < len(pictures) and pictures[end].shape == pictures[start].shape:
-                end += 1
-            rows = slice(int(ends[start]) - counts[start], int(ends[end - 1]))
-            self._cut(np.stack(pictures[start:end]), out[rows])
-            start = end
-        return out
-
-    def _cut(self, pictures: np.ndarray, out: np.ndarray) -> None:
-        p, m, t = self._vision.patch_size, self._vision.spatial_merge_size, self._vision.temporal_patch_size
-        n, channels, height, width = pictures.shape
-        units_h, units_w = height // (p * m), width // (p * m)
-        # Cutting the 8-bit pixels first moves a quarter of the bytes that cutting the normalised ones would.
-        blocks = pictures.reshape(n, channels, units_h, m, p, units_w, m, p).transpose(0, 2, 5, 3, 6, 1, 4, 7)
-        blocks = np.ascontiguousarray(blocks).reshape(-1, channels, p * p)
-        target = out.reshape(-1, channels, t, p * p)
-        for channel in range(channels):
-            target[:, channel] = self._table[channel][blocks[:, channel]][:, None]
+        """Normalise and cut pictures from ``load``; see ``PatchCutter``."""
+        return self.cutter(pictures)
 
     def _resize(self, image: Image.Image) -> np.ndarray:
         height, width = self._target_size(image.height, image.width)
@@ -220,13 +201,3 @@ def load_processor(path: str | Path) -> Qwen2VLImageProcessorPil:
     if not (Path(path) / "preprocessor_config.json").is_file():
         raise ValueError(f"{path} has no preprocessor_config.json: take it from the model's Hugging Face folder")
     return Qwen2VLImageProcessorPil.from_pretrained(str(path), local_files_only=True)
-
-
-def _normalisation_table(processor: Qwen2VLImageProcessorPil) -> list[np.ndarray]:
-    """For each channel the 256 results of the processor's own rescaling and normalising: equal by construction."""
-    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-    if processor.do_rescale:
-        levels = processor.rescale(levels, processor.rescale_factor)
-    if processor.do_normalize:
-        levels = processor.normalize(levels, processor.image_mean, processor.image_std)
-    return [np.asarray(levels[channel, 0], dtype=np.float32) for channel in range(3)]

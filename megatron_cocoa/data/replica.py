@@ -9,23 +9,24 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.data.deferred import DeferredFloats
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.parallel.replica import ReplicaLink
 
 
 @dataclass(frozen=True)
 class _Handed:
-    """What crosses a replica with each step, but for pixels and pixel targets.
+    """What crosses a replica with each step, but for pictures and noise.
 
     Args:
-        batches: without these two.
-        shapes: of these two in each batch, None where there is none.
+        batches: all of whose floats are deferred, and whose deferred parts hold neither pictures nor noise.
+        has_noise: whether there is noise, for each batch.
         state, statistics: of the reader after the step.
         error: why the reader could not go on.
     """
 
     batches: tuple[PackedBatch, ...] = ()
-    shapes: tuple[tuple[tuple[int, ...] | None, tuple[int, ...] | None], ...] = ()
+    has_noise: tuple[bool, ...] = ()
     state: dict | None = None
     statistics: dict[str, float] | None = None
     error: str | None = None
@@ -35,9 +36,11 @@ class ReplicaLoader:
     """``StageLoader`` for a rank of a model-parallel replica: the same face, the same batches, one reader.
 
     Every rank of the world must build it at the same time, and the ranks of a replica must call its methods together.
+    Pictures cross as the 8-bit ones that floats are made of, to the ranks that make some.
 
     Args:
-        make_reader: builds the reader with everything that any rank of the replica needs; called on one rank of it.
+        make_reader: builds the reader with everything that any rank of the replica needs, and ``defers_all``; called
+            on one rank of it.
         link: to the other ranks of the replica.
         needs_pixels, needs_unit_targets: of this rank, see ``PackOptions``.
         ahead: hand over the next step in a thread during the present one.
@@ -64,6 +67,8 @@ class ReplicaLoader:
 
     def next_step(self) -> list[PackedBatch]:
         """This replica's micro-batches of the next optimizer step, on the CPU, with what this rank needs of them.
+
+        As of ``StageLoader``, only the first holds its floats.
 
         Raises:
             ValueError: as ``StageLoader.next_step``, on every rank of the replica.
@@ -136,10 +141,10 @@ class ReplicaLoader:
             read, handed = self._read()
         handed = self._link.share(handed)
         batches = tuple(
-            self._complete(batch, shapes, read[index] if read else None)
-            for index, (batch, shapes) in enumerate(zip(handed.batches, handed.shapes))
+            self._complete(batch, has_noise, read[index] if read else None)
+            for index, (batch, has_noise) in enumerate(zip(handed.batches, handed.has_noise))
         )
-        return replace(handed, batches=batches)
+        return replace(handed, batches=(*(batch.materialized() for batch in batches[:1]), *batches[1:]))
 
     def _read(self) -> tuple[list[PackedBatch], _Handed]:
         try:
@@ -147,28 +152,34 @@ class ReplicaLoader:
         except ValueError as error:
             return [], _Handed(error=str(error))
         return read, _Handed(
-            batches=tuple(replace(batch, pixel_values=None, unit_targets=None) for batch in read),
-            shapes=tuple((_shape(batch.pixel_values), _shape(batch.unit_targets)) for batch in read),
+            batches=tuple(replace(b, deferred=replace(b.deferred, pictures=None, noise=None)) for b in read),
+            has_noise=tuple(batch.deferred.noise is not None for batch in read),
             state=self._reader.state_dict(),
             statistics=self._reader.statistics(),
         )
 
-    def _complete(self, batch: PackedBatch, shapes: tuple, read: PackedBatch | None) -> PackedBatch:
-        pixels = targets = None
-        if shapes[0] is not None:
-            value = None if read is None else read.pixel_values
-            pixels = self._link.share_tensor(value, shapes[0], torch.float32, to="tower")
-        if shapes[1] is not None:
-            value = None if read is None else read.unit_targets
-            targets = self._link.share_tensor(value, shapes[1], torch.float32, to="decoder")
-            if not self._needs_unit_targets:
-                # The masked units are still counted on every rank, see PackOptions.
-                targets = torch.zeros((shapes[1][0], 0), dtype=torch.float32)
-        return replace(batch, pixel_values=pixels if self._needs_pixels else None, unit_targets=targets)
-
-
-def _shape(value: torch.Tensor | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value.shape)
+    def _complete(self, batch: PackedBatch, has_noise: bool, read: PackedBatch | None) -> PackedBatch:
+        """``batch`` with what this rank makes floats of; ``read`` is the reader's own."""
+        made: DeferredFloats = batch.deferred
+        own = None if read is None else read.deferred
+        pictures = self._link.share_tensor(
+            None if own is None else own.pictures,
+            (made.picture_bytes,),
+            torch.uint8,
+            to="ends" if made.makes_targets else "tower",
+        )
+        noise = None
+        if has_noise:
+            value = None if own is None else own.noise
+            noise = self._link.share_tensor(value, made.noise_shape, torch.float32, to="tower")
+        made = replace(
+            made,
+            pictures=pictures,
+            noise=noise,
+            needs_pixels=self._needs_pixels,
+            needs_unit_targets=self._needs_unit_targets,
+        )
+        return replace(batch, deferred=made)
 
 
 def _raise_error(handed: _Handed) -> None:

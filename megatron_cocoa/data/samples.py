@@ -7,6 +7,7 @@ for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import NO_ROWS, BridgeBlocks, CorruptionSettings, EncodedContent, PreparedSample
 from megatron_cocoa.data.preprocess import PictureLoader
-from megatron_cocoa.data.sources import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content
+from megatron_cocoa.data.sources import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
 from megatron_cocoa.data.stored import PictureRef
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 
@@ -124,6 +125,12 @@ class SampleBuilder:
         """``[content][bridge]``, nothing hidden; ``picture`` (``PictureLoader.prepare``) stands for a file's."""
         encoded, cut = self._fit(self._encode(content, picture), reserved=1)
         return self._lay_out(sample_id, encoded, with_bridge=True, num_cut=cut)
+
+    def pair(self, row: PairRow, negatives: Sequence[Content] = ()) -> list[PreparedSample]:
+        """Query, target and the chosen hard negatives of a row, each ``[content][bridge]`` with its role."""
+        sides = [("query", "query", row.query), ("target", "target", row.target)]
+        sides += [(f"negative{number}", "negative", content) for number, content in enumerate(negatives)]
+        return [replace(self.embedding(f"{row.row_id}#{name}", content), role=role) for name, role, content in sides]
 
     def measure(self, content: Content, *, with_bridge: bool = True) -> SampleSize:
         """The size of ``embedding(content)``, or of ``warmup`` without a bridge, by the pictures' headers alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_cocoa.config import DataSettings, SourceSettings
@@ -25,24 +26,25 @@ _PATH_COLUMNS = ("image_path", "qry_image_path", "pos_image_path", "neg_image_pa
 _MMEB_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 
 
-def stage_rows(stage: str, data: DataSettings, *, seed: int) -> RowSet:
+def stage_rows(stage: str, data: DataSettings, *, seed: int, with_negatives: bool = False) -> RowSet:
     """Everything that ``stage`` trains on.
 
     Args:
         stage: ``warmup``, ``bridge`` or ``contrastive``.
         data: its ``sources``, or where there are none ``<stage>.jsonl`` of its ``path``.
         seed: draws the rows of a source with ``max_rows``.
+        with_negatives: in stage ``contrastive``, also read hard negatives.
 
     Raises:
         ValueError: for files that are missing, cut short or of another form, too many malformed rows, or no row left.
     """
     if not data.sources:
         path = Path(data.path) / f"{stage}.jsonl"
-        return _PARSERS[stage](jsonl_records(path), str(path))
+        return _parser(stage, with_negatives)(jsonl_records(path), str(path))
     sources = [source for source in data.sources if stage in source.stages]
     if not sources:
         raise ValueError(f"none of data.sources feeds stage {stage}: add it to the `stages` of one, or leave it out")
-    row_sets = [source_rows(source, stage, seed=seed) for source in sources]
+    row_sets = [source_rows(source, stage, seed=seed, with_negatives=with_negatives) for source in sources]
     dropped: Counter[str] = Counter()
     for source, row_set in zip(sources, row_sets):
         dropped.update({f"{source.name}/{reason}": number for reason, number in row_set.dropped.items()})
@@ -54,13 +56,26 @@ def stage_rows(stage: str, data: DataSettings, *, seed: int) -> RowSet:
     )
 
 
-def source_rows(source: SourceSettings, stage: str, *, seed: int, on_drop: OnDrop | None = None) -> RowSet:
-    """The rows of one source for ``stage``; row names begin with the source's.
+def _parser(stage: str, with_negatives: bool) -> Callable[..., RowSet]:
+    parser = _PARSERS[stage]
+    return partial(parser, with_negatives=True) if with_negatives and stage == "contrastive" else parser
+
+
+def source_rows(
+    source: SourceSettings,
+    stage: str,
+    *,
+    seed: int,
+    with_negatives: bool = False,
+    on_drop: OnDrop | None = None,
+) -> RowSet:
+    """The rows of one source for ``stage``; row names begin with the source's, and ``source`` is its name by default.
 
     Args:
         source: where they come from.
         stage: whose rules apply.
         seed: draws ``max_rows``.
+        with_negatives: as in ``stage_rows``.
         on_drop: called with the name of each row that is left out for what it is, and the reason.
 
     Raises:
@@ -72,7 +87,7 @@ def source_rows(source: SourceSettings, stage: str, *, seed: int, on_drop: OnDro
         if on_drop is not None:
             on_drop(f"{source.name}/{row_id}", reason)
 
-    found = _PARSERS[stage](source_records(source, stage), name, on_drop=dropped)
+    found = _parser(stage, with_negatives)(source_records(source, stage), name, on_drop=dropped)
     rows = [replace(row, row_id=f"{source.name}/{row.row_id}", source=row.source or source.name) for row in found.rows]
     if source.max_rows is None or len(rows) <= source.max_rows:
         return replace(found, rows=rows)

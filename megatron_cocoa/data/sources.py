@@ -6,6 +6,7 @@ turned round, and rows whose target is an image or a constant phrase are left ou
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -62,11 +63,19 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """A query and its target, as in MMEB-train."""
+    """A query and its target, as in MMEB-train.
+
+    Args:
+        row_id: name for seeds and messages.
+        query, target: the two sides.
+        negatives: explicit hard negatives of the query, any number; see ``checked_negatives``.
+        source: name of the data set that the row comes from; empty where nobody said.
+    """
 
     row_id: str
     query: Content
     target: Content
+    negatives: tuple[Content, ...] = ()
     source: str = ""
 
 
@@ -96,13 +105,17 @@ def read_captions(path: str | Path) -> RowSet:
     return captions_from(jsonl_records(path), str(path))
 
 
-def read_pairs(path: str | Path) -> RowSet:
+def read_pairs(path: str | Path, *, with_negatives: bool = False) -> RowSet:
     """Read ``contrastive.jsonl``: ``{"id", "qry", "qry_image_path", "pos_text", "pos_image_path"}``.
+
+    Args:
+        path: of the file. A column ``source``, optional, names the data set that a row comes from.
+        with_negatives: also read ``neg_text`` and ``neg_image_path``, each a string or a list of strings.
 
     Raises:
         ValueError: as ``read_captions``.
     """
-    return pairs_from(jsonl_records(path), str(path))
+    return pairs_from(jsonl_records(path), str(path), with_negatives=with_negatives)
 
 
 def read_bridge_pairs(path: str | Path) -> RowSet:
@@ -146,19 +159,25 @@ def captions_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | Non
             dropped.add(row.row_id, "constant_target")
             continue
         flipped += flip
-        rows.append(CaptionRow(row.row_id, picture.image_path, caption))
+        rows.append(CaptionRow(row.row_id, picture.image_path, caption, source=row.source))
     if not rows:
         raise ValueError(f"{name} has no row of one picture and its text: all were dropped ({dict(dropped)})")
     return RowSet(rows, dict(dropped), flipped)
 
 
-def pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
+def pairs_from(
+    records: Iterable[Record], name: str, *, with_negatives: bool = False, on_drop: OnDrop | None = None
+) -> RowSet:
     """Rows of stage ``contrastive``. A record of a picture and a caption becomes picture to caption.
+
+    Args:
+        records, name, on_drop: as in ``captions_from``.
+        with_negatives: also read ``neg_text`` and ``neg_image_path``; else they are ignored.
 
     Raises:
         ValueError: as ``captions_from``.
     """
-    return _parse(records, name, _pair_row, _Dropped(on_drop))
+    return _parse(records, name, functools.partial(_pair_row, with_negatives=with_negatives), _Dropped(on_drop))
 
 
 def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
@@ -187,7 +206,7 @@ def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop |
             dropped.add(pair.row_id, "constant_target")
             continue
         flipped += flip
-        kept.append(PairRow(pair.row_id, block_a, Content(text)))
+        kept.append(PairRow(pair.row_id, block_a, Content(text), source=pair.source))
     if not kept:
         raise ValueError(f"{name} has no row whose target carries text: all were dropped ({dict(dropped)})")
     return RowSet(kept, dict(dropped), flipped)
@@ -211,9 +230,7 @@ class _Dropped(Counter):
             self._on_drop(row_id, reason)
 
 
-def _parse(
-    records: Iterable[Record], name: str, parse: Callable[[dict, str], object], bad: _Dropped
-) -> RowSet:
+def _parse(records: Iterable[Record], name: str, parse: Callable[[dict, str], object], bad: _Dropped) -> RowSet:
     rows: list = []
     first_bad = ""
     for default_id, record in records:
@@ -239,10 +256,14 @@ def _text(record: dict, column: str, *, required: bool = True) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRow(f"{column}_missing" if value is None else f"{column}_not_text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        # Half of a surrogate pair: JSON can write it, UTF-8 and the tokenizer cannot.
-        raise BadRow(f"{column}_not_unicode")
+    _check_unicode(value, column)
     return value
+
+
+def _check_unicode(value: object, column: str) -> None:
+    """Refuse half of a surrogate pair: JSON can write it, UTF-8 and the tokenizer cannot."""
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadRow(f"{column}_not_unicode")
 
 
 def _row_id(record: dict, default: str) -> str:
@@ -280,6 +301,7 @@ def _caption_row(record: dict, default_id: str) -> CaptionRow:
         pictures[0] if pictures else "",
         _text(record, "caption").strip(),
         _text(record, "concept", required=False),
+        _text(record, "source", required=False),
     )
     if not row.image_path:
         raise BadRow("image_path_empty")
@@ -288,14 +310,55 @@ def _caption_row(record: dict, default_id: str) -> CaptionRow:
     return row
 
 
-def _pair_row(record: dict, default_id: str) -> PairRow:
+def _pair_row(record: dict, default_id: str, *, with_negatives: bool = False) -> PairRow:
     if "qry" not in record and "caption" in record:
         row = _caption_row(record, default_id)
-        return PairRow(row.row_id, Content(IMAGE_TOKEN, row.image_path), Content(row.caption))
-    query_images, target_images = (_images(record, column) for column in _IMAGE_COLUMNS)
-    query = checked_content(_text(record, "qry"), query_images)
-    target = checked_content(_text(record, "pos_text"), target_images)
-    return PairRow(_row_id(record, default_id), query, target)
+        query, target, source = Content(IMAGE_TOKEN, row.image_path), Content(row.caption), row.source
+    else:
+        query_images, target_images = (_images(record, column) for column in _IMAGE_COLUMNS)
+        query = checked_content(_text(record, "qry"), query_images)
+        target = checked_content(_text(record, "pos_text"), target_images)
+        source = _text(record, "source", required=False)
+    negatives: tuple[Content, ...] = ()
+    if with_negatives:
+        negatives = checked_negatives(record.get("neg_text"), record.get("neg_image_path"))
+    return PairRow(_row_id(record, default_id), query, target, negatives, source)
+
+
+def checked_negatives(texts: object, images: object) -> tuple[Content, ...]:
+    """Hard negatives from MMEB-train's columns ``neg_text`` and ``neg_image_path``.
+
+    Args:
+        texts, images: each one entry, a list of them, or None; texts are strings, images paths or references, one to
+            an entry. Two lists go together entry by entry; a column that is missing or empty goes with every entry of
+            the other. An entry with neither text nor picture is none: rows without a negative carry empty strings.
+
+    Raises:
+        BadRow: for columns that are neither, lists of different lengths, or an entry that ``checked_content`` refuses.
+    """
+    columns = [
+        _entries(texts, "neg_text", str),
+        _entries(images, "neg_image_path", (str, StoredPicture)),
+    ]
+    length = max(len(column) for column in columns)
+    columns = [[""] * length if column == [""] else column for column in columns]
+    if any(len(column) != length for column in columns):
+        raise BadRow("neg_columns_differ_in_length")
+    try:
+        return tuple(checked_content(text, image) for text, image in zip(*columns) if plain(text) or image)
+    except BadRow as error:
+        raise BadRow(f"neg_{error}") from error
+
+
+def _entries(value: object, column: str, kinds: type | tuple[type, ...]) -> list:
+    """A column as a list; what is missing or empty becomes one empty string."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    entries = ["" if entry is None else entry for entry in entries] or [""]
+    if not all(isinstance(entry, kinds) for entry in entries):
+        raise BadRow(f"{column}_not_text")
+    for entry in entries:
+        _check_unicode(entry, column)
+    return entries
 
 
 def checked_content(text: str, images: PictureRef | Sequence[PictureRef]) -> Content:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import Protocol
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.collate import PackOptions, collate_bridge, collate_contrastive, collate_warmup
+from megatron_cocoa.data.corruption import seeded_generator
 from megatron_cocoa.data.cost import SampleSize
+from megatron_cocoa.data.mixture import MixedOrder, stream_of
+from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.prepared import CorruptionSettings, PreparedSample
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.source_list import stage_rows
+from megatron_cocoa.data.source_order import SourceOrder
 from megatron_cocoa.data.sources import IMAGE_TOKEN, CaptionRow, Content, PairRow, RowSet
+
+Order = SampleOrder | MixedOrder | SourceOrder
 
 
 class StageData(Protocol):
@@ -21,11 +26,14 @@ class StageData(Protocol):
 
     row_set: RowSet
 
-    def groups(self) -> list[Hashable] | None:
-        """A key per row; rows with equal keys should not meet in one step. None where it does not matter."""
+    def order(self) -> Order:
+        """Which row comes when."""
 
-    def measure(self, row, builder: SampleBuilder) -> list[SampleSize]:
-        """The sizes of the packed samples that ``row`` will give, by the pictures' headers alone."""
+    def statistics(self) -> dict[str, int]:
+        """What else there is to know of the rows, by name."""
+
+    def measure(self, row, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
+        """The sizes of the packed samples that ``row`` will give in ``epoch``, by the pictures' headers alone."""
 
     def prepare(self, row, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         """The packed samples that ``row`` gives, in order."""
@@ -48,10 +56,13 @@ class WarmupData:
             mae_noise=stage.mae_noise,
         )
 
-    def groups(self) -> None:
-        return None
+    def order(self) -> Order:
+        return stream_of(self.row_set, seed=self.corruption.seed, stage="warmup")
 
-    def measure(self, row: CaptionRow, builder: SampleBuilder) -> list[SampleSize]:
+    def statistics(self) -> dict[str, int]:
+        return {}
+
+    def measure(self, row: CaptionRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
         size = builder.measure(Content(IMAGE_TOKEN + row.caption, row.image_path), with_bridge=False)
         text = size.tokens - builder.vision.num_units((1, 1, sum(size.patches)))
         return [replace(size, labels=self.corruption.text_mask_ratio * text)]
@@ -77,10 +88,13 @@ class BridgeData:
             mask_at_least_one=stage.mask_at_least_one,
         )
 
-    def groups(self) -> None:
-        return None
+    def order(self) -> Order:
+        return stream_of(self.row_set, seed=self.corruption.seed, stage="bridge")
 
-    def measure(self, row: PairRow, builder: SampleBuilder) -> list[SampleSize]:
+    def statistics(self) -> dict[str, int]:
+        return {}
+
+    def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
         return [builder.measure_bridge(row.query, row.target.text, ratio=self.corruption.text_mask_ratio)]
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
@@ -92,32 +106,60 @@ class BridgeData:
 
 
 class ContrastiveData:
-    """Stage 3: ``contrastive.jsonl``, two samples a pair, nothing masked."""
+    """Stage 3: ``contrastive.jsonl``, two samples a pair and its hard negatives, nothing masked."""
 
     def __init__(self, settings: TrainSettings) -> None:
-        self.row_set = stage_rows("contrastive", settings.data, seed=settings.seed)
-        needed, found = settings.contrastive.global_batch_size, len(self.row_set.rows)
-        if found < needed:
+        stage = settings.contrastive
+        self.num_hard_negatives = stage.num_hard_negatives
+        self.row_set = stage_rows(
+            "contrastive", settings.data, seed=settings.seed, with_negatives=self.num_hard_negatives > 0
+        )
+        self.seed = settings.seed
+        self.batch_size = stage.global_batch_size
+        self.per_source = stage.per_source_batches
+        found = len(self.row_set.rows)
+        if found < self.batch_size:
             raise ValueError(
-                f"stage contrastive has {found} pairs, contrastive.global_batch_size is {needed}: a pair "
+                f"stage contrastive has {found} pairs, contrastive.global_batch_size is {self.batch_size}: a pair "
                 f"that occurs twice in a step is its own negative; lower global_batch_size"
             )
+        if self.num_hard_negatives and not any(row.negatives for row in self.row_set.rows):
+            raise ValueError(
+                f"contrastive.num_hard_negatives is {self.num_hard_negatives}, but no row of the stage has a hard "
+                f"negative (columns neg_text, neg_image_path): set it to 0, or mine negatives"
+            )
 
-    def groups(self) -> list[Hashable]:
+    def order(self) -> Order:
+        rows = self.row_set.rows
         # A pair and the same pair turned round: in one step, the text of one is a negative for itself in the other.
-        return [frozenset((row.query, row.target)) for row in self.row_set.rows]
+        groups = [frozenset((row.query, row.target)) for row in rows]
+        if not self.per_source:
+            return stream_of(self.row_set, seed=self.seed, stage="contrastive", groups=groups)
+        sources = [row.source for row in rows]
+        return SourceOrder(sources, batch_size=self.batch_size, seed=self.seed, stage="contrastive", groups=groups)
 
-    def measure(self, row: PairRow, builder: SampleBuilder) -> list[SampleSize]:
-        return [builder.measure(content) for content in (row.query, row.target)]
+    def statistics(self) -> dict[str, int]:
+        if not self.num_hard_negatives:
+            return {}
+        fewer = sum(len(row.negatives) < self.num_hard_negatives for row in self.row_set.rows)
+        return {"rows_with_fewer_hard_negatives": fewer}
+
+    def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
+        return [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
-        return [
-            builder.embedding(f"{row.row_id}#query", row.query),
-            builder.embedding(f"{row.row_id}#target", row.target),
-        ]
+        return builder.pair(row, self._negatives(row, epoch))
+
+    def _negatives(self, row: PairRow, epoch: int) -> list[Content]:
+        """At most as many as asked for: all of a row that has no more, else a draw of this epoch."""
+        if len(row.negatives) <= self.num_hard_negatives:
+            return list(row.negatives)
+        generator = seeded_generator(self.seed, epoch, row.row_id, "negatives")
+        chosen = generator.choice(len(row.negatives), size=self.num_hard_negatives, replace=False)
+        return [row.negatives[index] for index in sorted(chosen)]
 
     def collate(self, samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
-        return collate_contrastive(samples, options)
+        return collate_contrastive(samples, options, num_hard_negatives=self.num_hard_negatives)
 
 
 STAGE_DATA: dict[str, type] = {"warmup": WarmupData, "bridge": BridgeData, "contrastive": ContrastiveData}

@@ -14,12 +14,10 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.decode import PictureError
-from megatron_cocoa.data.mixture import MixedOrder
-from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.packing import assign_samples
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.samples import SampleBuilder
-from megatron_cocoa.data.stages import StageData
+from megatron_cocoa.data.stages import Order, StageData
 
 MAX_SUBSTITUTES = 20
 
@@ -95,19 +93,23 @@ class StepPlanner:
         options: how packs are filled.
         cost: what samples cost.
         shape: how a step is divided.
+        defers_all: where ``options`` defer floats, leave those of a step's first pack, too, to be made later: else
+            they are made with the pack, so that the step can start with it.
     """
 
     def __init__(
         self,
         data: StageData,
-        order: SampleOrder | MixedOrder,
+        order: Order,
         *,
         builder: SampleBuilder,
         options: PackOptions,
         cost: CostModel,
         shape: StepShape,
+        defers_all: bool = False,
     ) -> None:
         self.shape = shape
+        self._defers_all = defers_all
         self._data, self._order = data, order
         self._builder, self._options, self._cost = builder, options, cost
 
@@ -163,13 +165,14 @@ class StepPlanner:
             room = None if limit is None else limit - _tokens(found)
         _count(samples, counts)
         counts["decoded"] = self._builder.pictures.num_decoded - decoded
-        return self._data.collate(samples, self._options), counts
+        batch = self._data.collate(samples, self._options)
+        return batch if plan.index or self._defers_all else batch.materialized(), counts
 
     def _planned(self, place: int, taken: Set[int]) -> PlannedRow:
         skipped: list[tuple[int, str]] = []
         for epoch, row in self._candidates(place, taken):
             try:
-                sizes = self._data.measure(self._data.row_set.rows[row], self._builder)
+                sizes = self._data.measure(self._data.row_set.rows[row], self._builder, epoch=epoch)
             except PictureError as error:
                 skipped.append((row, error.reason))
                 last = error
@@ -178,9 +181,7 @@ class StepPlanner:
             return PlannedRow(place, epoch, row, tokens, cost, tuple(skipped))
         raise self._given_up(place, last)
 
-    def _prepare(
-        self, planned: PlannedRow, plan: PackPlan, limit: int | None, counts: Counter
-    ) -> list[PreparedSample]:
+    def _prepare(self, planned: PlannedRow, plan: PackPlan, limit: int | None, counts: Counter) -> list[PreparedSample]:
         """The samples of a place; ``limit`` is how many tokens its pack can take."""
         counts["rows"] += 1
         counts.update(f"skipped/{reason}" for _, reason in planned.skipped)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_cocoa.export.export_info import read_bridge_token
+from megatron_cocoa.export.export_info import read_export_info
 from megatron_cocoa.export.golden import BOUND, Embed, GoldenResult, compare_golden
 
 EXIT_DIFFERENT = 1
@@ -39,7 +39,8 @@ def check_golden(folder: str | Path, *, library: str = "transformers") -> list[G
 def _with_transformers(folder: Path) -> Embed:
     from megatron_cocoa.export.plain_transformers import PlainEmbedder
 
-    plain = PlainEmbedder(folder, bridge_token=read_bridge_token(folder))
+    bridge_token, image_size = read_export_info(folder)
+    plain = PlainEmbedder(folder, bridge_token=bridge_token, image_size=image_size)
     return lambda text, image: plain.embed(text, image).numpy()
 
 
@@ -53,7 +54,8 @@ def _with_megatron_cocoa(folder: Path) -> Embed:
 def _with_sentence_transformers(folder: Path) -> Embed:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), local_files_only=True)
+    # The library computes in the dtype on disk unless told otherwise; the recorded vectors are FP32's.
+    model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"dtype": "float32"})
 
     def embed(text, image):
         item = {name: value for name, value in (("text", text), ("image", image)) if value}
@@ -64,7 +66,7 @@ def _with_sentence_transformers(folder: Path) -> Embed:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", help="written by tools/export_embedder.py")
+    parser.add_argument("folder", metavar="DIR", help="written by tools/convert_mcore_to_hf.py, with its golden.json")
     parser.add_argument("--library", choices=LIBRARIES, default="transformers", help="computes the vectors")
     options = parser.parse_args(argv)
     try:

@@ -93,7 +93,7 @@ def compare_golden(folder: str | Path, embed: Embed) -> list[GoldenResult]:
     """
     file = Path(folder) / GOLDEN_FILE
     if not file.is_file():
-        raise ValueError(f"{file} does not exist: needed a folder written by tools/export_embedder.py")
+        raise ValueError(f"{file} does not exist: needed a folder of tools/convert_mcore_to_hf.py --format hf")
     results = []
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

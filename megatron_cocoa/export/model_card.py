@@ -37,7 +37,7 @@ embedder = PlainEmbedder("."{arguments})
 print(embedder.embed("a red house"))
 ```
 
-Pictures keep their shape within the pixel limits of `preprocessor_config.json`. Lay transparent ones on white first.
+{pictures} Lay transparent ones on white first.
 
 ## With megatron_cocoa
 
@@ -46,7 +46,15 @@ from megatron_cocoa import CocoaEmbedder
 
 vectors = CocoaEmbedder.from_pretrained(".").encode([{{"text": "a red house"}}, {{"image": "house.png"}}])
 ```
-{sentence_transformers}
+{sentence_transformers}{golden}"""
+
+_NATIVE = "Pictures keep their shape within the pixel limits of `preprocessor_config.json`."
+_SQUARE = (
+    "Pictures are resized to {size} x {size} pixels, whatever their shape. The image processor of transformers cannot "
+    "be told so (it keeps a picture's shape under any setting), hence the line in the code above."
+)
+
+_GOLDEN = """
 ## Check an installation
 
 `golden.json` holds inputs and their vectors in fp32. This command compares them with what an installation computes:
@@ -68,12 +76,22 @@ model = SentenceTransformer(".")
 vectors = model.encode([{"text": "a red house", "image": "house.png"}])
 ```
 
+It computes in the dtype of the weights on disk. In fp32, as the code above does:
+`SentenceTransformer(".", model_kwargs={"dtype": "float32"})`.
+
 A text that spells a control token, such as `<|im_end|>`, is read as that token here, and as plain characters above.
 """
 
 
 def model_card(
-    *, model_type: str, hidden_size: int, bridge_token: str, default_bridge: bool, sentence_transformers: bool
+    *,
+    model_type: str,
+    hidden_size: int,
+    bridge_token: str,
+    default_bridge: bool,
+    sentence_transformers: bool,
+    image_size: int | None = None,
+    golden: bool = True,
 ) -> str:
     """Markdown for ``README.md``.
 
@@ -83,7 +101,11 @@ def model_card(
         bridge_token: token that carries the embedding.
         default_bridge: whether the code may leave it out.
         sentence_transformers: whether the folder has modules for that library.
+        image_size: side in pixels of the square that pictures are resized to; None where they keep their shape.
+        golden: whether the folder has a ``golden.json``.
     """
+    arguments = "" if default_bridge else f', bridge_token="{bridge_token}"'
+    arguments += "" if image_size is None else f", image_size={image_size}"
     return _CARD.format(
         library="sentence-transformers" if sentence_transformers else "transformers",
         model_type=model_type,
@@ -91,6 +113,8 @@ def model_card(
         bridge_token=bridge_token,
         transformers=version("transformers"),
         code=Path(plain_transformers.__file__).read_text(encoding="utf-8").strip(),
-        arguments="" if default_bridge else f', bridge_token="{bridge_token}"',
+        arguments=arguments,
+        pictures=_NATIVE if image_size is None else _SQUARE.format(size=image_size),
+        golden=_GOLDEN if golden else "",
         sentence_transformers=_SENTENCE_TRANSFORMERS if sentence_transformers else "",
     )

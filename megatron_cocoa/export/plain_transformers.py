@@ -6,10 +6,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 
 class PlainEmbedder:
-    def __init__(self, folder, bridge_token="<|im_end|>", dtype=torch.float32):
+    def __init__(self, folder, bridge_token="<|im_end|>", image_size=None, dtype=torch.float32):
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.image_size = image_size
         names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", bridge_token)
         self.vision_start, self.image_pad, self.vision_end, self.bridge = self.tokenizer.convert_tokens_to_ids(names)
 
@@ -18,7 +19,10 @@ class PlainEmbedder:
         """Unit vector (hidden,) of a text, of an RGB picture, or of a picture followed by a text."""
         ids, vision = [], {}
         if image is not None:
-            vision = dict(self.processor(images=[image.convert("RGB")], return_tensors="pt"))
+            image = image.convert("RGB")
+            if self.image_size is not None:
+                image = image.resize((self.image_size, self.image_size), resample=self.processor.resample)
+            vision = dict(self.processor(images=[image], do_resize=self.image_size is None, return_tensors="pt"))
             units = int(vision["image_grid_thw"].prod()) // self.processor.merge_size**2
             vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
             ids += [self.vision_start, *[self.image_pad] * units, self.vision_end]

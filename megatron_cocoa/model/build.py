@@ -48,6 +48,8 @@ def build_model(
     *,
     with_image_decoder: bool,
     mask_token_id: int | None = None,
+    learned_temperature: float | None = None,
+    target: torch.device | None = None,
 ) -> Model:
     """Build this rank's chunks at the layout that is initialised; weights are not set.
 
@@ -56,6 +58,9 @@ def build_model(
         settings: of the run.
         with_image_decoder: stage ``warmup`` needs it.
         mask_token_id: row of the embedding that trains even where the language model is frozen; None for none.
+        learned_temperature: see ``QwenVL``.
+        target: where the parameters go, this rank's device by default. The meta device, as the default device of
+            the caller's ``with`` block too, builds shapes without memory.
 
     Raises:
         ValueError: if the layout does not fit the architecture.
@@ -67,7 +72,8 @@ def build_model(
         recompute=settings.recompute,
         fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
     )
-    provider = build_provider(settings.model)
+    # An adapter reads what its projection reads, which a norm fused into the projection would hide.
+    provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used)
     num_chunks = settings.parallel.virtual_pipeline_model_parallel_size or 1
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), settings.parallel.pipeline_model_parallel_size
     chunks = [
@@ -79,8 +85,9 @@ def build_model(
             pre_process=rank == 0 and index == 0,
             post_process=rank == size - 1 and index == num_chunks - 1,
             with_image_decoder=with_image_decoder,
+            learned_temperature=learned_temperature,
             vp_stage=index if num_chunks > 1 else None,
-        ).to(device.device())
+        ).to(target or device.device())
         for index in range(num_chunks)
     ]
     for chunk in chunks:
@@ -122,6 +129,15 @@ def freeze(chunk: QwenVL, settings: TrainSettings, mask_token_id: int | None = N
                 f"freeze.language with optimizer.weight_decay {settings.optimizer.weight_decay} would shrink the "
                 f"frozen rows of the embedding, of which the mask token's row trains: set weight_decay to 0"
             )
+        _train_one_row(chunk, mask_token_id)
+
+
+def freeze_pretrained(chunk: QwenVL, mask_token_id: int | None) -> None:
+    """Turn off gradients of all but the image decoder and the mask token's row, for adapters to train beside them."""
+    for name, part in chunk.named_children():
+        if name != "image_decoder":
+            part.requires_grad_(False)
+    if mask_token_id is not None:
         _train_one_row(chunk, mask_token_id)
 
 

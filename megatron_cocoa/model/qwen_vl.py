@@ -13,6 +13,8 @@ from megatron_cocoa.batch import ModelOutput, PackedBatch
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.heads import ImageDecoder, LocalRows, gather_embeddings, local_rows, whole_rows
 from megatron_cocoa.model.language import LanguageModel
+from megatron_cocoa.model.logit_scale import bounded_logit_scale, new_logit_scale
+from megatron_cocoa.model.recompute import input_of_layers
 from megatron_cocoa.model.rope import mrope_tables
 from megatron_cocoa.model.segments import compile_segments
 from megatron_cocoa.model.specs import BackendSpecProvider
@@ -32,6 +34,7 @@ class QwenVL(MegatronModule):
         pre_process: this chunk holds tower and embedding.
         post_process: this chunk holds final norm and heads.
         with_image_decoder: build the MAE decoder on the last stage (stage ``warmup`` only).
+        learned_temperature: where a temperature that trains starts, on the last stage; None trains none.
         vp_stage: virtual chunk, None without interleaving.
     """
 
@@ -45,6 +48,7 @@ class QwenVL(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         with_image_decoder: bool = False,
+        learned_temperature: float | None = None,
         vp_stage: int | None = None,
     ):
         super().__init__(config=configs.language)
@@ -68,6 +72,9 @@ class QwenVL(MegatronModule):
         self.image_decoder = None
         if post_process and with_image_decoder:
             self.image_decoder = ImageDecoder(architecture, configs, provider)
+        self.logit_scale = None
+        if post_process and learned_temperature is not None:
+            self.logit_scale = new_logit_scale(learned_temperature)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Megatron's schedules hand the previous stage's hidden states over through here."""
@@ -121,7 +128,7 @@ class QwenVL(MegatronModule):
         if self.config.sequence_parallel:
             self._check_sequence_parallel(embeddings.shape[0])
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return embeddings.contiguous()
+        return input_of_layers(embeddings.contiguous(), self.config)
 
     def _check_sequence_parallel(self, tokens: int) -> None:
         size = self.config.tensor_model_parallel_size
@@ -146,6 +153,8 @@ class QwenVL(MegatronModule):
             output.unit_targets = batch.unit_targets.index_select(0, inside)
         if batch.embedding_positions is not None:
             output.embeddings = gather_embeddings(hidden_rows, batch.embedding_positions, rows, self.context_group)
+            if self.logit_scale is not None:
+                output.logit_scale = bounded_logit_scale(self.logit_scale)
         if return_hidden:
             output.hidden_states = gather_rows(
                 hidden_rows, (hidden_rows.shape[0],) * self.context_group.size(), self.context_group

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,17 +19,27 @@ from megatron_cocoa.parallel import device
 LossFunction = Callable[[int, ModelOutput, PackedBatch], tuple[Tensor, Any]]
 """``(index of the micro-batch, head outputs, micro-batch) -> (scalar to backpropagate, anything to return)``."""
 
+BeforeForward = Callable[[tuple[int, int]], None]
+"""Called with ``(index of the micro-batch, index of the chunk)`` just before each forward run of a chunk."""
+
 
 def run_microbatches(
-    model: Model, batches: Sequence[PackedBatch], loss_function: LossFunction, *, forward_only: bool = False
+    model: Model,
+    batches: Sequence[PackedBatch],
+    loss_function: LossFunction,
+    *,
+    forward_only: bool = False,
+    before_forward: BeforeForward | None = None,
 ) -> list[Any]:
     """One pass over a rank's micro-batches; gradients are accumulated and reduced unless ``forward_only``.
 
     Args:
         model: this rank's chunks.
-        batches: micro-batches, the same on every rank of a data-parallel replica.
+        batches: micro-batches, the same on every rank of a data-parallel replica. Deferred fields are made one
+            micro-batch ahead, and for as long as it is needed.
         loss_function: called on the last pipeline stage for each micro-batch.
         forward_only: no gradients.
+        before_forward: sets or records what a run depends on, such as random states.
 
     Returns:
         What ``loss_function`` returned beside its scalar, one entry a micro-batch in order; empty on all but the
@@ -36,21 +48,48 @@ def run_microbatches(
     dtype = model.config.params_dtype
 
     def forward_step(data_iterator, chunk):
-        index, batch = next(data_iterator)
+        index, chunk_index, batch = next(data_iterator)
         batch = batch.to(device.device(), dtype=dtype)
+        if before_forward is not None:
+            before_forward((index, chunk_index))
         return chunk(batch), functools.partial(_loss, loss_function, index, batch)
 
-    iterators = [iter(list(enumerate(batches))) for _ in model.chunks]
-    with torch.set_grad_enabled(not forward_only):
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].num_tokens,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+    chunks = model.bare_chunks
+    iterators = [_numbered(batches, i, chunk.pre_process or chunk.post_process) for i, chunk in enumerate(chunks)]
+    try:
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+                num_microbatches=len(batches),
+                seq_length=batches[0].num_tokens,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+    finally:
+        for iterator in iterators:
+            iterator.close()
+
+
+def _numbered(
+    batches: Sequence[PackedBatch], chunk_index: int, reads_floats: bool
+) -> Iterator[tuple[int, int, PackedBatch]]:
+    """Each batch with its number and the chunk's, its deferred fields made while the batch before it runs.
+
+    Pixels are read by the first chunk of the pipeline, and targets by the last: others do without.
+    """
+    if not reads_floats or all(batch.deferred is None for batch in batches):
+        yield from ((index, chunk_index, replace(batch, deferred=None)) for index, batch in enumerate(batches))
+        return
+    with ThreadPoolExecutor(1, "deferred-fields") as pool:
+        ahead = pool.submit(batches[0].materialized)
+        for index in range(len(batches)):
+            batch = ahead.result()
+            if index + 1 < len(batches):
+                ahead = pool.submit(batches[index + 1].materialized)
+            yield index, chunk_index, batch
+            del batch
 
 
 def _loss(loss_function: LossFunction, index: int, batch: PackedBatch, output: ModelOutput):

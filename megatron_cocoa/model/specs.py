@@ -69,7 +69,7 @@ class LocalProvider(LocalSpecProvider):
         return SwiGLU
 
 
-def transformer_engine_provider(attention_backend: str) -> BackendSpecProvider:
+def transformer_engine_provider(attention_backend: str, *, fuse_norms: bool) -> BackendSpecProvider:
     """Transformer Engine's linears and norms with this project's attention."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -79,6 +79,9 @@ def transformer_engine_provider(attention_backend: str) -> BackendSpecProvider:
 
         def activation_func(self) -> type:
             return SwiGLU
+
+        def fuse_layernorm_and_linear(self) -> bool:
+            return fuse_norms
 
     return TransformerEngineProvider()
 
@@ -101,10 +104,15 @@ def resolve_implementation(settings: ModelSettings) -> str:
     return settings.transformer_impl
 
 
-def build_provider(settings: ModelSettings) -> BackendSpecProvider:
-    """The provider of a run's settings."""
+def build_provider(settings: ModelSettings, *, fuse_norms: bool = True) -> BackendSpecProvider:
+    """The provider of a run's settings.
+
+    Args:
+        settings: of the model.
+        fuse_norms: let Transformer Engine compute a norm inside of the projection after it.
+    """
     if resolve_implementation(settings) == "transformer_engine":
-        return transformer_engine_provider(settings.attention_backend)
+        return transformer_engine_provider(settings.attention_backend, fuse_norms=fuse_norms)
     return LocalProvider(settings.attention_backend)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_cocoa.architecture import VisionArchitecture
 from megatron_cocoa.model.attention import SequenceContext
+from megatron_cocoa.model.recompute import input_of_layers
 from megatron_cocoa.model.rope import vision_tables
 from megatron_cocoa.model.specs import BackendSpecProvider, block_spec, projection_spec
 from megatron_cocoa.model.transformer_configs import ModelConfigs
@@ -112,7 +113,7 @@ class VisionModel(MegatronModule):
             pixel_values = pixel_values.index_select(0, to_device(layout.patch_order))
         cos, sin = vision_tables(to_device(layout.positions), self.architecture)
         hidden = self.decoder(
-            hidden_states=self.patch_embed(pixel_values).unsqueeze(1),
+            hidden_states=input_of_layers(self.patch_embed(pixel_values).unsqueeze(1), self.config),
             attention_mask=None,
             packed_seq_params=self._context(layout, cos, sin),
         )

@@ -10,7 +10,7 @@ know no process groups and no layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -57,6 +57,27 @@ class LocalObjective(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PairEmbeddings:
+    """The embeddings of a whole step, over *all* ranks and micro-batches; row i of each belongs to pair i.
+
+    queries, targets: float ``(pairs, hidden)``, not normalised.
+    target_keys:      int64 ``(pairs,)``, equal where targets are equal; None where nobody asked.
+    negatives:        float ``(pairs, hard_negatives, hidden)``; zeros where a pair has fewer. None without any.
+    negative_mask:    bool ``(pairs, hard_negatives)``, True where there is one; comes with ``negatives``.
+    negative_keys:    int64 ``(pairs, hard_negatives)``, comparable with ``target_keys``.
+    logit_scale:      float32 scalar, log(1 / temperature), where the model learns it.
+    """
+
+    queries: Tensor
+    targets: Tensor
+    target_keys: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_mask: Tensor | None = None
+    negative_keys: Tensor | None = None
+    logit_scale: Tensor | None = None
+
+
 @runtime_checkable
 class GlobalObjective(Protocol):
     """A loss that couples all samples of a step: it needs every rank's embeddings at once.
@@ -67,24 +88,17 @@ class GlobalObjective(Protocol):
     name: str
     mask_kind: MaskKind
 
-    def embedding_loss(
-        self, queries: Tensor, targets: Tensor, target_keys: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over the step's ``pairs``.
+    def embedding_loss(self, pairs: PairEmbeddings, *, detailed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over the step's pairs.
 
         Args:
-            queries, targets: float ``(pairs, hidden)`` over *all* ranks and micro-batches, row i with row i.
-            target_keys: int64 ``(pairs,)``, equal where targets are equal.
+            pairs: of the whole step.
+            detailed: also measure what costs too much for every step.
 
         Returns:
-            ``(loss, metrics)``: a differentiable scalar, and detached scalars that hold for the whole step.
+            ``(loss, metrics)``: a scalar, differentiable in the embeddings and the scale, and detached scalars that
+            hold for the whole step.
         """
-        ...
-
-    def embedding_gradients(
-        self, queries: Tensor, targets: Tensor, target_keys: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """``(loss, d loss / d queries, d loss / d targets, metrics)``, all detached, for gradient caching."""
         ...
 
 

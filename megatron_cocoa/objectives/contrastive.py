@@ -1,27 +1,45 @@
 """Stage 3, contrastive learning: each query picks its own target among the whole step's targets (InfoNCE).
 
 The loss is global: every pair is every other pair's negative, across ranks and micro-batches. It therefore takes
-embeddings that the trainer has gathered, and hands gradients back for the trainer to distribute (gradient
-caching, Gao et al., arXiv 2101.06983). Sources: InfoNCE, van den Oord et al., arXiv 1807.03748; the symmetric
-form, Radford et al., CLIP, arXiv 2103.00020; defaults from CoCoA (arXiv 2603.01471), stage 3.
+embeddings that the trainer has gathered, and is differentiable in them (gradient caching, Gao et al., arXiv
+2101.06983). Similarities are taken for a block of rows at a time and again in the backward pass, so that memory grows
+with the batch and not with its square.
+
+Sources: InfoNCE, van den Oord et al., arXiv 1807.03748; the symmetric form and the learned temperature, Radford et
+al., CLIP, arXiv 2103.00020; nested dimensions, Kusupati et al., arXiv 2205.13147; defaults from CoCoA (arXiv
+2603.01471), stage 3. Shape legend: P pairs of the step, R rows of a block, K hard negatives a pair.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.objectives.base import PairEmbeddings
+from megatron_cocoa.objectives.embedding_metrics import effective_rank, similarity_metrics, similarity_sums
+
+ROWS_PER_BLOCK = 256
+"""Queries whose similarities are in memory together."""
 
 
 class ContrastiveObjective:
     """InfoNCE over cosine similarities, query to target.
 
     Args:
-        temperature: divides the cosines.
-        symmetric: average with the target-to-query direction, as in CLIP.
-        mask_equal_targets: leave out of a row's negatives each other pair whose target equals the row's own.
+        temperature: divides the cosines, unless the embeddings bring a learned scale.
+        symmetric: average with the target-to-query direction, as in CLIP; it has no hard negatives.
+        mask_equal_targets: leave out of a row's negatives each other pair's target, and each hard negative, that
+            equals the row's own target.
+        hard_negatives_shared: a query's negatives include the hard negatives of all pairs, or of its own alone.
+        matryoshka_dims: widths whose losses are averaged, each on the first so many dimensions, renormalised; empty
+            takes the whole width.
+        matryoshka_weights: of the widths; empty weighs them equally.
 
     Raises:
         ValueError: if ``temperature`` is not positive.
@@ -31,126 +49,165 @@ class ContrastiveObjective:
     mask_kind = MaskKind.BIDIRECTIONAL
 
     def __init__(
-        self, *, temperature: float = 0.02, symmetric: bool = False, mask_equal_targets: bool = False
+        self,
+        *,
+        temperature: float = 0.02,
+        symmetric: bool = False,
+        mask_equal_targets: bool = False,
+        hard_negatives_shared: bool = True,
+        matryoshka_dims: Sequence[int] = (),
+        matryoshka_weights: Sequence[float] = (),
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, must be positive")
         self.temperature = temperature
         self.symmetric = symmetric
         self.mask_equal_targets = mask_equal_targets
+        self.hard_negatives_shared = hard_negatives_shared
+        self.matryoshka_dims = tuple(matryoshka_dims)
+        self.matryoshka_weights = tuple(matryoshka_weights) or (1.0,) * len(self.matryoshka_dims)
 
-    def embedding_loss(
-        self, queries: Tensor, targets: Tensor, target_keys: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def embedding_loss(self, pairs: PairEmbeddings, *, detailed: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean InfoNCE loss in nats over the step's pairs.
 
         Args:
-            queries, targets: float ``(pairs, hidden)``, not normalised, over all ranks and micro-batches; row i
-                belongs to row i. Computed in float32 (float64 stays float64).
-            target_keys: int64 ``(pairs,)``, equal where targets are equal; needed with ``mask_equal_targets``.
+            pairs: of the whole step; keys are needed with ``mask_equal_targets``. Computed in float32 (float64 stays
+                float64).
+            detailed: also take the ``effective_rank``, an eigendecomposition.
 
         Returns:
             ``(loss, metrics)``. Metrics are detached scalars of the whole step, not sums: ``contrastive`` (the
-            loss), ``accuracy`` (rows whose own target scores highest; an earlier column wins a tie),
-            ``positive_cosine``, ``negative_cosine`` (over the negatives that count; 0 if none is left) and
-            ``effective_rank`` (of queries and targets together).
+            loss), ``accuracy`` (rows whose own target scores highest of all candidates; an earlier column wins a
+            tie), ``positive_cosine``, ``negative_cosine`` (over the in-batch negatives that count; 0 if none is
+            left), with nested widths ``contrastive_<width>`` each (the other metrics are of the largest), with a
+            learned scale ``temperature``, and on request ``effective_rank`` (of queries and targets together).
 
         Raises:
-            ValueError: if the shapes disagree, there are fewer than two pairs, or keys are needed and missing.
+            ValueError: if the shapes disagree, there are fewer than two pairs, keys are needed and missing, or a
+                nested width is larger than the embeddings.
         """
-        excluded = self._excluded(queries, targets, target_keys)
-        unit_queries, unit_targets = _normalize(queries), _normalize(targets)
-        cosines = unit_queries @ unit_targets.T
-        logits = (cosines / self.temperature).masked_fill(excluded, float("-inf"))
-        own = logits.diagonal()
-        loss = (logits.logsumexp(dim=1) - own).mean()
+        self._check(pairs)
+        pairs = replace(pairs, **{name: _widen(getattr(pairs, name)) for name in ("queries", "targets", "negatives")})
+        width = pairs.queries.shape[1]
+        dims, weights = self.matryoshka_dims or (width,), self.matryoshka_weights or (1.0,)
+        losses, metrics = {}, {}
+        for dim in dims:
+            losses[dim], found = self._loss_at(dim, pairs)
+            metrics = found if dim == max(dims) else metrics
+        loss = sum(weight * losses[dim] for dim, weight in zip(dims, weights)) / sum(weights)
+        metrics |= {f"contrastive_{dim}": value.detach() for dim, value in losses.items() if self.matryoshka_dims}
+        if pairs.logit_scale is not None:
+            metrics["temperature"] = (-pairs.logit_scale.detach()).exp()
+        if detailed:
+            metrics["effective_rank"] = effective_rank(_unit(torch.cat([pairs.queries, pairs.targets]), max(dims)))
+        return loss, {"contrastive": loss.detach(), **metrics}
+
+    def _loss_at(self, dim: int, pairs: PairEmbeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics on the first ``dim`` dimensions."""
+        queries, targets = _unit(pairs.queries, dim), _unit(pairs.targets, dim)
+        negatives = None if pairs.negatives is None else _unit(pairs.negatives, dim)
+        temperature = self.temperature if pairs.logit_scale is None else (-pairs.logit_scale).exp()
+
+        def forward(rows: Tensor) -> tuple[Tensor, Tensor]:
+            cosines, excluded = queries[rows] @ targets.T, self._equal_targets(pairs, rows)
+            logits = (cosines / temperature).masked_fill(excluded, float("-inf"))
+            if negatives is not None:
+                hard, missing = self._hard_negatives(pairs, rows, queries, negatives)
+                logits = torch.cat([logits, (hard / temperature).masked_fill(missing, float("-inf"))], dim=1)
+            return _nll(logits, rows), similarity_sums(cosines.detach(), logits.detach(), excluded, rows)
+
+        def backward(rows: Tensor) -> tuple[Tensor, Tensor]:
+            # Equality of targets is mutual: what is excluded of a row is excluded of the column.
+            logits = (targets[rows] @ queries.T / temperature).masked_fill(
+                self._equal_targets(pairs, rows), float("-inf")
+            )
+            return _nll(logits, rows), logits.new_zeros(())
+
+        count = len(queries)
+        loss, sums = _over_blocks(forward, count, queries.device)
+        loss = loss / count
         if self.symmetric:
-            loss = (loss + (logits.logsumexp(dim=0) - own).mean()) / 2
-        with torch.no_grad():
-            metrics = {"contrastive": loss.detach(), **_similarity_metrics(cosines, logits, excluded)}
-            metrics["effective_rank"] = effective_rank(torch.cat([unit_queries, unit_targets]))
-        return loss, metrics
+            loss = (loss + _over_blocks(backward, count, queries.device)[0] / count) / 2
+        return loss, similarity_metrics(sums, count)
 
-    def embedding_gradients(
-        self, queries: Tensor, targets: Tensor, target_keys: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """The loss and its gradients with respect to embeddings that are already cut from their graph.
+    def _equal_targets(self, pairs: PairEmbeddings, rows: Tensor) -> Tensor:
+        """Bool ``(R, P)``: other pairs' targets that count neither as positive nor as negative."""
+        if not self.mask_equal_targets:
+            return torch.zeros(len(rows), len(pairs.queries), dtype=torch.bool, device=rows.device)
+        equal = pairs.target_keys[rows, None] == pairs.target_keys[None, :]
+        equal[torch.arange(len(rows), device=rows.device), rows] = False
+        return equal
 
-        Args:
-            queries, targets, target_keys: as in ``embedding_loss``.
+    def _hard_negatives(
+        self, pairs: PairEmbeddings, rows: Tensor, queries: Tensor, negatives: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines to hard negatives, ``(R, P * K)`` or, of each pair's own, ``(R, K)``; and which are to be left out.
 
-        Returns:
-            ``(loss, query_gradients, target_gradients, metrics)``, detached; gradients are ``(pairs, hidden)``
-            in the loss's precision (float32), so that the caller's cast to the model's dtype is the only one.
-
-        Raises:
-            ValueError: as in ``embedding_loss``.
+        A pair with fewer than K has its other places left out: its row simply has fewer columns.
         """
-        with torch.enable_grad():
-            leaves = [_widen(x.detach()).requires_grad_() for x in (queries, targets)]
-            loss, metrics = self.embedding_loss(*leaves, target_keys)
-            query_gradients, target_gradients = torch.autograd.grad(loss, leaves)
-        return loss.detach(), query_gradients, target_gradients, metrics
+        if self.hard_negatives_shared:
+            cosines = queries[rows] @ negatives.flatten(0, 1).T
+            missing = ~pairs.negative_mask.reshape(1, -1)
+            keys = None if pairs.negative_keys is None else pairs.negative_keys.reshape(1, -1)
+        else:
+            cosines = (queries[rows, None] * negatives[rows]).sum(-1)
+            missing = ~pairs.negative_mask[rows]
+            keys = None if pairs.negative_keys is None else pairs.negative_keys[rows]
+        if self.mask_equal_targets:
+            missing = missing | (keys == pairs.target_keys[rows, None])
+        return cosines, missing
 
-    def _excluded(self, queries: Tensor, targets: Tensor, target_keys: Tensor | None) -> Tensor:
-        """Bool ``(pairs, pairs)``: entries that count neither as positive nor as negative."""
+    def _check(self, pairs: PairEmbeddings) -> None:
+        queries, targets = pairs.queries, pairs.targets
         if queries.dim() != 2 or queries.shape != targets.shape:
             raise ValueError(
                 f"queries have shape {tuple(queries.shape)}, targets {tuple(targets.shape)}: both must be "
                 f"(pairs, hidden) with the same numbers"
             )
-        pairs = queries.shape[0]
-        if pairs < 2:
+        count, width = queries.shape
+        if count < 2:
             raise ValueError(
-                f"{pairs} pair(s) in the step: a contrastive loss needs at least two, as each pair's negatives are "
+                f"{count} pair(s) in the step: a contrastive loss needs at least two, as each pair's negatives are "
                 f"the others; raise contrastive.global_batch_size"
             )
-        if not self.mask_equal_targets:
-            return torch.zeros((pairs, pairs), dtype=torch.bool, device=queries.device)
-        if target_keys is None or tuple(target_keys.shape) != (pairs,):
-            found = None if target_keys is None else tuple(target_keys.shape)
-            raise ValueError(f"mask_equal_targets needs target_keys of shape ({pairs},), found {found}")
-        keys = target_keys.to(queries.device)
-        return (keys[:, None] == keys[None, :]).fill_diagonal_(False)
+        if max(self.matryoshka_dims, default=0) > width:
+            raise ValueError(
+                f"contrastive.matryoshka_dims are {list(self.matryoshka_dims)}, the model's embeddings have {width} "
+                f"dimensions: name none above that"
+            )
+        hard = None if pairs.negatives is None else tuple(pairs.negatives.shape[:2])
+        self._check_rows("negative_mask", pairs.negative_mask, hard, needed=hard is not None)
+        self._check_rows("target_keys", pairs.target_keys, (count,), needed=self.mask_equal_targets)
+        self._check_rows(
+            "negative_keys", pairs.negative_keys, hard, needed=self.mask_equal_targets and hard is not None
+        )
+
+    def _check_rows(self, name: str, found: Tensor | None, shape: tuple[int, ...] | None, *, needed: bool) -> None:
+        if needed and (found is None or tuple(found.shape) != shape):
+            option = "mask_equal_targets needs" if name.endswith("keys") else "hard negatives need"
+            raise ValueError(f"{option} {name} of shape {shape}, found {None if found is None else tuple(found.shape)}")
 
 
-def effective_rank(embeddings: Tensor) -> Tensor:
-    """How many directions the embeddings use: exp of the entropy of their singular values, scaled to sum to 1.
-
-    Between 1 (all on one line: collapse) and ``min(rows, hidden)``. Not centred, so a shared offset lowers it.
-    Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007). Taken from the smaller Gram matrix in float64,
-    which costs less than a decomposition of the rows and keeps small singular values apart from rounding.
-
-    Args:
-        embeddings: float ``(rows, hidden)``.
-
-    Returns:
-        Float32 scalar; NaN where an embedding is not finite or all are zero.
-    """
-    wide = embeddings.detach().double()
-    gram = wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide
-    if not bool(torch.isfinite(gram).all()):
-        # The eigenvalue solver raises on NaN; a bad step must reach the trainer's own check of the loss instead.
-        return torch.full((), float("nan"), device=embeddings.device)
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    shares = singular / singular.sum()
-    return torch.special.entr(shares).sum().exp().float()
+def _over_blocks(
+    block: Callable[[Tensor], tuple[Tensor, Tensor]], count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Sums of what ``block`` returns for each run of rows; nothing of a block stays for the backward pass."""
+    runs = torch.arange(count, device=device).split(ROWS_PER_BLOCK)
+    if len(runs) == 1:
+        return block(runs[0])
+    results = [checkpoint(block, rows, use_reentrant=False, preserve_rng_state=False) for rows in runs]
+    return sum(loss for loss, _ in results), sum(sums for _, sums in results)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _nll(logits: Tensor, own: Tensor) -> Tensor:
+    """Summed cross-entropy of each row's own column."""
+    return (logits.logsumexp(dim=1) - logits.gather(1, own[:, None]).squeeze(1)).sum()
 
 
-def _normalize(x: Tensor) -> Tensor:
-    return F.normalize(_widen(x), dim=-1)
+def _widen(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _similarity_metrics(cosines: Tensor, logits: Tensor, excluded: Tensor) -> dict[str, Tensor]:
-    pairs = cosines.shape[0]
-    negatives = (~excluded).fill_diagonal_(False)
-    rows = torch.arange(pairs, device=cosines.device)
-    return {
-        "accuracy": (logits.argmax(dim=1) == rows).float().mean(),
-        "positive_cosine": cosines.diagonal().mean(),
-        "negative_cosine": (cosines * negatives).sum() / negatives.sum().clamp_min(1),
-    }
+def _unit(x: Tensor, dim: int) -> Tensor:
+    """The first ``dim`` dimensions at length 1; a vector of zeros stays one."""
+    return F.normalize(x[..., :dim], dim=-1)

@@ -28,6 +28,11 @@ def build_objective(stage: str, settings: TrainSettings) -> LocalObjective | Glo
     if stage == "contrastive":
         own = settings.contrastive
         return ContrastiveObjective(
-            temperature=own.temperature, symmetric=own.symmetric, mask_equal_targets=own.mask_equal_targets
+            temperature=own.temperature,
+            symmetric=own.symmetric,
+            mask_equal_targets=own.mask_equal_targets,
+            hard_negatives_shared=own.hard_negatives_shared,
+            matryoshka_dims=own.matryoshka_dims,
+            matryoshka_weights=own.matryoshka_weights,
         )
     raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")

@@ -19,11 +19,23 @@ class GroupStepAdamW(torch.optim.Optimizer):
         params: parameters or groups; FP32.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         adam_w_mode: must be True: decoupled weight decay only (apex's name for the switch).
+        capturable: must be False: its step is no part of a captured graph (megatron-core 0.19 passes the switch).
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, adam_w_mode=True):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.01,
+        adam_w_mode=True,
+        capturable=False,
+    ):
         if not adam_w_mode:
             raise ValueError("GroupStepAdamW decays weights decoupled from the gradient only (adam_w_mode=True)")
+        if capturable:
+            raise ValueError("GroupStepAdamW cannot be captured in a graph (capturable=False)")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()

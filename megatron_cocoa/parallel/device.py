@@ -11,6 +11,9 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +27,9 @@ REQUIRED_NAMES = {
         "current_device device_count set_device synchronize empty_cache current_stream default_stream stream Stream "
         "get_rng_state set_rng_state manual_seed"
     ).split(),
-    "megatron.core.tensor_parallel.random": ["_get_cuda_rng_state", "_set_cuda_rng_state"],
+    "megatron.core.tensor_parallel.random": (
+        "_get_cuda_rng_state _set_cuda_rng_state _MODEL_PARALLEL_RNG_TRACKER_NAME _DATA_PARALLEL_RNG_TRACKER_NAME"
+    ).split(),
     "megatron.core.optimizer": ["Adam", "USING_PYTORCH_OPTIMIZER"],
     "megatron.core.optimizer.distrib_optimizer": ["Adam", "HAVE_APEX_OR_TE"],
     "megatron.core.optimizer.optimizer": ["multi_tensor_applier", "multi_tensor_scale_impl"],
@@ -46,6 +51,11 @@ def device() -> torch.device:
 
 def distributed_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
+
+
+def device_name() -> str | None:
+    """What the driver calls this rank's GPU, such as ``NVIDIA H100 80GB HBM3``; None on the CPU route."""
+    return torch.cuda.get_device_name() if has_gpu() else None
 
 
 def setup_device(local_rank: int) -> torch.device:
@@ -99,11 +109,22 @@ def release_memory() -> None:
 
 def peak_memory_bytes() -> int:
     """Peak memory of this process so far: allocated on the GPU, or resident on the CPU route."""
-    if has_gpu():
-        return torch.cuda.max_memory_allocated()
-    import resource
+    return torch.cuda.max_memory_allocated() if has_gpu() else _process_memory("VmHWM")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def reset_peak_memory() -> int:
+    """Let ``peak_memory_bytes`` count from now on; returns the bytes in use now, by the same measure."""
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _process_memory("VmRSS")
+
+
+def _process_memory(name: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def memory_bytes() -> int:
@@ -126,6 +147,55 @@ def seed_everything(*key: int) -> None:
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint32)[0]) & 0x7FFFFFFF
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+RandomStates = tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]
+
+
+def random_states() -> RandomStates:
+    """All of this rank's random states: the CPU's, the GPU's (None without one), Megatron's tracked ones by name."""
+    from megatron.core import tensor_parallel
+
+    accelerator = torch.cuda.get_rng_state() if has_gpu() else None
+    # The tracker replaces states and never changes them in place; its dictionary it does change.
+    return torch.get_rng_state(), accelerator, dict(tensor_parallel.get_cuda_rng_tracker().get_states())
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Go back to what ``random_states`` returned."""
+    from megatron.core import tensor_parallel
+
+    cpu, accelerator, tracked = states
+    torch.set_rng_state(cpu)
+    if accelerator is not None:
+        torch.cuda.set_rng_state(accelerator)
+    tensor_parallel.get_cuda_rng_tracker().set_states(dict(tracked))
+
+
+@contextmanager
+def random_state(*, differs_over_tensor_parallel: bool) -> Iterator[None]:
+    """What is drawn on the device in this context comes from a random state that Megatron tracks, and moves it on.
+
+    Args:
+        differs_over_tensor_parallel: draw apart on each tensor-parallel rank, or the same on all of them.
+    """
+    from megatron.core.tensor_parallel import random
+
+    names = random._MODEL_PARALLEL_RNG_TRACKER_NAME, random._DATA_PARALLEL_RNG_TRACKER_NAME
+    name = names[0 if differs_over_tensor_parallel else 1]
+    tracker = random.get_cuda_rng_tracker()
+    if has_gpu():
+        with tracker.fork(name):
+            yield
+        return
+    # Megatron's fork warns where the CPU's state moves, which is what has to move here.
+    outside = torch.get_rng_state()
+    torch.set_rng_state(tracker.states_[name])
+    try:
+        yield
+    finally:
+        tracker.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outside)
 
 
 def missing_names() -> list[str]:

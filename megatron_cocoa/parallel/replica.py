@@ -2,8 +2,7 @@
 
 Tensor-, context- and pipeline-parallel ranks of a replica work on the same micro-batches. The first of them reads
 and decodes, and hands them on over groups of its own, on the host, so that this may go on in a thread beside the
-training step: index tensors to all ranks, pixels to the ranks that hold the tower, pixel targets to those that hold the
-image decoder.
+training step: index tensors to all ranks, pictures to the ranks that hold the tower or the image decoder.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megatron_cocoa.parallel import device, topology
 
-Audience = Literal["tower", "decoder"]
+Audience = Literal["tower", "ends"]
 
 
 class ReplicaLink:
@@ -64,7 +63,7 @@ class ReplicaLink:
         Args:
             value: on the reader: on the CPU.
             shape, dtype: of ``value``, known to all ranks.
-            to: ``tower``: ranks of the first pipeline stage; ``decoder``: of the last.
+            to: ``tower``: ranks of the first pipeline stage; ``ends``: of the first and of the last.
         """
         if dist.get_rank() not in self._members[to]:
             return None
@@ -75,7 +74,7 @@ class ReplicaLink:
 
 
 def _rosters() -> dict[int, dict[str, tuple[int, ...]]]:
-    """For each data-parallel rank the ranks of its replica, and those of the tower and the decoder, reader first."""
+    """For each data-parallel rank the ranks of its replica, and those of its first and outer stages, reader first."""
     place = [topology.data_parallel_rank(), topology.is_pipeline_first_stage(), topology.is_pipeline_last_stage()]
     own = torch.tensor(place, dtype=torch.int64, device=device.device())
     places = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -87,6 +86,6 @@ def _rosters() -> dict[int, dict[str, tuple[int, ...]]]:
         rosters[replica] = {
             "all": tuple(ranks),
             "tower": tuple(sorted({ranks[0], *(rank for rank in ranks if table[rank][1])})),
-            "decoder": tuple(sorted({ranks[0], *(rank for rank in ranks if table[rank][2])})),
+            "ends": tuple(sorted({ranks[0], *(rank for rank in ranks if table[rank][1] or table[rank][2])})),
         }
     return rosters

@@ -43,7 +43,7 @@ def bridge_evidence(
     rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in pictures]
     if len(rows) < 2:
         return None
-    builder, options = evaluation_parts(context, image_size=stage.image_size)
+    builder, options = evaluation_parts(context, stage)
     corruption = CorruptionSettings(seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio)
     kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
     own, other = (
@@ -77,7 +77,7 @@ def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> lis
     rows = pool_rows(context, "heldout", limit)
     if not rows or stage.mae_target != "pixels":
         return []
-    builder, options = evaluation_parts(context, image_size=stage.image_size)
+    builder, options = evaluation_parts(context, stage)
     corruption = CorruptionSettings(
         seed=context.settings.seed,
         text_mask_ratio=stage.text_mask_ratio,

@@ -144,7 +144,7 @@ class _Stages:
         self.findings = Findings()
         self.probe = None
         if context.settings.evaluate:
-            self.probe = RetrievalProbe(context, image_size=context.settings.contrastive.image_size)
+            self.probe = RetrievalProbe(context, context.settings.contrastive)
 
     def run(self) -> Findings:
         """Train what is left; the last stage's summary tells whether the run was stopped."""

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_cocoa.checkpoint.initial import load_initial_weights
@@ -17,6 +18,7 @@ from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.parallel.replica import ReplicaLink
+from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.resume import SETTINGS_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
 from megatron_cocoa.recipes.validation import HeldOutValidation
@@ -65,26 +67,38 @@ class StageSummary:
         return cls(folder.name, stage, folder / STAGE_CHECKPOINT, progress, values["statistics"])
 
 
-def build_with_weights(context: RunContext, *, checkpoint: Path | None, with_image_decoder: bool) -> Model:
+def build_with_weights(
+    context: RunContext,
+    *,
+    checkpoint: Path | None,
+    with_image_decoder: bool,
+    learned_temperature: float | None = None,
+) -> Model:
     """The model at the run's layout with its initial weights, not yet wrapped for training.
 
     Args:
         context: of the run.
         checkpoint: weights of the previous stage; None starts where the run starts.
         with_image_decoder: stage ``warmup`` needs it.
+        learned_temperature: see ``TrainSettings.learned_temperature``.
     """
-    model = build_without_weights(context, with_image_decoder=with_image_decoder)
+    model = build_without_weights(
+        context, with_image_decoder=with_image_decoder, learned_temperature=learned_temperature
+    )
     load_initial_weights(model.chunks, context.table, context.weight_source(checkpoint))
     return model
 
 
-def build_without_weights(context: RunContext, *, with_image_decoder: bool) -> Model:
+def build_without_weights(
+    context: RunContext, *, with_image_decoder: bool, learned_temperature: float | None = None
+) -> Model:
     """The model at the run's layout for weights to be loaded into, not yet wrapped for training."""
     return build_model(
         context.architecture,
         context.settings,
         with_image_decoder=with_image_decoder,
         mask_token_id=context.bundle.mask_token_id,
+        learned_temperature=learned_temperature,
     )
 
 
@@ -113,11 +127,12 @@ def run_stage(
     stage_settings, folder = settings.stage(stage), context.output / name
     check_microbatches(context, stage)
     loader = build_loader(context, stage)
-    has_decoder = stage == "warmup"
+    parts = dict(with_image_decoder=stage == "warmup", learned_temperature=settings.learned_temperature(stage))
     if resume_step is None:
-        bare = build_with_weights(context, checkpoint=checkpoint, with_image_decoder=has_decoder)
+        bare = build_with_weights(context, checkpoint=checkpoint, **parts)
     else:
-        bare = build_without_weights(context, with_image_decoder=has_decoder)
+        bare = build_without_weights(context, **parts)
+    add_adapters(context, bare, name)
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
     log = StageLog(
@@ -147,6 +162,7 @@ def run_stage(
         name, stage, folder / STAGE_CHECKPOINT, result.progress, loader.statistics(), stopped=result.stopped
     )
     if result.stopped is None:
+        hand_over_adapters(context, model, folder, checkpoint=checkpoint)
         _hand_over(context, summary, model, replace(info, step=stage_settings.steps, loader=loader.state_dict()))
         if after is not None:
             after(name, model)
@@ -201,7 +217,7 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
     parallel = context.settings.parallel
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
 
-    def make_reader() -> StageLoader:
+    def make_reader(*, defers_all: bool = False) -> StageLoader:
         return StageLoader(
             stage,
             context.settings,
@@ -211,12 +227,13 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
             data_parallel_size=topology.data_parallel_size(),
             pad_to_multiple_of=context.pad_to_multiple_of,
             packs_multiple_of=parallel.pipeline_model_parallel_size if interleaved else 1,
+            defers_all=defers_all,
         )
 
     if parallel.model_parallel_size == 1:
         return make_reader()
     return ReplicaLoader(
-        make_reader,
+        partial(make_reader, defers_all=True),
         ReplicaLink(timeout_minutes=parallel.distributed_timeout_minutes),
         needs_pixels=topology.is_pipeline_first_stage(),
         needs_unit_targets=topology.is_pipeline_last_stage(),

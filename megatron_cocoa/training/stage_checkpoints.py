@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
 from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter
+from megatron_cocoa.model.adapters import merged_adapters
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
 
@@ -54,10 +55,13 @@ class StageCheckpoints:
     def save_best(self, model: Model, info: CheckpointInfo) -> None:
         """Write the weights alone to ``best`` beside the folder, over those of an earlier step; on every rank.
 
+        Adapters are merged in it, so that it is an ordinary checkpoint.
+
         Raises:
             ValueError: if they, or the checkpoint before them, could not be written.
         """
-        save_checkpoint(self.folder.parent / BEST, model.bare_chunks, info, writer=self._writer)
+        with merged_adapters(model):
+            save_checkpoint(self.folder.parent / BEST, model.bare_chunks, info, writer=self._writer)
 
     def load(self, step: int, model: Model, optimizer) -> CheckpointInfo:
         """Fill ``model`` and ``optimizer`` from the checkpoint of ``step``; every rank calls it.

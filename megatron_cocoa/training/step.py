@@ -2,7 +2,8 @@
 
 A local objective is a sum over units: counts are summed over the data-parallel ranks first, then each micro-batch
 is differentiated by itself. A global objective couples all samples of the step: embeddings are computed, gathered
-once, and differentiated; their gradients then flow back per micro-batch (gradient caching, arXiv 2101.06983).
+once, and differentiated; their gradients then flow back per micro-batch (gradient caching, arXiv 2101.06983), under
+the random states of the first pass, so that dropout is the same in both.
 Either way the gradient is that of one process with one big batch, whatever the layout.
 """
 
@@ -21,12 +22,18 @@ from megatron_cocoa.model.schedule import run_microbatches
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import from_last_stage
+from megatron_cocoa.parallel.random_states import RandomStateTape
+from megatron_cocoa.training.gather import gather_pairs, number_of_copies
 
 Metrics = dict[str, float]
 
 
 def forward_backward(
-    model: Model, objective: LocalObjective | GlobalObjective, batches: Sequence[PackedBatch]
+    model: Model,
+    objective: LocalObjective | GlobalObjective,
+    batches: Sequence[PackedBatch],
+    *,
+    detailed: bool = False,
 ) -> Metrics:
     """Accumulate and reduce the gradients of one step.
 
@@ -34,12 +41,13 @@ def forward_backward(
         model: chunks in Megatron's DDP, gradient buffers zeroed.
         objective: of the stage.
         batches: this data-parallel rank's micro-batches.
+        detailed: also take the metrics that cost too much for every step (``GlobalObjective.embedding_loss``).
 
     Returns:
         The step's metrics over the whole global batch, ``loss`` among them; the same on every rank.
     """
     if isinstance(objective, GlobalObjective):
-        metrics = _global_step(model, objective, batches)
+        metrics = _global_step(model, objective, batches, detailed)
     else:
         metrics = _local_step(model, objective, batches)
     return from_last_stage(metrics)
@@ -71,83 +79,71 @@ def sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, float]:
     return dict(zip(names, total.tolist()))
 
 
-def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch]) -> Metrics:
+def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch], detailed: bool) -> Metrics:
     if len(batches) == 1:
-        return _single_pass(model, objective, batches)
-    collected = run_microbatches(model, batches, _collect_embeddings, forward_only=True)
+        return _single_pass(model, objective, batches, detailed)
+    tape = RandomStateTape()
+    collected = run_microbatches(model, batches, _collect, forward_only=True, before_forward=tape.record)
+    tape.end_of_recording()
     gradients: list[Tensor] = []
     metrics: Metrics = {}
     if collected:
-        gradients, metrics = _embedding_gradients(objective, batches, collected)
+        gradients, metrics = _cached_gradients(objective, batches, collected, detailed)
 
     def surrogate(index: int, output: ModelOutput, batch: PackedBatch):
         loss = (output.embeddings.float() * gradients[index]).sum()
+        if output.logit_scale is not None:
+            # In every micro-batch, since gradient reduction may overlap with the last one's backward pass.
+            loss = loss + output.logit_scale * gradients[-1] / (len(batches) * number_of_copies())
         return loss, None
 
-    run_microbatches(model, batches, surrogate)
+    run_microbatches(model, batches, surrogate, before_forward=tape.replay)
+    tape.go_on()
     return metrics
 
 
-def _single_pass(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch]) -> Metrics:
+def _single_pass(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch], detailed: bool) -> Metrics:
     """With one micro-batch a rank, the graph is still there when the embeddings have been gathered."""
 
     def loss_function(index: int, output: ModelOutput, batch: PackedBatch):
-        pairs = [output.embeddings.index_select(0, rows) for rows in (batch.query_rows, batch.target_rows)]
-        loss, metrics = objective.embedding_loss(*(gather_pairs(x) for x in pairs), _keys([batch]))
+        scale = output.logit_scale
+        if scale is not None:
+            # The value as it is, the gradient divided by the ranks that each compute the whole of it.
+            scale = scale.detach() + (scale - scale.detach()) / number_of_copies()
+        pairs = gather_pairs([batch], [output.embeddings], scale)
+        loss, metrics = objective.embedding_loss(pairs, detailed=detailed)
         return loss, {**metrics, "loss": loss.detach()}
 
     returned = run_microbatches(model, batches, loss_function)
-    return {name: float(value) for name, value in returned[0].items()} if returned else {}
+    return _floats(returned[0]) if returned else {}
 
 
-def _collect_embeddings(index: int, output: ModelOutput, batch: PackedBatch):
+def _collect(index: int, output: ModelOutput, batch: PackedBatch):
     embeddings = output.embeddings.detach()
-    return embeddings.sum(), embeddings
+    return embeddings.sum(), (embeddings, output.logit_scale)
 
 
-def _embedding_gradients(
-    objective: GlobalObjective, batches: Sequence[PackedBatch], collected: list[Tensor]
+def _cached_gradients(
+    objective: GlobalObjective,
+    batches: Sequence[PackedBatch],
+    collected: list[tuple[Tensor, Tensor | None]],
+    detailed: bool,
 ) -> tuple[list[Tensor], Metrics]:
-    """Gradient of the global loss for each micro-batch's embeddings, by one exchange over data parallel."""
-    sides = [
-        torch.cat([e.index_select(0, rows.to(e.device)) for e, rows in zip(collected, rows_of)]).float()
-        for rows_of in ([b.query_rows for b in batches], [b.target_rows for b in batches])
-    ]
-    rank, count = parallel_state.get_data_parallel_rank(), sides[0].shape[0]
-    loss, *gradients, metrics = objective.embedding_gradients(*(gather_pairs(x) for x in sides), _keys(batches))
-    own = [g[rank * count : (rank + 1) * count] for g in gradients]
-    per_batch, start = [], 0
-    for embeddings, batch in zip(collected, batches):
-        pairs = len(batch.query_rows)
-        gradient = torch.zeros_like(embeddings, dtype=torch.float32)
-        for rows, side in ((batch.query_rows, own[0]), (batch.target_rows, own[1])):
-            gradient.index_add_(0, rows.to(gradient.device), side[start : start + pairs])
-        per_batch.append(gradient)
-        start += pairs
-    return per_batch, {**{k: float(v) for k, v in metrics.items()}, "loss": float(loss)}
+    """Gradient of the global loss for each micro-batch's embeddings, by one exchange over data parallel.
 
-
-def gather_pairs(x: Tensor) -> Tensor:
-    """Rows of all data-parallel ranks in rank order; gradients reach this rank's own rows only.
-
-    Args:
-        x: ``(pairs_local, hidden)``, the same number on each rank.
-
-    Returns:
-        ``(pairs_global, hidden)``. Every rank computes the whole loss from it, so each owns its rows' gradient.
+    The last entry is the learned scale's, where there is one. All are float32, so that the caller's cast to the
+    model's dtype is the only one.
     """
-    size = parallel_state.get_data_parallel_world_size()
-    if size == 1:
-        return x
-    gathered = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(gathered, x.detach().contiguous(), group=parallel_state.get_data_parallel_group())
-    gathered[parallel_state.get_data_parallel_rank()] = x
-    return torch.cat(gathered)
+    with torch.enable_grad():
+        leaves = [embeddings.float().requires_grad_() for embeddings, _ in collected]
+        scale = collected[0][1]
+        scale = None if scale is None else scale.detach().requires_grad_()
+        pairs = gather_pairs(batches, leaves, scale)
+        loss, metrics = objective.embedding_loss(pairs, detailed=detailed)
+        gradients = torch.autograd.grad(loss, leaves if scale is None else [*leaves, scale])
+    return list(gradients), _floats({**metrics, "loss": loss.detach()})
 
 
-def _keys(batches: Sequence[PackedBatch]) -> Tensor | None:
-    """Integer keys of the step's targets in global order, equal where targets are equal."""
-    if batches[0].target_keys is None:
-        return None
-    return gather_pairs(torch.cat([b.target_keys for b in batches]).to(device.device()))
-
+def _floats(metrics: dict[str, Tensor]) -> Metrics:
+    """By one copy to the host."""
+    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist()))

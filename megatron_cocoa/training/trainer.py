@@ -169,7 +169,8 @@ class _StageTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.schedule.step(increment=1)
-        metrics = forward_backward(self.model, self.objective, batches)
+        is_logged = (progress.step + 1) % self.settings.log_interval == 0
+        metrics = forward_backward(self.model, self.objective, batches, detailed=is_logged)
         applied, grad_norm = _apply(self.optimizer, metrics)
         tokens, skipped_samples = _sum_over_replicas(sum(b.num_tokens for b in batches), self.loader.num_skipped())
         seconds = time.perf_counter() - begun

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 MODULES = (
     "tests.parity.checks",
+    "tests.distributed.adapters",
     "tests.distributed.collectives",
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
+    "tests.distributed.memory",
     "tests.distributed.readers",
     "tests.distributed.resuming",
     "tests.distributed.training",
+    "tests.distributed.gradients",
+    "tests.distributed.caching",
+    "tests.distributed.temperature",
 )
 """Each holds ``CHECKS``: its checks by name."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ MOST_LAUNCHES = 6
 """After as many failures the rest is given up: something is wrong with all of it."""
 
 _results: dict[int, dict[str, dict]] = {}
+
+
+def some_slow(names: Iterable[str], slow: set[str]) -> list:
+    """``names`` as parameters of a test, those in ``slow`` for the opt-in tier."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 def result_of(request: pytest.FixtureRequest, name: str) -> dict:

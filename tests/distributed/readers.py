@@ -45,6 +45,7 @@ def _different_fields(a, b) -> list[str]:
     def same(x, y) -> bool:
         return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y
 
+    a, b = a.materialized(), b.materialized()
     return [name for name, value in vars(a).items() if not same(value, getattr(b, name))]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import CheckpointSettings, OptimizerSettings, ParallelSettings
+from megatron_cocoa.config import AdapterSettings, CheckpointSettings, OptimizerSettings, ParallelSettings
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
 from megatron_cocoa.recipes.stages import run_stage
@@ -25,6 +25,8 @@ STEPS, STOP_AFTER = 10, 4
 OPTIMIZER = OptimizerSettings(adam_eps=1e-4)
 """With the usual 1e-8 Adam makes full steps of rounding where a gradient is zero in exact arithmetic (key biases)."""
 
+NO_ADAPTER = AdapterSettings()
+
 
 class _StopAfter:
     """Asks for a stop at the end of the given step of this process."""
@@ -37,7 +39,9 @@ class _StopAfter:
         return None if self.left else "the test asked for it"
 
 
-def resume_at(stages: tuple[str, ...], first: dict, second: dict, **checkpoint) -> dict:
+def resume_at(
+    stages: tuple[str, ...], first: dict, second: dict, adapter: AdapterSettings = NO_ADAPTER, **checkpoint
+) -> dict:
     """Losses and final weights of stages that run through at ``first``, against stopped ones that end at ``second``."""
     found: dict = {}
     with tempfile.TemporaryDirectory() as own:
@@ -45,9 +49,10 @@ def resume_at(stages: tuple[str, ...], first: dict, second: dict, **checkpoint) 
         dist.broadcast_object_list(shared, src=0)
         write_folders(Path(own))
         for stage in stages:
-            through = _run(Path(own), Path(shared[0]) / f"{stage}-through", stage, [(first, None, None)], **checkpoint)
+            whole = [(first, None, None)]
+            through = _run(Path(own), Path(shared[0]) / f"{stage}-through", stage, whole, adapter, **checkpoint)
             parts = [(first, None, STOP_AFTER), (second, STOP_AFTER, None)]
-            stopped = _run(Path(own), Path(shared[0]) / f"{stage}-stopped", stage, parts, **checkpoint)
+            stopped = _run(Path(own), Path(shared[0]) / f"{stage}-stopped", stage, parts, adapter, **checkpoint)
             found[stage] = {
                 "losses": [through["losses"], stopped["losses"]],
                 "weights_apart": _weights_apart(through["weights"], stopped["weights"]),
@@ -57,13 +62,13 @@ def resume_at(stages: tuple[str, ...], first: dict, second: dict, **checkpoint) 
     return found
 
 
-def _run(own: Path, output: Path, stage: str, parts: list[tuple], **checkpoint) -> dict:
+def _run(own: Path, output: Path, stage: str, parts: list[tuple], adapter: AdapterSettings, **checkpoint) -> dict:
     """One stage in one or several processes' worth of calls; what it leaves behind."""
     kept: list[list[int]] = []
     for degrees, resume_step, stop_after in parts:
         parallel = ParallelSettings(**degrees)
         topology.set_layout(parallel, seed=0)
-        settings = tiny_settings(own, steps=STEPS, parallel=parallel)
+        settings = tiny_settings(own, steps=STEPS, parallel=parallel, adapter=adapter)
         settings = replace(
             settings, output_dir=str(output), checkpoint=CheckpointSettings(**checkpoint), optimizer=OPTIMIZER
         )
@@ -108,12 +113,22 @@ SAME: dict[str, tuple[int, tuple[str, ...], dict, dict]] = {
         _degrees(overlap_grad_reduce=True, overlap_param_gather=True, **_SHARDED), dict(save_interval=3),
     ),
     "resume-tp2-background": (2, ("warmup",), _degrees(tp=2), dict(save_interval=2, asynchronous=True)),
+    "resume-tp2-sp-adapters": (
+        2, ("bridge",), _degrees(tp=2, sequence_parallel=True),
+        dict(save_interval=2, adapter=AdapterSettings(kind="dora", dropout=0.1)),
+    ),
 }
 
-MOVED: dict[str, tuple[int, tuple[str, ...], dict, dict]] = {
+WITHOUT_DROPOUT = AdapterSettings(kind="dora", dropout=0.0)
+"""Masks follow from the place of a rank, so that only a run without them goes on at another layout as it would have."""
+
+MOVED: dict[str, tuple] = {
     "resume-dp2-to-tp2": (2, ("contrastive",), _degrees(**_SHARDED), _degrees(tp=2, **_SHARDED)),
     "resume-tp2-to-pp2": (2, ("warmup",), _degrees(tp=2, **_SHARDED), _degrees(pp=2, **_SHARDED)),
     "resume-pp2-vpp2-to-dp2": (2, ("bridge",), _degrees(pp=2, vpp=2, **_SHARDED), _degrees(**_SHARDED)),
+    "resume-adapters-tp2-to-pp2": (
+        2, ("warmup",), _degrees(tp=2, **_SHARDED), _degrees(pp=2, **_SHARDED), WITHOUT_DROPOUT,
+    ),
     "resume-tp2-pp2-to-dp2-cp2": (
         4, ("warmup",), _degrees(tp=2, pp=2, **_SHARDED), _degrees(cp=2, **_SHARDED),
     ),
@@ -125,7 +140,6 @@ CHECKS = {
         for name, (size, stages, degrees, checkpoint) in SAME.items()
     },
     **{
-        name: Check(size, functools.partial(resume_at, stages, first, second))
-        for name, (size, stages, first, second) in MOVED.items()
+        name: Check(size, functools.partial(resume_at, *how)) for name, (size, *how) in MOVED.items()
     },
 }

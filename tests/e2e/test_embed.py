@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.unit.exported_folders import Folders, write_exported
@@ -26,13 +28,14 @@ def folders(tmp_path_factory) -> Folders:
     ]
     for row in rows:
         row["text"] = row["text"] or ("" if row["image"] else "plain")
-    (folders.root / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # In several row groups, so that a batch of the file is not the whole of it.
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folders.root / "corpus.parquet", row_group_size=10)
     return folders
 
 
 def command(folders: Folders, output: Path, *, ranks: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    arguments = ["--model", folders.exported, "--corpus", folders.root / "corpus.jsonl", "--output", output]
+    arguments = ["--model", folders.exported, "--corpus", folders.root / "corpus.parquet", "--output", output]
     # One item a pass: where a pack ends must not depend on where the run was stopped.
     return [sys.executable, *launch, "tools/embed.py", *map(str, arguments), "--shard-size", "1"]
 
@@ -49,7 +52,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_run_goes_on_to_the_same_files(folders, tmp_path):
-    """Claim: killed in the middle and started again on two ranks, the files are those of a run that was not stopped."""
+    """Claim: killed in the middle of a parquet corpus and started again on two ranks, the files are those of a run
+    that was not stopped."""
     run(command(folders, tmp_path / "whole"))
     wanted = content(tmp_path / "whole")
     output = tmp_path / "killed"
@@ -72,8 +76,8 @@ def test_a_killed_run_goes_on_to_the_same_files(folders, tmp_path):
 def test_export_and_check_from_the_command_line(folders, tmp_path):
     """Claim: the two commands of the documentation work, and the exported files are those of the function."""
     target = tmp_path / "exported"
-    arguments = ["--mcore-path", folders.checkpoint, "--model-path", folders.hf, "--output-path", target]
-    run([sys.executable, "tools/export_embedder.py", *map(str, arguments), "--format", "sentence-transformers"])
+    arguments = ["--mcore-path", folders.checkpoint, "--hf-path", target, "--format", "sentence-transformers"]
+    run([sys.executable, "tools/convert_mcore_to_hf.py", *map(str, arguments), "--verify"])
     assert "9 of 9" in run([sys.executable, "-m", "megatron_cocoa.export.check_golden", str(target)])
     names = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
     assert names == {str(f.relative_to(folders.exported)) for f in folders.exported.rglob("*") if f.is_file()}

@@ -92,7 +92,7 @@ class HuggingFaceResult:
 
     def __init__(self, family: str, samples: str, kind: MaskKind, image_decoder: bool, shape: dict):
         self.config = reference.tiny_config(family, **shape)
-        self.model = reference.tiny_huggingface(self.config)
+        self.model = self.build(self.config)
         self.decoder = reference.ImageDecoderReference(self.model) if image_decoder else None
         generator = torch.Generator().manual_seed(1)
         self.samples = [
@@ -105,6 +105,10 @@ class HuggingFaceResult:
         self.hidden, self.logits, self.positions, self.loss, self.pixels = [], [], [], [], []
         sum(self._run(index, sample, kind) for index, sample in enumerate(self.samples)).backward()
         self.tensors, self.gradients = self._named(lambda p: p.detach()), self._named(_gradient)
+
+    def build(self, config) -> torch.nn.Module:
+        """The model that is run; a subclass may put something on it."""
+        return reference.tiny_huggingface(config)
 
     def _run(self, index: int, sample: reference.Encoded, kind: MaskKind) -> torch.Tensor:
         hidden, positions = reference.run_huggingface(self.model, sample, kind=kind)
@@ -188,15 +192,15 @@ def run_case(case: Case) -> dict[str, float | str]:
         chunk.zero_grad_buffer()
     size, rank = topology.data_parallel_size(), topology.data_parallel_rank()
     mine = make_batches(case, result, size)[rank * case.num_microbatches : (rank + 1) * case.num_microbatches]
-    errors = _compare_heads(model, mine, result)
-    _gather_gradient_shards(model)
+    errors = compare_heads(model, mine, result)
+    gather_gradient_shards(model)
     errors["gradient"], where = _worst_gradient(model, table, result)
     for measure, error in _compare_all_rows(model, mine, result).items():
         errors[measure] = max(errors.get(measure, 0.0), error)
     return _worst_over_ranks(errors, where)
 
 
-def _compare_heads(model: Model, mine: list, result: HuggingFaceResult) -> dict[str, float]:
+def compare_heads(model: Model, mine: list, result: HuggingFaceResult) -> dict[str, float]:
     """Forward and backward as training runs them; what every head returns is compared on the way."""
     errors = dict.fromkeys(MEASURES, 0.0)
     group = parallel_state.get_context_parallel_group()
@@ -254,7 +258,7 @@ def _compare_all_rows(model: Model, mine: list, result: HuggingFaceResult) -> di
     return errors
 
 
-def _gather_gradient_shards(model: Model) -> None:
+def gather_gradient_shards(model: Model) -> None:
     """Under the distributed optimizer a rank's gradient is whole in its shard alone: put the shards together."""
     for chunk in model.chunks:
         if not chunk.ddp_config.use_distributed_optimizer:

@@ -1,6 +1,5 @@
 """CocoaEmbedder and the exported folder, against transformers run as the model card says."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.export.check_golden import check_golden, main
-from megatron_cocoa.export.corpus import read_corpus
-from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
-from megatron_cocoa.export.folder import export_embedder
+from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
 from tests.unit.exported_folders import Folders, write_exported
 
 BATCH_BOUND = 1e-5
@@ -209,17 +206,19 @@ def test_export_replaces_nothing_unasked(folders):
     """Claim: an existing folder stays, unless it may be overwritten, and no half is left beside it."""
     before = sorted(folders.root.iterdir())
     with pytest.raises(ValueError, match="exists"):
-        export_embedder(folders.checkpoint, folders.exported, model_path=folders.hf)
+        export_embedder(folders.checkpoint, folders.exported)
     with pytest.raises(ValueError, match="lacks tokenizer.json"):
-        export_embedder(folders.checkpoint, folders.root / "new", model_path=folders.exported / "1_Pooling")
+        export_embedder(folders.checkpoint, folders.root / "new", companions=folders.exported / "1_Pooling")
     assert sorted(folders.root.iterdir()) == before
 
 
 def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
     """Claim: a folder is exported with the token that it was trained with, and every library then uses that one."""
-    arguments = dict(model_path=folders.hf, bridge_token="<|im_start|>")
-    with pytest.raises(ValueError, match="trained with the bridge token's id"):
-        export_embedder(folders.checkpoint, tmp_path / "refused", **arguments)
+    arguments = dict(options=EmbedderOptions(bridge_token="<|im_start|>"))
+    for golden in (True, False):
+        options = EmbedderOptions(bridge_token="<|im_start|>", golden=golden)
+        with pytest.raises(ValueError, match="trained with the bridge token's id"):
+            export_embedder(folders.checkpoint, tmp_path / "refused", options=options)
     assert not any(tmp_path.iterdir())
     convert_hf_to_mcore(folders.hf, tmp_path / "other", bridge_token="<|im_start|>")
     export_embedder(tmp_path / "other", tmp_path / "exported", **arguments)
@@ -233,65 +232,3 @@ def test_the_package_is_light_to_import():
     """Claim: the package and its settings parser do not wait for torch."""
     code = "import sys, megatron_cocoa, megatron_cocoa.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-
-
-def fake_encode(items):
-    return np.array([[len(item["text"])] for item in items], dtype=np.float32)
-
-
-def test_damaged_shards_are_made_again(tmp_path):
-    """Claim: a shard is kept only if its checksums hold; another corpus or shard size is refused."""
-    rows = "".join(json.dumps({"id": str(i), "text": "x" * (i + 1)}) + "\n" for i in range(7))
-    (tmp_path / "c.jsonl").write_text(rows)
-    corpus = read_corpus(tmp_path / "c.jsonl")
-    plan = ShardPlan(tmp_path / "out", 7, 3)
-    made_from = {"corpus": corpus.fingerprint()}
-    prepare_output(plan, made_from)
-    for rank in range(2):
-        assert embed_shards(corpus, fake_encode, plan, rank=rank, num_ranks=2, say=str) == 0
-    content = {file: file.read_bytes() for file in plan.output.iterdir()}
-    assert embed_shards(corpus, None, plan, say=str) == 3, "all are kept, whatever the number of ranks"
-    damaged = plan.file("embeddings", 1)
-    damaged.write_bytes(content[damaged][:-1] + b"\1")
-    prepare_output(plan, made_from)
-    assert embed_shards(corpus, fake_encode, plan, say=str) == 2
-    assert {file: file.read_bytes() for file in plan.output.iterdir()} == content
-    vectors = np.concatenate([np.load(plan.file("embeddings", shard)) for shard in range(3)])
-    assert vectors.ravel().tolist() == [1, 2, 3, 4, 5, 6, 7]
-    with pytest.raises(ValueError, match="another shard_size.*was 3, is now 2"):
-        prepare_output(ShardPlan(plan.output, 7, 2), made_from)
-    with pytest.raises(ValueError, match="another corpus"):
-        prepare_output(plan, {"corpus": "other"})
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("[1]\n", "row 0 is a list"),
-        ('{"text": "a"}\n{"txt": "b"}\n', r"row 1 has neither text nor image \(columns found: txt\)"),
-        ('{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}\n', "'a' occurs twice"),
-        ('{"text": 3}\n', "column text is a int"),
-        ("{\n", "line 1 is not JSON"),
-        ("\n", "nothing to embed"),
-    ],
-)
-def test_bad_corpora_are_refused(tmp_path, rows, message):
-    """Claim: no row of a corpus is left out in silence."""
-    (tmp_path / "c.jsonl").write_text(rows)
-    with pytest.raises(ValueError, match=message):
-        read_corpus(tmp_path / "c.jsonl")
-
-
-def test_a_corpus_stays_in_its_folder(tmp_path):
-    """Claim: an image path cannot leave the folder of the pictures."""
-    (tmp_path / "c.jsonl").write_text('{"image": "../x.png"}\n')
-    with pytest.raises(ValueError, match="leaves the folder"):
-        read_corpus(tmp_path / "c.jsonl").item(0)
-
-
-def test_a_folder_of_pictures_is_a_corpus(tmp_path):
-    """Claim: pictures are found in subfolders, in order, and other files are left alone."""
-    for name in ("b.png", "a/c.jpg", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        picture(30, 30).save(tmp_path / name, format="PNG")
-    assert [row.row_id for row in read_corpus(tmp_path).rows] == ["a/c.jpg", "b.png"]

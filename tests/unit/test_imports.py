@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "training": BELOW | set(SAME_LAYER),
     "evaluation": BELOW | set(SAME_LAYER),
     "conversion": BELOW | set(SAME_LAYER),
-    "recipes": BELOW | set(SAME_LAYER) | {"training", "evaluation"},
+    "planning": BELOW | {"model"},
+    "recipes": BELOW | set(SAME_LAYER) | {"training", "evaluation", "planning"},
     "embedder": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes"},
     "export": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes", "embedder"},
 }

@@ -97,6 +97,49 @@ def test_every_example_config_parses_over_every_preset(preset, config):
     parse_settings(["--preset", preset, "--config", str(config), *FOLDERS])
 
 
+def test_adapter_targets_as_a_comma_list_and_in_yaml(tmp_path):
+    """Claim: targets are written as people write lists, and an empty list is one."""
+    argv = ["--adapter.kind", "dora", "--adapter.language_targets", "q_proj,v_proj", "--adapter.vision_targets", "[]"]
+    adapter = parse_settings(argv).adapter
+    assert (adapter.language_targets, adapter.vision_targets) == (("q_proj", "v_proj"), ())
+    settings = parse_settings(argv)
+    save_settings(settings, tmp_path / "settings.yaml")
+    assert parse_settings(["--config", str(tmp_path / "settings.yaml")]) == settings
+
+
+def test_published_adapters_are_what_was_published():
+    """Claim: the shipped recipe is DoRA of rank 8, alpha 64, dropout 0.1, gaussian (shared by all three stages)."""
+    config = str(ROOT / "examples" / "configs" / "published_adapters.yaml")
+    adapter = parse_settings(["--preset", "none", "--config", config]).adapter
+    found = (adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.init)
+    assert found == ("dora", 8, 64, 0.1, "gaussian")
+    assert adapter.scaling == 8 and replace(adapter, rslora=True).scaling == pytest.approx(64 / 8**0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--adapter.rank", "16"], "adapter.rank would have no effect: adapter.kind is none, set lora or dora"),
+        (["--adapter.kind", "lora", "--adapter.rank", "0"], "adapter.rank is 0, needs 1 or more"),
+        (["--adapter.kind", "lora", "--adapter.dropout", "1"], "adapter.dropout is 1.0, must lie in [0, 1)"),
+        (["--adapter.kind", "lora", "--adapter.alpha", "-1"], "adapter.alpha is -1.0, must be positive"),
+        (["--adapter.kind", "lora", "--adapter.vision_targets", "q_proj"], "has ['q_proj']: choose from qkv, proj"),
+        (["--adapter.kind", "lora", "--adapter.language_targets", "q_proj,q_proj"], "names a target twice"),
+        (
+            ["--adapter.kind", "lora", "--adapter.language_targets", "[]", "--adapter.vision_targets", "[]"],
+            "neither language_targets nor vision_targets names a module",
+        ),
+        (["--adapter.kind", "dora", "--freeze.vision"], "freeze.vision and adapter.vision_targets"),
+        (["--adapter.kind", "dora", "--optimizer.weight_decay", "0.1"], "set weight_decay to 0"),
+        (["--adapter.knid", "dora"], "did you mean --adapter.kind?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_adapter_settings_are_refused(argv, part):
+    """Claim: settings that contradict each other, or would do nothing, are told before anything starts."""
+    assert part in refusal(*argv)
+
+
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_presets_carry_the_published_recipe(preset):
     """Claim: arXiv 2603.01471's numbers are what a size's preset trains with."""
@@ -331,3 +374,29 @@ def test_limits_of_image_tokens_are_refused_where_they_would_have_no_effect():
         WarmupSettings(image_size=None, **limits)
     with pytest.raises(ValueError, match="need 1 <= min_image_tokens <= max_image_tokens"):
         WarmupSettings(image_size=None, min_image_tokens=9, max_image_tokens=4)
+
+
+def test_lists_of_numbers_are_written_as_people_write_them(tmp_path):
+    """Claim: nested widths come from the command line, from YAML and back from what was saved."""
+    dims = ["--contrastive.matryoshka_dims", "64,32", "--contrastive.matryoshka_weights=[1.0, 0.5]"]
+    settings = parse_settings(dims)
+    assert settings.contrastive.matryoshka_dims == (64, 32) and settings.contrastive.matryoshka_weights == (1.0, 0.5)
+    save_settings(settings, tmp_path / "s.yaml")
+    assert parse_settings(["--preset", "none", "--config", str(tmp_path / "s.yaml")]) == settings
+    assert "a list of numbers" in refusal("--contrastive.matryoshka_dims", "wide")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--contrastive.matryoshka_weights", "1,2"], "2 entries for 0 matryoshka_dims"),
+        (["--contrastive.matryoshka_dims", "8,8"], "each must be 1 or more and occur once"),
+        (["--contrastive.matryoshka_dims", "8", "--contrastive.matryoshka_weights", "0"], "each must be positive"),
+        (["--contrastive.hard_negatives_shared", "false"], "no effect without hard negatives"),
+        (["--contrastive.num_hard_negatives", "-1"], "must not be negative"),
+        (["--contrastive.learnable_temperature", "true", "--contrastive.temperature", "0.001"], "within [0.01, 1.0]"),
+    ],
+)
+def test_contrastive_options_that_contradict_each_other_are_refused(argv, message):
+    """Claim: an option without effect, or outside of its range, ends before the run starts."""
+    assert message in refusal(*argv)

@@ -18,9 +18,9 @@ from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of, convert_hf_to_mcore
 from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf, table_of
+from tests.unit.rewritten import rewrite_checkpoint
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
@@ -47,7 +47,7 @@ def assert_equal_weights(folder, state) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spelling, num_files", [("flat", 1), ("nested", 3)])
+@pytest.mark.parametrize("spelling, num_files", [("flat", 1), ("flat", 3), ("nested", 1), ("nested", 3)])
 def test_round_trip_is_bit_exact(tmp_path, tiny, model_type, tied, dtype, spelling, num_files, monkeypatch):
     """Every tensor of both families comes back, tied and untied, in both spellings, from one file and from several."""
     # Small chunks, so that row blocks and gated halves are cut as in a large model.
@@ -141,19 +141,6 @@ def test_configurations_as_published_are_read():
         config_of({"model_type": "qwen3"}, origin="test")
 
 
-def rewrite(folder, target, change) -> None:
-    """Copy a checkpoint with its tensors changed by ``change``, a function of the dictionary of all of them."""
-    written = shutil.ignore_patterns("*.distcp", ".metadata", "metadata.json", "common.pt")
-    shutil.copytree(folder, target, ignore=written)
-    with TorchDistReader(folder) as reader:
-        tensors = {key: reader.read(key) for key in reader.keys()}
-    change(tensors)
-    with TorchDistWriter(target) as writer:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor, shape=tensor.shape, offset=(0,) * tensor.dim())
-        writer.finish()
-
-
 def test_what_a_folder_cannot_hold_is_left_out_with_a_line(tmp_path, source):
     """Image decoder, optimizer state and trained padding rows: each is said, none is silently lost."""
     convert_hf_to_mcore(source, tmp_path / "m")
@@ -163,7 +150,7 @@ def test_what_a_folder_cannot_hold_is_left_out_with_a_line(tmp_path, source):
         tensors["optimizer.state.exp_avg.language_model.decoder.final_layernorm.weight"] = torch.zeros(32)
         tensors[EMBEDDING][60, 1] = 1
 
-    rewrite(tmp_path / "m", tmp_path / "trained", change)
+    rewrite_checkpoint(tmp_path / "m", tmp_path / "trained", change)
     lines = "\n".join(convert_mcore_to_hf(tmp_path / "trained", tmp_path / "back").left_out)
     assert "1 tensor(s) of image_decoder have no Hugging Face counterpart" in lines
     assert "1 tensor(s) of the optimizer's state" in lines
@@ -211,7 +198,7 @@ def test_layers_that_are_not_stacked_are_read(tmp_path, source):
             for layer, tensor in enumerate(tensors.pop(key)):
                 tensors[key.replace(".layers.", f".layers.{layer}.")] = tensor
 
-    rewrite(tmp_path / "m", tmp_path / "unstacked", unstack)
+    rewrite_checkpoint(tmp_path / "m", tmp_path / "unstacked", unstack)
     convert_mcore_to_hf(tmp_path / "unstacked", tmp_path / "back")
     with HuggingFaceReader(source) as reader:
         assert_equal_weights(tmp_path / "back", {name: reader.get(name) for name in reader.keys()})
@@ -239,7 +226,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, source):
         (misshapen, r"final_layernorm.weight has shape \(31,\), needed \(32,\)"),
         (padded, "non-zero value"),
     ]):  # fmt: skip
-        rewrite(tmp_path / "m", tmp_path / f"bad{number}", change)
+        rewrite_checkpoint(tmp_path / "m", tmp_path / f"bad{number}", change)
         with pytest.raises(ValueError, match=message):
             convert_mcore_to_hf(tmp_path / f"bad{number}", tmp_path / "back")
     assert not (tmp_path / "back").exists() and not placement.leftovers(tmp_path / "back")

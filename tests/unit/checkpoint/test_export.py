@@ -80,14 +80,15 @@ def test_cast_is_recorded_in_the_configuration(tmp_path, small):
 
 
 def test_own_heads_and_extra_rows_are_left_out_with_a_line(tmp_path, small):
-    """What the folder cannot hold is said: the image decoder, and trained rows in the vocabulary's padding."""
+    """What the folder cannot hold is said: image decoder, learned temperature, trained rows of vocabulary padding."""
     source, table, tensors = small
     tensors["image_decoder.proj.weight"] = torch.zeros(2)
+    tensors["logit_scale"] = torch.zeros(1)
     tensors[EMBEDDING] = torch.cat([tensors[EMBEDDING], torch.zeros(4, 32)])
     tensors[EMBEDDING][53] = 1
     report = export_huggingface(tensors.__getitem__, table, tmp_path / "t", source=source, names=tensors)
     first, second = report.left_out
-    assert first.startswith("1 tensor(s) of image_decoder have no Hugging Face counterpart")
+    assert first.startswith("2 tensor(s) of image_decoder, logit_scale have no Hugging Face counterpart")
     assert second.startswith(f"1 non-zero row(s) of {EMBEDDING} beyond the vocabulary's 52")
 
 

@@ -179,3 +179,49 @@ def test_flat_published_configuration_gives_the_same_table(name, tiny):
     )
     ours, needed = NameTable.from_config(flat), NameTable.from_config(nested)
     assert ours.mappings == needed.mappings and ours.tied == needed.tied
+
+
+# Read off Megatron-Bridge's mapping table (NVIDIA-NeMo/Megatron-Bridge, models/qwen_vl/qwen25_vl_bridge.py), written
+# down by hand; L is a layer. Its tower is one rule: visual.** is visual.**, replicated.
+BRIDGE_NAMES = {
+    "language_model.embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+    "language_model.output_layer.weight": ("lm_head.weight",),
+    "language_model.decoder.final_layernorm.weight": ("model.norm.weight",),
+    "language_model.decoder.layers.L.self_attention.linear_qkv.layer_norm_weight":
+        ("model.layers.L.input_layernorm.weight",),
+    "language_model.decoder.layers.L.self_attention.linear_qkv.weight": (
+        "model.layers.L.self_attn.q_proj.weight",
+        "model.layers.L.self_attn.k_proj.weight",
+        "model.layers.L.self_attn.v_proj.weight",
+    ),
+    "language_model.decoder.layers.L.self_attention.linear_qkv.bias": (
+        "model.layers.L.self_attn.q_proj.bias",
+        "model.layers.L.self_attn.k_proj.bias",
+        "model.layers.L.self_attn.v_proj.bias",
+    ),
+    "language_model.decoder.layers.L.self_attention.linear_proj.weight": ("model.layers.L.self_attn.o_proj.weight",),
+    "language_model.decoder.layers.L.mlp.linear_fc1.layer_norm_weight":
+        ("model.layers.L.post_attention_layernorm.weight",),
+    "language_model.decoder.layers.L.mlp.linear_fc1.weight": (
+        "model.layers.L.mlp.gate_proj.weight",
+        "model.layers.L.mlp.up_proj.weight",
+    ),
+    "language_model.decoder.layers.L.mlp.linear_fc2.weight": ("model.layers.L.mlp.down_proj.weight",),
+}  # fmt: skip
+
+
+def test_megatron_bridge_pairs_the_same_names(tied, tiny):
+    """Claim: in NVIDIA's dialect each Megatron name stands for the Hugging Face names, in the order, that
+    Megatron-Bridge's own table gives it, the tower's names are Hugging Face's, and nothing else is there."""
+    config = tiny.config("qwen2_5_vl", tied=tied)
+    found = {m.megatron_name: m for m in NameTable.from_config(config, dialect="megatron-bridge")}
+    wanted = {}
+    for megatron, names in BRIDGE_NAMES.items():
+        if tied and "output_layer" in megatron:
+            continue
+        for layer in range(config.text_config.num_hidden_layers if ".L." in megatron else 1):
+            wanted[megatron.replace(".L.", f".{layer}.")] = tuple(n.replace(".L.", f".{layer}.") for n in names)
+    tower = {name for name in tiny.state(tiny.model("qwen2_5_vl", tied=tied)) if name.startswith("visual.")}
+    wanted |= {name: (name,) for name in tower}
+    assert {name: mapping.hf_names for name, mapping in found.items()} == wanted
+    assert all(found[name].sharding.name == "REPLICATED" for name in tower)

@@ -25,7 +25,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 def by_sample(batches: list[PackedBatch], *, merge: int = 2) -> dict[str, tuple]:
     """What each sample holds, by its name, wherever in whichever pack it lies; names must not occur twice."""
     found: dict[str, tuple] = {}
-    for batch in batches:
+    for batch in (batch.materialized() for batch in batches):
         start, patches, grids = 0, 0, list(batch.grid_thw)
         for name, length in zip(batch.sample_ids, batch.sample_lengths):
             assert name not in found, name

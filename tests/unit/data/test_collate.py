@@ -97,11 +97,10 @@ def test_bridge_pack_records_each_bridge(parts, bundle, mask_kind):
 
 def test_contrastive_pack_lays_pairs_next_to_each_other(parts):
     builder, options = parts
-    samples = []
-    for i, picture in enumerate(PICTURES):
-        samples += [builder.embedding(f"q{i}", picture), builder.embedding(f"t{i}", Content(f"cat {i}"))]
-    batch = collate_contrastive(samples, options)
-    assert batch.sample_ids == ("q0", "t0", "q1", "t1", "q2", "t2", "q3", "t3")
+    rows = [PairRow(f"r{i}", picture, Content(f"cat {i}")) for i, picture in enumerate(PICTURES)]
+    batch = collate_contrastive([sample for row in rows for sample in builder.pair(row)], options)
+    assert batch.sample_ids == tuple(f"r{i}#{side}" for i in range(4) for side in ("query", "target"))
+    assert batch.negative_rows is None and batch.negative_keys is None
     assert batch.query_rows.tolist() == [0, 2, 4, 6] and batch.target_rows.tolist() == [1, 3, 5, 7]
     assert batch.embedding_positions.tolist() == list(batch.bridge_positions)
     assert batch.text_positions is None and batch.unit_positions is None
@@ -159,10 +158,42 @@ def test_target_keys_are_equal_exactly_where_targets_are_equal(parts):
     """Text and pixels both count; the sample's name and its place in the pack do not."""
     builder, options = parts
     targets = [Content("red cat"), Content("red dog"), Content("red cat"), PICTURES[0], PICTURES[1], PICTURES[0]]
-    samples = [
-        builder.embedding(f"{i}", content) for i, target in enumerate(targets) for content in (Content("query"), target)
-    ]
-    keys = collate_contrastive(samples, options).target_keys
+    rows = [PairRow(f"{i}", Content("query"), target) for i, target in enumerate(targets)]
+    keys = collate_contrastive([sample for row in rows for sample in builder.pair(row)], options).target_keys
     assert keys.dtype == torch.int64
     equal = (keys[:, None] == keys[None, :]).tolist()
     assert equal == [[a == b for b in targets] for a in targets]
+
+
+def test_hard_negatives_have_a_place_each_and_keys_like_targets(parts):
+    """Claim: a pair's negatives lie in its own line, missing ones are -1, and equal contents have equal keys."""
+    builder, options = parts
+    cat, dog = Content("red cat"), Content("red dog")
+    rows = [PairRow("a", Content("q"), cat), PairRow("b", Content("q"), dog), PairRow("c", Content("q"), PICTURES[0])]
+    chosen = [[dog, PICTURES[0]], [], [cat]]
+    samples = [sample for row, negatives in zip(rows, chosen) for sample in builder.pair(row, negatives)]
+    batch = collate_contrastive(samples, options, num_hard_negatives=2)
+    assert batch.query_rows.tolist() == [0, 4, 6] and batch.target_rows.tolist() == [1, 5, 7]
+    assert batch.negative_rows.tolist() == [[2, 3], [-1, -1], [8, -1]]
+    assert batch.embedding_positions.numel() == 9 and batch.grid_thw == ((1, 10, 10),) * 2
+    targets, negatives = batch.target_keys.tolist(), batch.negative_keys.tolist()
+    assert negatives == [[targets[1], targets[2]], [0, 0], [targets[0], 0]]
+
+
+@pytest.mark.parametrize("needs", [{}, {"needs_pixels": False}, {"needs_unit_targets": False}])
+def test_deferred_floats_are_those_that_would_have_been_made_at_once(parts, needs):
+    """Claim: deferring changes when floats are made and nothing else, noise and targets of masked units included."""
+    builder, options = parts
+    samples, options = warmup_samples(builder), replace(options, **needs)
+    at_once = collate_warmup(samples, options)
+    deferred = collate_warmup(samples, replace(options, defer_floats=True))
+    assert deferred.pixel_values is None and deferred.unit_targets is None and deferred.num_tokens == at_once.num_tokens
+    assert torch.equal(deferred.unit_positions, at_once.unit_positions)
+    for _ in range(2):
+        made = deferred.to("cpu")
+        assert made.deferred is None
+        for name in ("pixel_values", "unit_targets"):
+            found, wanted = getattr(made, name), getattr(at_once, name)
+            assert (found is None) == (wanted is None) and (found is None or torch.equal(found, wanted)), name
+    poisoned = replace(deferred, pixel_values=torch.full((300, 1), float("nan")))
+    assert torch.isnan(poisoned.to("cpu").pixel_values).all(), "what is set already stays"

@@ -34,6 +34,7 @@ def names_of(batches):
 
 
 def same(a, b):
+    a, b = a.materialized(), b.materialized()
     for field in fields(a):
         x, y = getattr(a, field.name), getattr(b, field.name)
         if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y):
@@ -265,3 +266,14 @@ def test_missing_paths_and_wrong_ranks_are_refused(make, settings):
 def test_random_stream_is_stable_across_versions():
     """A recorded order: a change would silently make old checkpoints resume on another stream."""
     assert [SampleOrder(10, seed=1234, stage="warmup").at(i)[1] for i in range(10)] == RECORDED_ORDER
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_the_first_of_several_packs_holds_its_pixels(make, settings, stage):
+    """Claim: a step of many packs does not hold the pixels of all of them, nor does a step of one defer anything."""
+    first, *others = make(stage).next_step()
+    assert first.pixel_values is not None and first.deferred is None
+    assert others and all(batch.pixel_values is None and batch.unit_targets is None for batch in others)
+    changed = replace(getattr(settings, stage), micro_batch_size=8)
+    (alone,) = make(stage, changed=replace(settings, **{stage: changed})).next_step()
+    assert alone.pixel_values is not None and alone.deferred is None

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_cocoa.data.sources import Content, PairRow, read_bridge_pairs, read_captions, read_pairs
+from megatron_cocoa.data.sources import (
+    Content,
+    PairRow,
+    checked_negatives,
+    read_bridge_pairs,
+    read_captions,
+    read_pairs,
+)
 from tests.unit.data.rows import pair, write_jsonl
 
 GOOD = [{"id": f"g{i}", "image_path": "a.png", "caption": "a cat"} for i in range(97)]
@@ -71,3 +78,46 @@ def test_a_bridge_file_without_text_targets_is_refused(tmp_path):
     row = pair("i2i", qry="<|image_1|>", qry_image_path="a.png", pos_text="<|image_1|>", pos_image_path="b.png")
     with pytest.raises(ValueError, match="no row whose target carries text"):
         read_bridge_pairs(write_jsonl(tmp_path / "b.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("texts", "paths", "wanted"),
+    [
+        (None, None, ()),
+        ("", "", ()),
+        ([], None, ()),
+        ("a dog", "", (Content("a dog"),)),
+        ("a dog", None, (Content("a dog"),)),
+        ("<|image_1|>", "d.png", (Content("<|image_1|>", "d.png"),)),
+        (["a dog", "<|image_1|> a left-over"], None, (Content("a dog"), Content("a left-over"))),
+        (["a dog", ""], ["", ""], (Content("a dog"),)),
+        (["a dog", "<|image_1|>"], ["", "d.png"], (Content("a dog"), Content("<|image_1|>", "d.png"))),
+    ],
+)
+def test_hard_negatives_are_strings_or_lists(texts, paths, wanted):
+    """Claim: both forms of MMEB-train's columns are read; an entry without text and picture is no negative."""
+    assert checked_negatives(texts, paths) == wanted
+
+
+def test_malformed_negatives_drop_the_row_under_a_reason_and_only_where_they_are_asked_for(tmp_path):
+    good = [pair(f"p{i}", qry="what?", pos_text="cat", neg_text="dog") for i in range(80)]
+    bad = [
+        pair("lengths", qry="what?", pos_text="cat", neg_text=["dog", "cow"], neg_image_path=["", "", ""]),
+        pair("place", qry="what?", pos_text="cat", neg_text="no place", neg_image_path="d.png"),
+        pair("type", qry="what?", pos_text="cat", neg_text=[7]),
+    ]
+    path = write_jsonl(tmp_path / "c.jsonl", [*good, *bad])
+    found = read_pairs(path, with_negatives=True)
+    assert found.dropped == {
+        "neg_columns_differ_in_length": 1,
+        "neg_image_without_placeholder": 1,
+        "neg_text_not_text": 1,
+    }
+    assert all(row.negatives == (Content("dog"),) for row in found.rows)
+    without = read_pairs(path)
+    assert without.dropped == {} and len(without.rows) == 83 and not any(row.negatives for row in without.rows)
+
+
+def test_the_source_of_a_row_is_read(tmp_path):
+    rows = [pair("a", qry="what?", pos_text="cat", source="VQA"), pair("b", qry="what?", pos_text="cat")]
+    assert [row.source for row in read_pairs(write_jsonl(tmp_path / "c.jsonl", rows)).rows] == ["VQA", ""]

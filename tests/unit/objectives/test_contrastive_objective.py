@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_cocoa.objectives.contrastive import ContrastiveObjective, effective_rank
+from megatron_cocoa.objectives import PairEmbeddings, contrastive
+from megatron_cocoa.objectives.contrastive import ContrastiveObjective
+from megatron_cocoa.objectives.embedding_metrics import effective_rank
 
 
 def pairs(count: int = 6, hidden: int = 5, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     return tuple(torch.randn(2, count, hidden, generator=generator, dtype=dtype))
+
+
+def loss_of(objective, queries, targets, keys=None, **more):
+    return objective.embedding_loss(PairEmbeddings(queries, targets, keys), **more)
+
+
+def gradients_of(objective, queries, targets, keys=None):
+    """``(loss, d loss / d queries, d loss / d targets, metrics)``."""
+    leaves = [x.detach().clone().requires_grad_() for x in (queries, targets)]
+    loss, metrics = loss_of(objective, *leaves, keys)
+    return loss.detach(), *torch.autograd.grad(loss, leaves), metrics
 
 
 def naive_loss(queries, targets, *, temperature, symmetric, keys=None) -> torch.Tensor:
@@ -38,7 +52,7 @@ def naive_loss(queries, targets, *, temperature, symmetric, keys=None) -> torch.
 def test_plain_loss_equals_cross_entropy_over_cosines():
     """Claim: the default is torch's cross-entropy of cosine / temperature against the diagonal."""
     queries, targets = pairs(dtype=torch.float32)
-    loss, grad_queries, grad_targets, _ = ContrastiveObjective(temperature=0.05).embedding_gradients(queries, targets)
+    loss, grad_queries, grad_targets, _ = gradients_of(ContrastiveObjective(temperature=0.05), queries, targets)
     q, t = queries.clone().requires_grad_(), targets.clone().requires_grad_()
     reference = F.cross_entropy(F.cosine_similarity(q[:, None], t[None], dim=-1) / 0.05, torch.arange(len(q)))
     reference.backward()
@@ -55,7 +69,7 @@ def test_variants_equal_a_naive_loop(symmetric, keys):
     queries, targets = pairs()
     objective = ContrastiveObjective(temperature=0.3, symmetric=symmetric, mask_equal_targets=keys is not None)
     key_tensor = None if keys is None else torch.tensor(keys)
-    loss, grad_queries, grad_targets, _ = objective.embedding_gradients(queries, targets, key_tensor)
+    loss, grad_queries, grad_targets, _ = gradients_of(objective, queries, targets, key_tensor)
     q, t = queries.clone().requires_grad_(), targets.clone().requires_grad_()
     reference = naive_loss(q, t, temperature=0.3, symmetric=symmetric, keys=keys)
     reference.backward()
@@ -71,51 +85,33 @@ def test_gradients_equal_finite_differences(symmetric):
     queries, targets = (x.requires_grad_() for x in pairs(4, 3))
     objective = ContrastiveObjective(temperature=0.5, symmetric=symmetric, mask_equal_targets=True)
     keys = torch.tensor([0, 1, 0, 2])
-    assert torch.autograd.gradcheck(lambda q, t: objective.embedding_loss(q, t, keys)[0], (queries, targets))
-
-
-def test_cached_gradients_equal_backpropagation_through_the_encoder():
-    """Claim: feeding the returned gradients back piece by piece gives the encoder the gradient of one big batch."""
-    queries, targets = pairs(8, 6)
-    encoder = torch.nn.Linear(6, 4).double()
-    objective = ContrastiveObjective(temperature=0.1)
-    objective.embedding_loss(encoder(queries), encoder(targets))[0].backward()
-    whole = encoder.weight.grad.clone()
-    encoder.zero_grad()
-    with torch.no_grad():
-        cached = encoder(queries), encoder(targets)
-    _, grad_queries, grad_targets, _ = objective.embedding_gradients(*cached)
-    for start, stop in ((0, 3), (3, 4), (4, 8)):
-        encoder(queries[start:stop]).backward(grad_queries[start:stop])
-        encoder(targets[start:stop]).backward(grad_targets[start:stop])
-    # Float64; only the order of summation differs.
-    torch.testing.assert_close(encoder.weight.grad, whole, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda q, t: loss_of(objective, q, t, keys)[0], (queries, targets))
 
 
 def test_low_precision_embeddings_are_widened_first():
-    """Claim: BF16 embeddings are normalised and compared in float32, and so are their gradients."""
+    """Claim: BF16 embeddings are normalised and compared in float32."""
     queries, targets = (x.bfloat16() for x in pairs())
     objective = ContrastiveObjective()
-    loss, grad_queries, _, _ = objective.embedding_gradients(queries, targets)
-    wide, *_ = objective.embedding_gradients(queries.float(), targets.float())
-    assert loss.dtype == grad_queries.dtype == torch.float32 and torch.equal(loss, wide)
+    loss, grad_queries, _, _ = gradients_of(objective, queries, targets)
+    wide, *_ = gradients_of(objective, queries.float(), targets.float())
+    assert loss.dtype == torch.float32 and torch.equal(loss, wide) and grad_queries.dtype == torch.bfloat16
 
 
 def test_sharp_temperature_does_not_overflow():
     """Claim: opposite embeddings at a temperature of 0.001 (logits of 1000) stay finite."""
     queries = torch.eye(2).repeat(2, 1) * torch.tensor([1.0, 1.0, -1.0, -1.0])[:, None]
-    loss, grad_queries, grad_targets, _ = ContrastiveObjective(temperature=1e-3).embedding_gradients(queries, -queries)
+    loss, grad_queries, grad_targets, _ = gradients_of(ContrastiveObjective(temperature=1e-3), queries, -queries)
     assert loss.item() == pytest.approx(2000.0)
     assert torch.isfinite(grad_queries).all() and torch.isfinite(grad_targets).all()
 
 
 def test_metrics_tell_separation_from_collapse():
     """Claim: a perfect embedder shows accuracy 1 and full rank, an all-equal one 1 / pairs and rank 1."""
-    perfect = ContrastiveObjective().embedding_loss(torch.eye(6), torch.eye(6))[1]
+    perfect = loss_of(ContrastiveObjective(), torch.eye(6), torch.eye(6), detailed=True)[1]
     assert perfect["accuracy"].item() == 1.0
     assert perfect["positive_cosine"].item() == 1.0 and perfect["negative_cosine"].item() == 0.0
     assert perfect["effective_rank"].item() == pytest.approx(6.0, rel=1e-6)
-    collapsed = ContrastiveObjective().embedding_loss(torch.ones(6, 6), torch.ones(6, 6))[1]
+    collapsed = loss_of(ContrastiveObjective(), torch.ones(6, 6), torch.ones(6, 6), detailed=True)[1]
     assert collapsed["accuracy"].item() == pytest.approx(1 / 6)
     assert collapsed["contrastive"].item() == pytest.approx(math.log(6), rel=1e-6)
     # Rounding of the Gram matrix leaves singular values of about 1e-8 beside the one that counts.
@@ -139,7 +135,7 @@ def test_all_negatives_masked_leaves_a_zero_loss():
     """Claim: where every target is the same, no row has a negative, and nothing becomes NaN."""
     queries, targets = pairs(3, 4)
     objective = ContrastiveObjective(mask_equal_targets=True)
-    loss, grad_queries, _, metrics = objective.embedding_gradients(queries, targets, torch.zeros(3, dtype=torch.int64))
+    loss, grad_queries, _, metrics = gradients_of(objective, queries, targets, torch.zeros(3, dtype=torch.int64))
     assert loss.item() == 0.0 and metrics["negative_cosine"].item() == 0.0
     assert torch.equal(grad_queries, torch.zeros_like(grad_queries))
 
@@ -148,10 +144,130 @@ def test_wrong_inputs_are_refused_with_their_numbers():
     """Claim: shapes, a batch without negatives and missing keys are errors that say what to change."""
     queries, targets = pairs()
     with pytest.raises(ValueError, match=r"\(6, 5\), targets \(5, 5\)"):
-        ContrastiveObjective().embedding_loss(queries, targets[:5])
+        loss_of(ContrastiveObjective(), queries, targets[:5])
     with pytest.raises(ValueError, match="1 pair.*raise contrastive.global_batch_size"):
-        ContrastiveObjective().embedding_loss(queries[:1], targets[:1])
+        loss_of(ContrastiveObjective(), queries[:1], targets[:1])
     with pytest.raises(ValueError, match=r"needs target_keys of shape \(6,\), found None"):
-        ContrastiveObjective(mask_equal_targets=True).embedding_loss(queries, targets)
+        loss_of(ContrastiveObjective(mask_equal_targets=True), queries, targets)
+    with pytest.raises(ValueError, match=r"matryoshka_dims are \[2, 6\], the model's embeddings have 5"):
+        loss_of(ContrastiveObjective(matryoshka_dims=(2, 6)), queries, targets)
+    with pytest.raises(ValueError, match=r"hard negatives need negative_mask of shape \(6, 2\), found None"):
+        pairs_without_mask = PairEmbeddings(queries, targets, negatives=torch.zeros(6, 2, 5))
+        ContrastiveObjective().embedding_loss(pairs_without_mask)
     with pytest.raises(ValueError, match="temperature is 0"):
         ContrastiveObjective(temperature=0)
+
+
+def test_the_effective_rank_is_taken_on_request_only():
+    """Claim: no step pays for an eigendecomposition that nobody asked for."""
+    assert "effective_rank" not in loss_of(ContrastiveObjective(), *pairs())[1]
+    assert "effective_rank" in loss_of(ContrastiveObjective(), *pairs(), detailed=True)[1]
+
+
+def hard_pairs(pairs_count: int = 5, negatives: int = 3, hidden: int = 4) -> PairEmbeddings:
+    """Random pairs in float64; pair 1 has one negative and pair 4 none; some keys are equal."""
+    generator = torch.Generator().manual_seed(11)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
+    mask = torch.ones(pairs_count, negatives, dtype=torch.bool)
+    mask[1, 1:] = False
+    mask[4] = False
+    keys = torch.arange(pairs_count * negatives).reshape(pairs_count, negatives) + 100
+    keys[0, 1], keys[2, 0], keys[3, 2] = 7, 9, 7
+    return PairEmbeddings(
+        queries=draw(pairs_count, hidden),
+        targets=draw(pairs_count, hidden),
+        target_keys=torch.tensor([7, 8, 9, 9, 10]),
+        negatives=draw(pairs_count, negatives, hidden),
+        negative_mask=mask,
+        negative_keys=keys,
+    )
+
+
+def plain_hard_loss(p: PairEmbeddings, *, temperature: float, shared: bool, masked: bool, symmetric: bool):
+    """InfoNCE with hard negatives, candidate by candidate."""
+
+    def score(a, b):
+        return ((a * b).sum() / (a.norm() * b.norm()) / temperature).exp()
+
+    total = 0.0
+    for i in range(len(p.queries)):
+        terms = [score(p.queries[i], p.targets[i])]
+        for j in range(len(p.queries)):
+            if j != i and not (masked and p.target_keys[j] == p.target_keys[i]):
+                terms.append(score(p.queries[i], p.targets[j]))
+            for k in range(p.negative_mask.shape[1]):
+                wanted = p.negative_mask[j, k] and (shared or j == i)
+                if wanted and not (masked and p.negative_keys[j, k] == p.target_keys[i]):
+                    terms.append(score(p.queries[i], p.negatives[j, k]))
+        total = total - (terms[0] / sum(terms)).log()
+    forward = total / len(p.queries)
+    if not symmetric:
+        return forward
+    keys = p.target_keys.tolist() if masked else None
+    backward = naive_loss(p.targets, p.queries, temperature=temperature, symmetric=False, keys=keys)
+    return (forward + backward) / 2
+
+
+@pytest.mark.parametrize("rows_per_block", [256, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_hard_negatives_equal_a_plain_loop(monkeypatch, shared, masked, symmetric, rows_per_block):
+    """Claim: each query's candidates are exactly those that its definition names, in one block of rows or several."""
+    monkeypatch.setattr(contrastive, "ROWS_PER_BLOCK", rows_per_block)
+    p = hard_pairs()
+    objective = ContrastiveObjective(
+        temperature=0.4, symmetric=symmetric, mask_equal_targets=masked, hard_negatives_shared=shared
+    )
+    loss, metrics = objective.embedding_loss(p)
+    wanted = plain_hard_loss(p, temperature=0.4, shared=shared, masked=masked, symmetric=symmetric)
+    leaves = [p.queries, p.targets, p.negatives]
+    # Both sides in float64.
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    for found, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(wanted, leaves)):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert torch.isfinite(metrics["accuracy"]) and metrics["contrastive"] == loss.detach()
+
+
+def test_a_place_without_a_negative_changes_nothing():
+    """Claim: what stands in the place of a missing negative is not read: neither loss nor gradient see it."""
+    p = hard_pairs()
+    loss, _ = ContrastiveObjective(temperature=0.4).embedding_loss(p)
+    gradient = torch.autograd.grad(loss, p.negatives)[0]
+    assert (gradient[~p.negative_mask] == 0).all() and (gradient[p.negative_mask] != 0).any()
+    zeros = replace(p, negatives=p.negatives.detach() * p.negative_mask.unsqueeze(-1))
+    leaf = zeros.negatives.requires_grad_()
+    again, _ = ContrastiveObjective(temperature=0.4).embedding_loss(zeros)
+    assert torch.equal(again, loss) and torch.isfinite(torch.autograd.grad(again, leaf)[0]).all()
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 3.0)])
+def test_matryoshka_is_the_weighted_mean_over_renormalised_widths(weights):
+    """Claim: each width is the plain loss of embeddings cut to it (arXiv 2205.13147), gradients included."""
+    queries, targets = (x.requires_grad_() for x in pairs(6, 8))
+    objective = ContrastiveObjective(temperature=0.3, matryoshka_dims=(8, 3), matryoshka_weights=weights)
+    loss, metrics = loss_of(objective, queries, targets)
+    plain = ContrastiveObjective(temperature=0.3)
+    parts = [loss_of(plain, queries[:, :d], targets[:, :d])[0] for d in (8, 3)]
+    first, second = weights or (1.0, 1.0)
+    wanted = (first * parts[0] + second * parts[1]) / (first + second)
+    torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=0)
+    for leaf in (queries, targets):
+        found, expected = (torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (loss, wanted))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert metrics["contrastive_3"] == parts[1].detach() and metrics["contrastive_8"] == parts[0].detach()
+
+
+def test_a_learned_scale_replaces_the_temperature_and_gets_its_gradient():
+    """Claim: at log(1 / 0.07) the loss is that of temperature 0.07, and its derivative is the finite difference."""
+    queries, targets = pairs()
+
+    def at(scale):
+        return ContrastiveObjective(symmetric=True).embedding_loss(PairEmbeddings(queries, targets, logit_scale=scale))
+
+    scale = torch.tensor(-math.log(0.07), dtype=torch.float64, requires_grad=True)
+    loss, metrics = at(scale)
+    fixed = ContrastiveObjective(temperature=0.07, symmetric=True)
+    torch.testing.assert_close(loss, loss_of(fixed, queries, targets)[0])
+    assert metrics["temperature"].item() == pytest.approx(0.07)
+    assert torch.autograd.gradcheck(lambda s: at(s)[0], (scale,))

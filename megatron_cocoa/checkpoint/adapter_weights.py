@@ -1,0 +1,115 @@
+"""Adapter tensors of a live model: drawn at the start of a stage, gathered at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_cocoa.checkpoint.adapter_mapping import LORA_A, LORA_B
+from megatron_cocoa.checkpoint.live import copy_shard, global_name
+from megatron_cocoa.checkpoint.random_weights import draw
+from megatron_cocoa.checkpoint.tensor_mapping import Mapping
+from megatron_cocoa.config import AdapterSettings
+
+_MARK = "_adapter."
+
+
+def num_parameters(mappings: Sequence[Mapping]) -> int:
+    """Trainable values of all adapters, as peft counts them: unsharded and without padding."""
+    return sum(torch.Size(shape).numel() for mapping in mappings for shape in mapping.hf_shapes)
+
+
+def draw_adapters(
+    chunks: Sequence[nn.Module], mappings: Sequence[Mapping], settings: AdapterSettings, *, seed: int
+) -> None:
+    """Draw A and set B to zero; a function of seed and name alone, whatever the layout. Magnitudes stay as they are.
+
+    Args:
+        chunks: this rank's chunks with adapters attached.
+        mappings: of their adapters.
+        settings: how A is drawn.
+        seed: of the run.
+    """
+
+    def read(mapping: Mapping) -> Tensor | None:
+        if mapping.megatron_name.endswith(LORA_B):
+            return torch.zeros(mapping.megatron_shape)
+        if mapping.megatron_name.endswith(LORA_A):
+            return mapping.merge([_draw(n, s, settings, seed) for n, s in zip(mapping.hf_names, mapping.hf_shapes)])
+        return None
+
+    fill_adapters(chunks, mappings, read)
+
+
+def _draw(name: str, shape: tuple[int, ...], settings: AdapterSettings, seed: int) -> Tensor:
+    """float32 ``(rank, input width)``."""
+    if settings.init == "gaussian":
+        return draw(name, shape, seed=seed, spread=1 / settings.rank)
+    # Uniform from normal by its distribution function, so that there is one source of layout-independent numbers.
+    uniform = torch.special.ndtr(draw(name, shape, seed=seed, spread=1.0))
+    return (2 * uniform - 1) / shape[1] ** 0.5
+
+
+def fill_adapters(
+    chunks: Sequence[nn.Module], mappings: Sequence[Mapping], read: Callable[[Mapping], Tensor | None]
+) -> None:
+    """Copy this rank's part of the whole tensors that ``read`` gives into the adapters; None leaves one as it is.
+
+    Raises:
+        ValueError: if a tensor does not have the shape that its projection needs.
+    """
+    place = dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    for mapping, parameter in _parameters(chunks, mappings):
+        tensor = read(mapping)
+        if tensor is not None:
+            copy_shard(parameter, mapping, tensor.to(parameter.device), **place)
+
+
+def read_from(tensors: dict[str, Tensor]) -> Callable[[Mapping], Tensor]:
+    """For ``fill_adapters``: whole tensors by their Hugging Face names in the flat spelling."""
+    return lambda mapping: mapping.merge([tensors[name] for name in mapping.hf_names])
+
+
+@torch.no_grad()
+def gather_adapters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) -> dict[str, Tensor] | None:
+    """All adapter tensors by their Hugging Face names in the flat spelling, on rank 0's CPU; every rank calls it.
+
+    Returns:
+        Whole tensors in the order of ``mappings`` on rank 0, None on the others.
+
+    Raises:
+        ValueError: if a replicated tensor differs between tensor-parallel ranks, or rows without an adapter or
+            padding are not zero: something has trained that must not.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    mine: dict[str, Tensor] = {}
+    for mapping, parameter in _parameters(chunks, mappings):
+        shards = [torch.empty_like(parameter) for _ in range(group.size())]
+        dist.all_gather(shards, parameter.detach().contiguous(), group=group)
+        parts = mapping.split(mapping.unshard(shards))
+        mine |= {name: part.cpu().contiguous() for name, part in zip(mapping.hf_names, parts)}
+    is_sender = (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+    received: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine if is_sender else {}, received, dst=0)
+    if received is None:
+        return None
+    found = {name: tensor for part in received for name, tensor in part.items()}
+    return {name: found[name] for mapping in mappings for name in mapping.hf_names}
+
+
+def _parameters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) -> Iterator[tuple[Mapping, nn.Parameter]]:
+    by_name = {mapping.megatron_name: mapping for mapping in mappings}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if _MARK in name:
+                yield by_name[global_name(chunk, name)], parameter

@@ -1,0 +1,263 @@
+"""Floating-point operations of a training step, counted from the layout of its packs: what utilisation divides by.
+
+*Useful* operations are those that the mathematics of the step needs: the multiply-adds of linear layers and of
+attention over the query-key pairs that the mask lets through, forward once, and backward where something trains.
+They give model FLOP/s utilisation (MFU, Chowdhery et al., arXiv 2204.02311, appendix B). *Hardware* operations add
+what an implementation chose to repeat or to pad: recomputed layers, the second forward pass of gradient caching, the
+tail of a pack. They give hardware utilisation (HFU).
+
+Not counted in either: norms, activations, rotary positions, softmax, optimizer, the similarity matrix of the
+contrastive loss, and what a kernel recomputes inside (flash attention's scores). Vocabulary and ffn padding, the
+padding of attention buckets, and the tower's pass over an empty pack are work, but not useful work.
+
+Everything is a sum of integers over the pack's host-side layout, so no device is asked. Quantities of several packs
+add up, on one rank or over ranks: sum the ``Workload``, then count once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Literal
+
+from megatron_cocoa.architecture import QwenVLArchitecture, VisionArchitecture
+from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.config import FreezeSettings, RecomputeSettings
+from megatron_cocoa.model.segments import compile_segments
+
+Repeat = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What packs ask of each part of the model. All are counts, so workloads of several packs add up.
+
+    samples:          packed sequences; for pairs, both sides count.
+    tokens:           rows of samples.
+    tail_tokens:      rows after the last sample, which are padding.
+    pairs:            query-key pairs of one language layer, by the exact segments of the mask kind.
+    tail_pairs:       those among tail rows.
+    patches:          patches of all pictures.
+    frame_pairs:      query-key pairs of one tower block that sees whole frames.
+    window_pairs:     those of a block that sees windows; equal to ``frame_pairs`` for a tower without windows.
+    supervised:       rows of the token head.
+    masked_units:     rows of the image decoder's last linear.
+    decoder_tokens, decoder_pairs: rows and pairs of the image decoder's layer: the pack's, where it runs.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    tail_tokens: int = 0
+    pairs: int = 0
+    tail_pairs: int = 0
+    patches: int = 0
+    frame_pairs: int = 0
+    window_pairs: int = 0
+    supervised: int = 0
+    masked_units: int = 0
+    decoder_tokens: int = 0
+    decoder_pairs: int = 0
+
+    @classmethod
+    def of(cls, batch: PackedBatch, vision: VisionArchitecture) -> Workload:
+        """The workload of one whole micro-batch, whatever part of it this rank computes.
+
+        The image decoder counts as running where the batch has unit positions: build batches without them for a
+        model without one. Reads shapes and host-side fields alone.
+        """
+        tail = batch.tail_length
+        table = compile_segments(batch.mask_kind, batch.sample_lengths, batch.bridge_positions)
+        tokens, pairs = table.length, table.num_score_entries()
+        runs_decoder = batch.unit_positions is not None
+        grids = [grid_pairs(tuple(grid), vision) for grid in batch.grid_thw]
+        return cls(
+            samples=len(batch.sample_lengths),
+            tokens=tokens,
+            tail_tokens=tail,
+            pairs=pairs,
+            tail_pairs=tail * tail,
+            patches=batch.num_patches,
+            frame_pairs=sum(frames for frames, _ in grids),
+            window_pairs=sum(windows for _, windows in grids),
+            supervised=0 if batch.text_positions is None else batch.text_positions.shape[0],
+            masked_units=batch.unit_positions.shape[0] if runs_decoder else 0,
+            decoder_tokens=tokens if runs_decoder else 0,
+            decoder_pairs=pairs if runs_decoder else 0,
+        )
+
+    def __add__(self, other: Workload) -> Workload:
+        return Workload(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def counts(self) -> dict[str, int]:
+        """By name, for a reduction over data-parallel ranks; ``from_counts`` is the way back."""
+        return asdict(self)
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, float]) -> Workload:
+        return cls(**{f.name: round(counts[f.name]) for f in fields(cls)})
+
+
+@lru_cache(maxsize=4096)
+def grid_pairs(grid: tuple[int, int, int], vision: VisionArchitecture) -> tuple[int, int]:
+    """Query-key pairs of one head for a picture or video of ``(t, h, w)`` patches: whole frames, and windows.
+
+    Windows cut rows and columns apart, the last of each may be short: the sum of squared window areas is the
+    product of the two sums of squares.
+    """
+    t, h, w = grid
+    frames = t * (h * w) ** 2
+    side = vision.window_units
+    if side is None:
+        return frames, frames
+    merge = vision.spatial_merge_size
+    squares = [sum(min(side, units - at) ** 2 for at in range(0, units, side)) for units in (h // merge, w // merge)]
+    return frames, t * squares[0] * squares[1] * merge**4
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Forward operations of one part, and what its backward computes.
+
+    linear, attention: forward operations.
+    input_gradient:    whether gradients flow through it: once the linears, twice the attention.
+    weight_gradient:   whether its own weights train: once the linears.
+    repeated:          what recompute runs again.
+    """
+
+    name: str
+    linear: int
+    attention: int
+    input_gradient: bool
+    weight_gradient: bool
+    repeated: Repeat = "none"
+
+    @property
+    def forward(self) -> int:
+        return self.linear + self.attention
+
+    @property
+    def backward(self) -> int:
+        linear = self.linear * (self.input_gradient + self.weight_gradient)
+        return linear + 2 * self.attention * self.input_gradient
+
+    @property
+    def recomputed(self) -> int:
+        if not self.input_gradient or self.repeated == "none":
+            return 0
+        return self.forward if self.repeated == "full" else self.attention
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of a step by part; ``useful`` is the numerator of MFU, ``hardware`` that of HFU."""
+
+    parts: tuple[PartFlops, ...]
+    tail: tuple[PartFlops, ...] = ()
+    extra_forward_passes: int = 0
+
+    @property
+    def forward(self) -> int:
+        """Useful operations of one forward pass."""
+        return sum(part.forward for part in self.parts)
+
+    @property
+    def useful(self) -> int:
+        return sum(part.forward + part.backward for part in self.parts)
+
+    @property
+    def hardware(self) -> int:
+        every = self.parts + self.tail
+        once = sum(part.forward + part.backward + part.recomputed for part in every)
+        return once + self.extra_forward_passes * sum(part.forward for part in every)
+
+
+def step_flops(
+    architecture: QwenVLArchitecture,
+    workload: Workload,
+    *,
+    freeze: FreezeSettings = FreezeSettings(),
+    recompute: RecomputeSettings = RecomputeSettings(),
+    extra_forward_passes: int = 0,
+    language_adapter_parameters: int = 0,
+    vision_adapter_parameters: int = 0,
+) -> StepFlops:
+    """Operations of forward and backward over a workload.
+
+    A linear map costs ``2 * rows * inputs * outputs``; its backward as much for the gradient of its input and as
+    much again for that of its weight. Attention costs ``4 * pairs * heads * head_dim``, its backward twice that.
+
+    Args:
+        architecture: the published shapes, without any padding.
+        workload: of one or many packs, on one or all ranks.
+        freeze: frozen parts have no weight gradient; the tower, below which nothing trains, no gradient at all.
+            Through the language model gradients always flow, since the mask token's row trains.
+        recompute: counts towards ``hardware`` alone.
+        extra_forward_passes: 1 where a step runs forward once more without gradients (gradient caching).
+        language_adapter_parameters, vision_adapter_parameters: elements of low-rank adapters (whole model, not
+            sharded) on the linears of all layers; each costs two operations a row, and they train.
+    """
+    vision_trains = not freeze.vision or vision_adapter_parameters > 0
+    tower = _tower(architecture.vision, workload, freeze, recompute.vision, vision_trains)
+    adapters = [
+        PartFlops("vision_adapters", 2 * workload.patches * vision_adapter_parameters, 0, True, True, recompute.vision),
+        PartFlops(
+            "language_adapters", 2 * workload.tokens * language_adapter_parameters, 0, True, True, recompute.language
+        ),
+    ]
+    text, head_rows = architecture.text, workload.supervised
+    train_language = not freeze.language
+    decoder = _decoder_layer(architecture, workload.decoder_tokens, workload.decoder_pairs)
+    unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
+    pixel_head = 2 * workload.masked_units * text.hidden_size * unit_dim
+    layers = [
+        number * text.num_hidden_layers for number in _decoder_layer(architecture, workload.tokens, workload.pairs)
+    ]
+    tail = [
+        number * text.num_hidden_layers
+        for number in _decoder_layer(architecture, workload.tail_tokens, workload.tail_pairs)
+    ]
+    return StepFlops(
+        parts=(
+            *tower,
+            PartFlops("language_layers", *layers, True, train_language, recompute.language),
+            *(part for part in adapters if part.linear),
+            PartFlops("token_head", 2 * head_rows * text.hidden_size * text.vocab_size, 0, True, train_language),
+            PartFlops("image_decoder", decoder[0] + pixel_head, decoder[1], True, True),
+        ),
+        tail=(PartFlops("tail", *tail, True, train_language, recompute.language),),
+        extra_forward_passes=extra_forward_passes,
+    )
+
+
+def _tower(
+    vision: VisionArchitecture, workload: Workload, freeze: FreezeSettings, repeated: Repeat, trains: bool
+) -> tuple[PartFlops, ...]:
+    hidden, patches = vision.hidden_size, workload.patches
+    ffn = (3 if vision.gated else 2) * hidden * vision.intermediate_size
+    num_full = len(vision.fullatt_block_indexes) if vision.window_size is not None else vision.depth
+    pairs = num_full * workload.frame_pairs + (vision.depth - num_full) * workload.window_pairs
+    merged = hidden * vision.merge_unit
+    merger = 2 * (patches // vision.merge_unit) * merged * (merged + vision.out_hidden_size)
+    return (
+        PartFlops("patch_embed", 2 * patches * vision.patch_dim * hidden, 0, False, not freeze.vision),
+        PartFlops(
+            "vision_layers",
+            2 * patches * vision.depth * (4 * hidden * hidden + ffn),
+            4 * pairs * hidden,
+            trains,
+            not freeze.vision,
+            repeated,
+        ),
+        # The merger's norm trains with it, so gradients reach its first linear's input wherever it trains.
+        PartFlops("merger", merger, 0, trains or not freeze.merger, not freeze.merger),
+    )
+
+
+def _decoder_layer(architecture: QwenVLArchitecture, tokens: int, pairs: int) -> tuple[int, int]:
+    """Forward operations of one language layer: linears, attention."""
+    text = architecture.text
+    query = text.num_attention_heads * text.head_dim
+    key_value = text.num_key_value_heads * text.head_dim
+    weights = text.hidden_size * (2 * query + 2 * key_value + 3 * text.intermediate_size)
+    return 2 * tokens * weights, 4 * pairs * query

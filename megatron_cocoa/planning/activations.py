@@ -1,0 +1,201 @@
+"""Bytes that one transformer layer keeps between forward and backward, by recompute mode and kernels.
+
+Derived from the tensors that this project's layers save, one by one: the input of each norm and each linear, the
+qkv projection (the values are a view of it), rotated queries and keys, attention's output and its row statistics,
+the input of the activation. Shape legend: rows of a pack on this rank, h hidden, q and g width of all query and
+all key-value heads, f ffn width, t tensor parallel degree; with sequence parallelism whatever lies outside of
+attention and MLP has rows / t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.config import ModelSettings, ParallelSettings
+from megatron_cocoa.model.transformer_configs import padded_vision_ffn
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What differs between implementations of the same layer.
+
+    fused_norm:       RMSNorm keeps its input as it is (Transformer Engine, torch on a GPU); torch on the CPU keeps
+                      two FP32 copies.
+    attention_copies: attention leaves its output in another order than the pack's, and it is copied (SDPA over
+                      buckets of segments); variable-length kernels write it in place.
+    releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``).
+    """
+
+    fused_norm: bool
+    attention_copies: bool
+    releases_outputs: bool
+
+
+GPU_KERNELS = Kernels(fused_norm=True, attention_copies=False, releases_outputs=True)
+CPU_KERNELS = Kernels(fused_norm=False, attention_copies=True, releases_outputs=False)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer's widths, whole, and how it is cut."""
+
+    hidden: int
+    query: int
+    key_value: int
+    ffn: int
+    heads: int
+    gated: bool
+    rms_norm: bool
+    tensor_parallel: int
+    sequence_parallel: bool
+    context_parallel: int
+    element: int
+    """Bytes of an activation."""
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer for one micro-batch.
+
+    saved:   from forward to backward.
+    rerun:   what its recomputation saves once more while it is differentiated.
+    working: gradients and temporaries at the peak of its backward.
+    """
+
+    saved: int
+    rerun: int
+    working: int
+
+
+def language_shape(architecture: QwenVLArchitecture, model: ModelSettings, parallel: ParallelSettings) -> LayerShape:
+    """Of a language layer, and of the image decoder's."""
+    text = architecture.text
+    return LayerShape(
+        hidden=text.hidden_size,
+        query=text.num_attention_heads * text.head_dim,
+        key_value=text.num_key_value_heads * text.head_dim,
+        ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
+        gated=True,
+        rms_norm=True,
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        context_parallel=parallel.context_parallel_size,
+        element=element_size(model),
+    )
+
+
+def tower_shape(architecture: QwenVLArchitecture, model: ModelSettings, parallel: ParallelSettings) -> LayerShape:
+    """Of a tower layer: never sequence-parallel, and whole pictures under context parallelism."""
+    vision = architecture.vision
+    return LayerShape(
+        hidden=vision.hidden_size,
+        query=vision.hidden_size,
+        key_value=vision.hidden_size,
+        ffn=padded_vision_ffn(architecture, model.vision_ffn_multiple),
+        heads=vision.num_heads,
+        gated=vision.gated,
+        rms_norm=vision.normalization == "RMSNorm",
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        sequence_parallel=False,
+        context_parallel=1,
+        element=element_size(model),
+    )
+
+
+def element_size(model: ModelSettings) -> int:
+    """Bytes of a parameter or activation."""
+    return 2 if model.dtype == "bf16" else 4
+
+
+def layer_memory(
+    shape: LayerShape,
+    rows: int,
+    kernels: Kernels,
+    *,
+    recompute: Recompute,
+    gathers: bool,
+    layers_per_block: int = 1,
+    trains: bool = True,
+) -> LayerMemory:
+    """Memory of one layer.
+
+    Args:
+        shape: widths and degrees.
+        rows: of the pack on this rank (a context-parallel share).
+        kernels: at hand.
+        recompute: of this layer.
+        gathers: keys and values are copied segment by segment, so that the projection need not be kept: the
+            bridged masks everywhere, and under SDPA any segments that cannot be viewed as one block.
+        layers_per_block: layers that one recomputed block holds under ``full``.
+        trains: False where its weights are frozen and gradients pass through it: linears then keep no input.
+    """
+    outside = _rows_outside(shape, rows)
+    residual = outside * shape.hidden * shape.element
+    attention = _attention(shape, rows, kernels, gathers=gathers)
+    rest = 2 * norm_saved(shape, rows, kernels) + 2 * residual + _mlp(shape, rows)
+    if not trains:
+        rest -= 2 * residual + rows * shape.ffn * shape.element // shape.tensor_parallel
+        rest -= 8 * outside * shape.hidden if _is_composite(shape, kernels) else 0
+        attention -= rows * shape.query * shape.element // shape.tensor_parallel if kernels.attention_copies else 0
+    everything = rest + attention
+    working = _working(shape, rows)
+    if recompute == "none":
+        return LayerMemory(everything, 0, working)
+    if recompute == "full":
+        return LayerMemory(-(-residual // layers_per_block), layers_per_block * everything, working)
+    kept = _attention_inputs(shape, rows)
+    return LayerMemory(rest + kept, attention, working)
+
+
+def norm_saved(shape: LayerShape, rows: int, kernels: Kernels) -> int:
+    """Bytes that a norm keeps of its input; its output is the next linear's."""
+    width = 8 if _is_composite(shape, kernels) else shape.element
+    return _rows_outside(shape, rows) * (shape.hidden * width + 4)
+
+
+def _is_composite(shape: LayerShape, kernels: Kernels) -> bool:
+    """Whether the norm is made of FP32 steps: its input, and the normalised one, which only its weight needs."""
+    return shape.rms_norm and not kernels.fused_norm
+
+
+def _rows_outside(shape: LayerShape, rows: int) -> int:
+    return -(-rows // shape.tensor_parallel) if shape.sequence_parallel else rows
+
+
+def _attention(shape: LayerShape, rows: int, kernels: Kernels, *, gathers: bool) -> int:
+    """Values (with the projection that they are a view of), rotated keys and queries, output, row statistics."""
+    exchanged = shape.context_parallel > 1
+    values = shape.key_value if gathers or exchanged else shape.query + 2 * shape.key_value
+    copied = shape.query if kernels.attention_copies or exchanged else 0
+    width = values + shape.key_value + 2 * shape.query + copied
+    return rows * (width * shape.element + 4 * shape.heads) // shape.tensor_parallel
+
+
+def _attention_inputs(shape: LayerShape, rows: int) -> int:
+    """What checkpointed core attention keeps: the projection, queries where they are a copy, and its output."""
+    copied = shape.query if shape.query != shape.key_value else 0
+    width = shape.query + 2 * shape.key_value + copied + shape.query
+    return rows * width * shape.element // shape.tensor_parallel
+
+
+def _mlp(shape: LayerShape, rows: int) -> int:
+    """Gated: the input of SwiGLU, twice as wide, and its output. Plain: input, sigmoid and output."""
+    return rows * 3 * shape.ffn * shape.element // shape.tensor_parallel
+
+
+def _working(shape: LayerShape, rows: int) -> int:
+    """At the activation's backward, when its output is gone: the gradients on both sides and a temporary; or at a
+    weight's gradient, before it is added to the FP32 buffer.
+
+    The residual's gradient and the branch's lie beside it.
+    """
+    width = shape.ffn * shape.element // shape.tensor_parallel
+    wide = 2 if shape.gated else 1
+    activation = rows * width * (wide + 1)
+    first, second = width * wide * shape.hidden - rows * width, width * (shape.hidden + rows)
+    return max(activation, first, second) + 2 * _rows_outside(shape, rows) * shape.hidden * shape.element

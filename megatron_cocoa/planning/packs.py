@@ -1,0 +1,113 @@
+"""How large a micro-batch of a stage is: the sizes that its memory follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.config import TrainSettings
+
+TEXT_TOKENS = 128
+"""Text tokens of a sample where nothing else is known; captions and MMEB's texts are mostly shorter."""
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """Sizes of one micro-batch.
+
+    tokens:       rows, the tail included.
+    patches:      of all pictures.
+    supervised:   rows of the token head.
+    masked_units: rows of the image decoder's last linear.
+    runs_decoder: whether the image decoder runs.
+    embeddings:   rows that are embeddings; two a pair.
+    gathers_text, gathers_pictures: see ``activations.layer_memory``, for language model and tower.
+    reorders:     pixels are copied into window order.
+    """
+
+    tokens: int
+    patches: int
+    supervised: int = 0
+    masked_units: int = 0
+    runs_decoder: bool = False
+    embeddings: int = 0
+    gathers_text: bool = False
+    gathers_pictures: bool = False
+    reorders: bool = False
+
+    @classmethod
+    def of(cls, batch: PackedBatch, architecture: QwenVLArchitecture, *, sdpa: bool) -> PackShape:
+        """Of a batch at hand; ``sdpa`` views equal samples only, variable-length kernels any that do not overlap."""
+        vision = architecture.vision
+        windows = vision.window_units
+        sides = {side // vision.spatial_merge_size for _, h, w in batch.grid_thw for side in (h, w)}
+        ragged = len(set(batch.grid_thw)) > 1 or bool(windows and any(side % windows for side in sides))
+        units = batch.unit_positions
+        return cls(
+            tokens=batch.num_tokens,
+            patches=batch.num_patches,
+            supervised=0 if batch.text_positions is None else batch.text_positions.shape[0],
+            masked_units=0 if units is None else units.shape[0],
+            runs_decoder=units is not None,
+            embeddings=0 if batch.embedding_positions is None else batch.embedding_positions.shape[0],
+            gathers_text=batch.mask_kind.needs_bridge or (sdpa and len(set(batch.sample_lengths)) > 1),
+            gathers_pictures=sdpa and ragged,
+            reorders=windows is not None,
+        )
+
+
+def expected_pack(
+    architecture: QwenVLArchitecture,
+    settings: TrainSettings,
+    stage: str,
+    *,
+    data_parallel_size: int,
+    text_tokens: int = TEXT_TOKENS,
+) -> PackShape:
+    """The largest pack that a stage is expected to meet, under variable-length kernels.
+
+    Every sample holds one picture of the stage's size; where that is None, as much picture as ``data.max_length``
+    leaves room for. In stage ``contrastive`` both sides of each pair do: tasks that retrieve pictures with pictures
+    have them, and a run must not end at the first batch of such a task. A fixed ``data.tokens_per_microbatch``
+    replaces the sum.
+
+    Args:
+        text_tokens: of each sample beside its picture.
+
+    Raises:
+        ValueError: if a sample would be longer than ``data.max_length``, or batch sizes do not divide.
+    """
+    values = settings.stage(stage)
+    samples = values.samples_per_microbatch(data_parallel_size) * (2 if stage == "contrastive" else 1)
+    side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
+    limit = settings.data.max_length
+    units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
+    # A picture stands between a start and an end token.
+    length = units + 2 + text_tokens if values.image_size is not None else limit
+    if length > limit:
+        raise ValueError(
+            f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
+        )
+    supervised, masked_units = 0, 0
+    if stage == "warmup":
+        supervised = round(samples * text_tokens * settings.warmup.text_mask_ratio)
+        masked_units = round(samples * units * settings.warmup.unit_mask_ratio)
+    elif stage == "bridge":
+        supervised = round(samples * text_tokens * settings.bridge.target_mask_ratio)
+    return PackShape(
+        tokens=settings.data.tokens_per_microbatch or samples * length,
+        patches=samples * units * architecture.vision.merge_unit,
+        supervised=supervised,
+        masked_units=masked_units,
+        runs_decoder=stage == "warmup",
+        embeddings=samples if stage == "contrastive" else 0,
+        gathers_text=stage == "bridge",
+        reorders=architecture.vision.window_size is not None,
+    )
+
+
+def largest(packs: Sequence[PackShape]) -> PackShape:
+    """The pack with the most rows of tower and language model together."""
+    return max(packs, key=lambda pack: pack.tokens + pack.patches)

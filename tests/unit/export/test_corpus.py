@@ -1,0 +1,130 @@
+"""A corpus in each of its forms, and the shards that are made of it."""
+
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from megatron_cocoa.export.corpus import Columns, read_corpus
+from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
+
+
+def fake_encode(items):
+    return np.array([[len(item["text"])] for item in items], dtype=np.float32)
+
+
+def test_damaged_shards_are_made_again(tmp_path):
+    """Claim: a shard is kept only if its checksums hold; another corpus or shard size is refused."""
+    rows = "".join(json.dumps({"id": str(i), "text": "x" * (i + 1)}) + "\n" for i in range(7))
+    (tmp_path / "c.jsonl").write_text(rows)
+    corpus = read_corpus(tmp_path / "c.jsonl")
+    plan = ShardPlan(tmp_path / "out", 7, 3)
+    made_from = {"corpus": corpus.fingerprint()}
+    prepare_output(plan, made_from)
+    for rank in range(2):
+        assert embed_shards(corpus, fake_encode, plan, rank=rank, num_ranks=2, say=str) == 0
+    content = {file: file.read_bytes() for file in plan.output.iterdir()}
+    assert embed_shards(corpus, None, plan, say=str) == 3, "all are kept, whatever the number of ranks"
+    damaged = plan.file("embeddings", 1)
+    damaged.write_bytes(content[damaged][:-1] + b"\1")
+    prepare_output(plan, made_from)
+    assert embed_shards(corpus, fake_encode, plan, say=str) == 2
+    assert {file: file.read_bytes() for file in plan.output.iterdir()} == content
+    vectors = np.concatenate([np.load(plan.file("embeddings", shard)) for shard in range(3)])
+    assert vectors.ravel().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="another shard_size.*was 3, is now 2"):
+        prepare_output(ShardPlan(plan.output, 7, 2), made_from)
+    with pytest.raises(ValueError, match="another corpus"):
+        prepare_output(plan, {"corpus": "other"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[1]\n", "row 0 is a list"),
+        ('{"text": "a"}\n{"txt": "b"}\n', r"row 1 has neither text nor image \(columns found: txt\)"),
+        ('{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}\n', "'a' occurs twice"),
+        ('{"text": 3}\n', "column text is a int"),
+        ("{\n", "line 1 is not JSON"),
+        ("\n", "nothing to embed"),
+    ],
+)
+def test_bad_corpora_are_refused(tmp_path, rows, message):
+    """Claim: no row of a corpus is left out in silence."""
+    (tmp_path / "c.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        read_corpus(tmp_path / "c.jsonl")
+
+
+def test_a_corpus_stays_in_its_folder(tmp_path):
+    """Claim: an image path cannot leave the folder of the pictures."""
+    (tmp_path / "c.jsonl").write_text('{"image": "../x.png"}\n')
+    with pytest.raises(ValueError, match="leaves the folder"):
+        read_corpus(tmp_path / "c.jsonl").item(0)
+
+
+def test_a_folder_of_pictures_is_a_corpus(tmp_path):
+    """Claim: pictures are found in subfolders, in order, and other files are left alone."""
+    for name in ("b.png", "a/c.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / name, format="PNG")
+    assert [row.row_id for row in read_corpus(tmp_path).rows] == ["a/c.jpg", "b.png"]
+
+
+ROWS = [
+    {"key": "a", "caption": "one", "picture": "x.png", "other": 1.5},
+    {"key": "b", "caption": "two", "picture": None, "other": None},
+    {"key": "c", "caption": None, "picture": "y.png", "other": 2.5},
+] * 5
+COLUMNS = Columns("key", "caption", "picture")
+
+
+def write_parquet(path, rows, **options):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def test_a_parquet_file_is_the_corpus_that_the_same_lines_are(tmp_path):
+    """Claim: a parquet file, in several row groups and with columns of other names, missing values and further
+    columns, gives the rows, the pictures' folder and the fingerprint of the same rows as JSONL."""
+    rows = [row | {"key": f"{row['key']}{i}"} for i, row in enumerate(ROWS)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_parquet(tmp_path / "c.parquet", rows, row_group_size=4)
+    first, second = (read_corpus(tmp_path / f"c.{form}", columns=COLUMNS) for form in ("jsonl", "parquet"))
+    assert len(first.rows) == 15 and first == second and first.fingerprint() == second.fingerprint()
+    numbered = [{name: row[name] for name in ("caption", "picture")} for row in rows]
+    write_parquet(tmp_path / "n.parquet", numbered)
+    found = read_corpus(tmp_path / "n.parquet", columns=COLUMNS)
+    assert [row.row_id for row in found.rows] == [str(number) for number in range(15)]
+
+
+def test_a_parquet_corpus_goes_on_where_it_was_stopped(tmp_path):
+    """Claim: shards of a parquet corpus that are done are kept, others made, and a changed file is another corpus."""
+    path = write_parquet(tmp_path / "c.parquet", [{"id": i, "text": "x" * (i + 1)} for i in range(7)])
+    plan = ShardPlan(tmp_path / "out", 7, 2)
+    prepare_output(plan, {"corpus": read_corpus(path).fingerprint()})
+    embed_shards(read_corpus(path), fake_encode, plan, rank=1, num_ranks=2, say=str)
+    assert embed_shards(read_corpus(path), fake_encode, plan, say=str) == 2
+    vectors = np.concatenate([np.load(plan.file("embeddings", shard)) for shard in range(4)])
+    assert vectors.ravel().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    write_parquet(path, [{"id": i, "text": "y" * (i + 1)} for i in range(7)])
+    with pytest.raises(ValueError, match="another corpus"):
+        prepare_output(plan, {"corpus": read_corpus(path).fingerprint()})
+
+
+def test_bad_parquet_files_are_refused(tmp_path):
+    """Claim: what is no parquet file, lacks the columns or holds something else than text in them is named."""
+    (tmp_path / "no.parquet").write_bytes(b"PAR1 not a table")
+    with pytest.raises(ValueError, match="no.parquet is not readable parquet"):
+        read_corpus(tmp_path / "no.parquet")
+    for rows, message in (
+        ([{"txt": "a"}], "row 0 has neither text nor image"),
+        ([{"text": "a", "image": {"bytes": b"x", "path": "y.png"}}], "row 0: column image is a dict, needed text"),
+        ([{"text": "a", "id": None}], "row 0: column id is a NoneType"),
+        ([{"text": "a", "id": 1}, {"text": "b", "id": 1}], "the id '1' occurs twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_corpus(write_parquet(tmp_path / "bad.parquet", rows))

@@ -1,0 +1,124 @@
+"""Suggested layouts: they fit, they are possible, and the document shows what is computed today."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_cocoa.config import ParallelSettings
+from megatron_cocoa.model.transformer_configs import check_layout
+from megatron_cocoa.planning.activations import GPU_KERNELS, language_shape, layer_memory
+from megatron_cocoa.planning.memory import HEADROOM, stage_memory
+from megatron_cocoa.planning.packs import expected_pack
+from megatron_cocoa.planning.published import published_architecture
+from megatron_cocoa.planning.schedule import in_flight
+from megatron_cocoa.planning.suggest import suggest
+from megatron_cocoa.planning.tables import GIB, document_tables
+from megatron_cocoa.settings import parse_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+H100 = 79.6 * GIB
+
+
+def settings_of(preset: str, *options: str):
+    return parse_settings([f"--preset={preset}", "--model.path=not-read", "--data.path=not-read", *options])
+
+
+def test_the_document_shows_what_is_computed():
+    """Claim: the tables of docs/layouts.md are those that the code computes now.
+
+    After a change: paste what ``python tools/plan_layout.py --table`` prints between the markers.
+    """
+    text = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    shown = text.partition("<!-- tables: begin -->\n")[2].partition("<!-- tables: end -->")[0]
+    assert shown.strip() == "\n".join(document_tables(settings_of, gpu_bytes=H100)).strip()
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge", "contrastive"])
+@pytest.mark.parametrize("gpus", [8, 64, 512])
+def test_suggestions_fit_and_are_possible(gpus, stage):
+    """Claim: a suggestion passes every check that a run starts with, and leaves the headroom."""
+    architecture = published_architecture("qwen2.5-vl-7b")
+    found = suggest(architecture, settings_of("qwen2.5-vl-7b"), stage, world_size=gpus, gpu_bytes=H100)
+    check_layout(architecture, model=found.settings.model, parallel=found.settings.parallel)
+    assert found.settings.parallel.tensor_model_parallel_size in (1, 2, 4), "28 heads"
+    assert found.settings.stage(stage).num_microbatches(found.data_parallel_size) >= 1
+    pack = expected_pack(architecture, found.settings, stage, data_parallel_size=found.data_parallel_size)
+    again = stage_memory(architecture, found.settings, stage, world_size=gpus, pack=pack)
+    assert tuple(again) == found.memory
+    assert max(rank.total for rank in again) <= (1 - HEADROOM) * H100
+
+
+def test_what_cannot_fit_is_not_suggested():
+    """Claim: 72 billion parameters, with gradients alone 6 bytes each, do not fit on 4 GPUs, and nothing says so."""
+    architecture = published_architecture("qwen2.5-vl-72b")
+    assert suggest(architecture, settings_of("qwen2.5-vl-72b"), "bridge", world_size=4, gpu_bytes=H100) is None
+
+
+def test_in_flight_micro_batches():
+    """Claim: 1F1B holds one more than the stages behind; two virtual chunks fill the first rank with more passes.
+
+    The interleaved figures are Megatron's warm-up count, 2 (p - rank - 1) + (v - 1) p, and the pass that follows.
+    """
+    plain = ParallelSettings(pipeline_model_parallel_size=4)
+    assert [in_flight(plain, pipeline_rank=r, num_microbatches=8) for r in range(4)] == [[(4,)], [(3,)], [(2,)], [(1,)]]
+    assert in_flight(plain, pipeline_rank=0, num_microbatches=2) == [(2,)]
+    virtual = ParallelSettings(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    passes = [max(sum(m) for m in in_flight(virtual, pipeline_rank=r, num_microbatches=8)) for r in range(4)]
+    assert passes == [2 * 3 + 4 + 1, 2 * 2 + 4 + 1, 2 * 1 + 4 + 1, 4 + 1]
+
+
+def test_memory_moves_with_what_saves_it():
+    """Claim: each means of saving memory saves it where it should: recompute, sharded optimizer, TP, SP."""
+    architecture, base = published_architecture("qwen2.5-vl-7b"), settings_of("qwen2.5-vl-7b")
+    shape = language_shape(architecture, base.model, ParallelSettings())
+    saved = [
+        layer_memory(shape, 1000, GPU_KERNELS, recompute=mode, gathers=False).saved
+        for mode in ("none", "selective", "full")
+    ]
+    assert saved[0] > saved[1] > saved[2] == 1000 * 3584 * 2, "full recompute keeps a layer's input alone"
+    memory = {}
+    for name, degrees in {
+        "plain": dict(tensor_model_parallel_size=2),
+        "sharded": dict(tensor_model_parallel_size=2, use_distributed_optimizer=True),
+        "sequence": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+        "wide": dict(tensor_model_parallel_size=4),
+    }.items():
+        settings = replace(base, parallel=ParallelSettings(**degrees))
+        pack = expected_pack(architecture, settings, "bridge", data_parallel_size=4)
+        memory[name] = stage_memory(architecture, settings, "bridge", world_size=8, pack=pack)[0]
+    plain = memory["plain"]
+    assert memory["sharded"].optimizer * 4 == pytest.approx(plain.optimizer, rel=1e-6)
+    assert memory["sequence"].activations < plain.activations
+    assert memory["wide"].gradients == pytest.approx(plain.gradients / 2, rel=0.01)
+
+
+def test_long_samples_are_refused():
+    """Claim: pictures larger than a sample may be are an error with the numbers, not a wrong plan."""
+    architecture = published_architecture("qwen2.5-vl-3b")
+    settings = settings_of("qwen2.5-vl-3b", "--contrastive.image_size=1344")
+    with pytest.raises(ValueError, match="2304 image and 128 text tokens, above data.max_length 2048"):
+        expected_pack(architecture, settings, "contrastive", data_parallel_size=8)
+
+
+def test_the_tool_refuses_28_heads_on_8_ranks(monkeypatch, capsys):
+    """Claim: the command says why a layout is impossible and exits with 2; one that fits exits with 0."""
+    specification = importlib.util.spec_from_file_location("plan_layout", ROOT / "tools" / "plan_layout.py")
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    command = ["plan_layout.py", "--gpus", "8", "--preset", "qwen2.5-vl-7b", "--stages", "bridge"]
+    monkeypatch.setattr(sys, "argv", [*command, "--parallel.tensor_model_parallel_size", "8"])
+    assert tool.main() == 2
+    message = capsys.readouterr().err
+    assert "28 attention heads of the language model are not divisible by tensor parallel size 8" in message
+    monkeypatch.setattr(sys, "argv", command)
+    assert tool.main() == 0
+    printed = capsys.readouterr().out
+    assert "stage bridge: 4 replica(s)" in printed and "suggested: TP2" in printed
+    monkeypatch.setattr(sys, "argv", [*command, "--memory-gib", "24"])
+    assert tool.main() == 1
+    assert "does not fit" in capsys.readouterr().out
