@@ -80,6 +80,7 @@ img { display: block; width: 100%; height: auto; background: var(--picture); bor
 .strip { display: grid; grid-template-columns: minmax(150px, 210px) 1fr; gap: 8px 20px; padding: 14px 0;
   border-bottom: 1px solid var(--rule); align-items: start; }
 .strip:last-of-type { border-bottom: 0; }
+img.wanted { display: inline-block; width: 56px; vertical-align: middle; }
 .query p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .query img { max-width: 104px; }
 .strip ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px;
