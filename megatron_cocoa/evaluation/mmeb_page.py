@@ -174,7 +174,8 @@ def _strips(examples: _Examples, evidence: dict[str, dict[str, Any] | None], kin
     for task, found in evidence.items():
         drawn = [examples.draw(example) for kind in kinds for example in (found or {}).get(kind, ())]
         if drawn:
-            parts.append(f"<details><summary>{text(task)}</summary>{''.join(drawn)}</details>")
+            state = " open" if len(parts) == 1 else ""
+            parts.append(f"<details{state}><summary>{text(task)}</summary>{''.join(drawn)}</details>")
     return parts if len(parts) > 1 else [markup.missing("No examples were recorded.")]
 
 
@@ -182,7 +183,7 @@ def _maps(evidence: dict[str, dict[str, Any] | None]) -> list[str]:
     charts = [
         scatter_chart(
             {"queries": found["map"]["queries"], "right answers": found["map"]["targets"]},
-            title=f"{task}: {100 * found['map']['explained']:.0f}% of the variance",
+            title=f"{task} ({100 * found['map']['explained']:.0f}%)",
         )
         for task, found in evidence.items()
         if found
@@ -190,10 +191,10 @@ def _maps(evidence: dict[str, dict[str, Any] | None]) -> list[str]:
     if not charts:
         return [markup.missing("No vectors were recorded.")]
     told = (
-        "Queries and their right answers on the two principal axes of both together. Two clouds apart show a gap "
-        "between query and target side, one point a model that gives every input the same vector."
+        "Queries and their right answers on the two principal axes of both together, in brackets the share of the "
+        "variance that these show. Two clouds apart show a gap between query and target side, one point a model that gives every input the same vector."
     )
-    return [markup.note(told), f'<div class="panels">{"".join(charts)}</div>']
+    return [markup.note(told), f'<div class="maps">{"".join(charts)}</div>']
 
 
 def _settings(summary: Summary) -> list[str]:

@@ -59,6 +59,8 @@ figure h3 { margin-top: 4px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 12px 28px;
   align-items: start; }
 svg { width: 100%; max-width: 540px; height: auto; display: block; }
+svg.square { max-width: 300px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 18px; }
 svg text { fill: var(--ink); font-size: 12px; font-family: inherit; }
 svg .chart-title { font-size: 14px; font-weight: 600; }
 svg .tick { fill: var(--muted); font-size: 11.5px; }

@@ -42,7 +42,7 @@ def scatter_chart(series: Mapping[str, Sequence[Sequence[float]]], *, title: str
     body.append(f'<rect class="axis" x="1" y="{_HEAD}" width="{SIDE - 2}" height="{SIDE - 2}"/>')
     described = f"{title}: " + ", ".join(f"{len(members)} {name}" for name, members in series.items())
     return (
-        f'<svg viewBox="0 0 {SIDE} {_HEAD + SIDE}" role="img" aria-label="{text(described)}">'
+        f'<svg class="square" viewBox="0 0 {SIDE} {_HEAD + SIDE}" role="img" aria-label="{text(described)}">'
         f"<title>{text(described)}</title>{''.join(body)}</svg>"
     )
 
