@@ -192,7 +192,8 @@ def _maps(evidence: dict[str, dict[str, Any] | None]) -> list[str]:
         return [markup.missing("No vectors were recorded.")]
     told = (
         "Queries and their right answers on the two principal axes of both together, in brackets the share of the "
-        "variance that these show. Two clouds apart show a gap between query and target side, one point a model that gives every input the same vector."
+        "variance that these show. Two clouds apart show a gap between query and target side, one point a model that "
+        "gives every input the same vector."
     )
     return [markup.note(told), f'<div class="maps">{"".join(charts)}</div>']
 
