@@ -84,3 +84,42 @@ def test_mteb_takes_it(encoder):
     assert passed <= set(inspect.signature(encoder.encode).parameters)
     meta = encoder.mteb_model_meta
     assert meta.name == "local/exported" and meta.embed_dim == 64 and meta.modalities == ["text", "image"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is not installed")
+def test_mteb_runs_a_picture_task(encoder, tmp_path):
+    """Claim: mteb scores pairs of pictures with it, and its cosine score is scipy's correlation of our cosines."""
+    import mteb
+    from datasets import Dataset
+    from mteb.abstasks.sts import AbsTaskSTS
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from scipy.stats import spearmanr
+
+    first, second = [picture(i) for i in range(8)], [picture(i // 2) for i in range(8)]
+    scores = [float(i % 5) for i in range(8)]
+
+    class Pairs(AbsTaskSTS):
+        metadata = TaskMetadata(
+            name="LocalPairs",
+            description="Pictures in pairs.",
+            dataset={"path": "local/pairs", "revision": "1"},
+            type="VisualSTS(eng)",
+            category="i2i",
+            modalities=["image"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="cosine_spearman",
+        )
+        column_names = ("image1", "image2")
+        min_score, max_score = 0, 4
+
+        def load_data(self, **kwargs):
+            columns = {"image1": first, "image2": second, "score": scores}
+            self.dataset = {"test": Dataset.from_dict(columns)}
+            self.data_loaded = True
+
+    found = mteb.evaluate(encoder, Pairs(), cache=None, show_progress_bar=False, co2_tracker=False)
+    cosines = encoder.similarity_pairwise(encoder.encode([{"image": first}]), encoder.encode([{"image": second}]))
+    wanted = spearmanr(cosines.numpy(), scores).statistic
+    # A correlation of ranks: equal but for ties that rounding may break.
+    assert found.task_results[0].scores["test"][0]["main_score"] == pytest.approx(wanted, abs=0.05)
