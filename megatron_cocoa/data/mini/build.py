@@ -116,8 +116,10 @@ def _write(root: Path, tasks: Sequence[TaskRows], emojis: Sequence[Emoji]) -> No
     write_jsonl(root / "warmup.jsonl", [_caption_record(emoji) for emoji in trained])
     heldout = [emoji for emoji in emojis if emoji.split == "heldout"]
     write_jsonl(root / "eval_heldout.jsonl", [_caption_record(e) | {"concept": e.concept} for e in heldout])
+    # The source tells tasks apart where a step is to hold pairs of one task alone.
     records = {
-        task.name: [pair_record(f"{task.name}-{i}", pair) for i, pair in enumerate(task.train)] for task in tasks
+        task.name: [pair_record(f"{task.name}-{i}", pair) | {"source": task.name} for i, pair in enumerate(task.train)]
+        for task in tasks
     }
     write_jsonl(root / "bridge.jsonl", records["EmojiCaption_i2t"])
     write_jsonl(root / "contrastive.jsonl", [record for rows in records.values() for record in rows])
