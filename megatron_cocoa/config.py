@@ -598,6 +598,7 @@ class TrainSettings:
         own = self.contrastive
         return own.temperature if stage == "contrastive" and own.learnable_temperature else None
 
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """How a benchmark's texts and pictures are embedded (``tools/evaluate_mmeb.py``); score files record all of it.

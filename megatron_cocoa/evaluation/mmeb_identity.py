@@ -57,4 +57,4 @@ def versions() -> dict[str, Any]:
     """Of the software and the kind of device, for the record."""
     kernels = {name: found for name, found in device.optional_kernels().items() if found}
     found = {name: version(name) for name in PACKAGES} | kernels
-    return {"python": platform.python_version(), **found, "device": device.device_name()}
+    return {"python": platform.python_version(), **found, "device": device.device_name() or "CPU"}

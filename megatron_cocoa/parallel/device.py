@@ -49,11 +49,6 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
 
 
-def device_name() -> str:
-    """The kind of device, for records."""
-    return torch.cuda.get_device_name() if has_gpu() else "CPU"
-
-
 def distributed_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
