@@ -14,8 +14,14 @@ hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
 
 
+def checked(item: pytest.Item) -> str | None:
+    """The check among ``tests/distributed`` and ``tests/parity`` whose result the test waits for."""
+    return item.callspec.params.get("check") if hasattr(item, "callspec") else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, with that reason."""
+    """Tests that wait for ranks come last. Skip what needs a GPU where there is none, with that reason."""
+    items.sort(key=lambda item: checked(item) is not None)
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not needing_gpu:
         return
@@ -24,3 +30,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device is available"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the ranks of the tests that are left once all selection is done."""
+    names = {checked(item) for item in session.items} - {None}
+    if names and not session.config.option.collectonly:
+        from tests.distributed import launch
+
+        launch.start(names)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leave no ranks behind, also where the session was cut short."""
+    if any(checked(item) for item in session.items):
+        from tests.distributed import launch
+
+        launch.stop()

@@ -52,6 +52,11 @@ class SampleBuilder:
         self._max_length = max_length
         self._needs_noise = needs_noise
 
+    @property
+    def max_length(self) -> int:
+        """Tokens per sample."""
+        return self._max_length
+
     def warmup(self, row: CaptionRow, settings: CorruptionSettings, *, epoch: int, step: int = 0) -> PreparedSample:
         """Picture, then caption; both masked. No bridge."""
         content, cut = self._fit(self._encode(Content(IMAGE_TOKEN + row.caption, row.image_path)), reserved=0)

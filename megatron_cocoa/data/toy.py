@@ -48,7 +48,7 @@ class ToyPaths:
 
 
 @dataclass(frozen=True)
-class _Emoji:
+class NamedPicture:
     name: str
     phrases: tuple[str, ...]
     picture: Path
@@ -134,7 +134,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write(root: Path, recipe: dict, sizes: ToyModelSizes) -> None:
-    emojis = _collect()
+    emojis = collect_emojis()
     pairs = root / "pairs"
     (pairs / "images").mkdir(parents=True)
     thumbnails = np.stack([_write_picture(item.picture, pairs / "images") for item in emojis])
@@ -166,7 +166,7 @@ def _write(root: Path, recipe: dict, sizes: ToyModelSizes) -> None:
     (pairs / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _collect() -> list[_Emoji]:
+def collect_emojis() -> list[NamedPicture]:
     """Every emoji that has both a picture and a name, in the order of the picture files."""
     for package, version in PACKAGES.items():
         _require_package(package, version)
@@ -188,7 +188,7 @@ def _collect() -> list[_Emoji]:
         data = names.get(character.replace("\ufe0f", ""))
         if data is not None:
             phrases = _phrases(data)
-            found.append(_Emoji(phrases[0], phrases, picture))
+            found.append(NamedPicture(phrases[0], phrases, picture))
     return found
 
 
@@ -215,7 +215,7 @@ def _phrases(data: dict) -> tuple[str, ...]:
     return tuple(phrase for phrase in phrases.values() if phrase)
 
 
-def _captions(emojis: list[_Emoji], num_tokens: Callable[[str], int]) -> list[str]:
+def _captions(emojis: list[NamedPicture], num_tokens: Callable[[str], int]) -> list[str]:
     least, most = CAPTION_TOKENS
     captions = []
     for item in emojis:

@@ -64,6 +64,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels have shape {pixels.shape} and type {pixels.dtype}, needed uint8 (height, width, 3)")
+    return picture_png(Image.fromarray(pixels))
+
+
+def picture_png(image: Image.Image) -> bytes:
+    """A PNG file of a picture in memory."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

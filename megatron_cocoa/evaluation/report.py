@@ -22,8 +22,8 @@ from megatron_cocoa.evaluation.report_data import (
     ReportData,
     StageCurve,
 )
+from megatron_cocoa.evaluation.report_page import page
 from megatron_cocoa.evaluation.report_pictures import reconstruction_section, strip_section
-from megatron_cocoa.evaluation.report_style import STYLE
 from megatron_cocoa.evaluation.report_table import (
     METHOD_NOTE,
     group_rows,
@@ -36,7 +36,6 @@ from megatron_cocoa.evaluation.svg import DotRow, Mark, curve_chart, dot_chart
 
 __all__ = ["render_report", "render_table"]
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _NOTHING_MEASURED = "No retrieval was measured: evaluate was off, or the data folder has no eval_*.jsonl."
 
 
@@ -59,16 +58,7 @@ def render_report(data: ReportData) -> str:
         ("environment", "Settings and environment", _environment(data)),
         ("credits", "Credits", _credits(data.credits)),
     )
-    menu = "".join(f'<li><a href="#{anchor}">{text(title)}</a></li>' for anchor, title, _ in sections)
-    body = "\n".join(markup.section(anchor, title, *parts) for anchor, title, parts in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{text(_POLICY)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(data.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<header class="page"><h1>{text(data.title)}</h1></header>\n'
-        f'<nav aria-label="Sections"><ul>{menu}</ul></nav>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
-    )
+    return page(data.title, sections)
 
 
 def _summary(data: ReportData) -> list[str]:

@@ -47,15 +47,32 @@ def _trio(item: Reconstruction) -> str:
 
 
 def _strip(strip: RetrievalStrip) -> str:
+    return query_with_candidates(
+        strip.candidates,
+        query_text=strip.query_text,
+        query_png=strip.query_png,
+        rank=strip.rank,
+        num_candidates=strip.num_candidates,
+    )
+
+
+def query_with_candidates(
+    candidates: Sequence[StripCandidate],
+    *,
+    query_text: str,
+    query_png: bytes | None,
+    rank: float,
+    num_candidates: int,
+) -> str:
+    """A query and its nearest candidates, best first, as HTML; ``rank`` is the right answer's, from 1."""
     query = []
-    if strip.query_png is not None:
-        query.append(picture(strip.query_png, f"query picture {strip.query_text}".strip()))
-    if strip.query_text:
-        query.append(f'<p><bdi dir="auto">{text(strip.query_text)}</bdi></p>')
-    found = "" if any(c.right for c in strip.candidates) else "not shown; "
-    place = f"right answer: {found}rank {strip.rank:g} of {strip.num_candidates}"
-    query.append(note(place))
-    shown = "".join(_candidate(candidate) for candidate in strip.candidates)
+    if query_png is not None:
+        query.append(picture(query_png, f"query picture {query_text}".strip()))
+    if query_text:
+        query.append(f'<p><bdi dir="auto">{text(query_text)}</bdi></p>')
+    found = "" if any(c.right for c in candidates) else "not shown; "
+    query.append(note(f"right answer: {found}rank {rank:g} of {num_candidates}"))
+    shown = "".join(_candidate(candidate) for candidate in candidates)
     return f'<div class="strip"><div class="query">{"".join(query)}</div><ol>{shown}</ol></div>'
 
 

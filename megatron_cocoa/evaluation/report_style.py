@@ -59,6 +59,8 @@ figure h3 { margin-top: 4px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 12px 28px;
   align-items: start; }
 svg { width: 100%; max-width: 540px; height: auto; display: block; }
+svg.square { max-width: 300px; }
+.maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 18px; }
 svg text { fill: var(--ink); font-size: 12px; font-family: inherit; }
 svg .chart-title { font-size: 14px; font-weight: 600; }
 svg .tick { fill: var(--muted); font-size: 11.5px; }
@@ -80,6 +82,7 @@ img { display: block; width: 100%; height: auto; background: var(--picture); bor
 .strip { display: grid; grid-template-columns: minmax(150px, 210px) 1fr; gap: 8px 20px; padding: 14px 0;
   border-bottom: 1px solid var(--rule); align-items: start; }
 .strip:last-of-type { border-bottom: 0; }
+img.wanted { display: inline-block; width: 56px; vertical-align: middle; }
 .query p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .query img { max-width: 104px; }
 .strip ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px;

@@ -46,10 +46,10 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
     parallel.data_parallel_size(launch.world_size)
     target = device.setup_device(launch.local_rank)
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "localhost")
-        os.environ.setdefault("MASTER_PORT", "29531")
         dist.init_process_group(
             device.distributed_backend(),
+            # A lone process needs no meeting place, and a fixed port would keep two of them from running at once.
+            store=dist.HashStore() if launch.world_size == 1 and "MASTER_ADDR" not in os.environ else None,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),

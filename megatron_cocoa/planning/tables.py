@@ -97,6 +97,8 @@ def plan_lines(
         f"stage {stage}: {replicas} replica(s), packs of {pack.tokens} tokens and {pack.patches} patches, "
         f"{settings.stage(stage).num_microbatches(replicas)} micro-batch(es)"
     ]
+    if settings.adapter.is_used:
+        lines.append("  adapters are not counted: the figures are those of full training, which needs more")
     for rank in memory:
         parts = (rank.parameters, rank.gradients, rank.optimizer, rank.activations, rank.transient, rank.total)
         lines.append(

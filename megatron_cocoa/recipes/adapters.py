@@ -17,28 +17,30 @@ from megatron_cocoa.recipes.context import RunContext
 FOLDER = "adapter"
 
 
-def add_adapters(context: RunContext, model: Model, stage: str) -> int:
+def add_adapters(context: RunContext, model: Model, stage: str) -> tuple[int, int]:
     """Put freshly drawn adapters on a bare model whose weights are loaded; nothing without ``adapter.kind``.
 
     Returns:
-        Trainable values of all adapters of the model; the image decoder and the mask token's row train beside them.
+        Trainable values of all adapters on the language model and on the tower, over all ranks; the image decoder and
+        the mask token's row train beside them.
 
     Raises:
         ValueError: if the targets do not fit the model.
     """
     settings = context.settings
     if not settings.adapter.is_used:
-        return 0
+        return 0, 0
     attach_adapters(model, settings, mask_token_id=context.bundle.mask_token_id)
     mappings = adapter_mappings(context.table, settings.adapter)
     draw_adapters(model.bare_chunks, mappings, settings.adapter, seed=settings.seed)
+    language = num_parameters(tuple(m for m in mappings if m.megatron_name.startswith("language_model.")))
     count = num_parameters(mappings)
     if topology.is_first_rank():
         share = count / num_parameters(tuple(context.table))
         modules = len({name.rpartition(".lora_")[0] for mapping in mappings for name in mapping.hf_names})
         what = f"{settings.adapter.kind} adapters of rank {settings.adapter.rank} on {modules} modules"
         print(f"Stage {stage}: {what} train {count:,} values, {share:.2%} of the model's", flush=True)
-    return count
+    return language, count - language
 
 
 def hand_over_adapters(context: RunContext, model: Model, folder: Path, *, checkpoint: Path | None) -> None:

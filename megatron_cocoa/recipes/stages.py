@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_cocoa.checkpoint.initial import load_initial_weights
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
 from megatron_cocoa.config import TrainSettings
@@ -16,7 +18,7 @@ from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
-from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.replica import ReplicaLink
 from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
@@ -28,6 +30,7 @@ from megatron_cocoa.training.log import StageLog
 from megatron_cocoa.training.progress import Progress
 from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.stopping import StopWatch
+from megatron_cocoa.training.throughput import SpeedMeter
 from megatron_cocoa.training.trainer import StageKeeping, train_stage
 
 SUMMARY_FILE = "summary.json"
@@ -132,7 +135,7 @@ def run_stage(
         bare = build_with_weights(context, checkpoint=checkpoint, **parts)
     else:
         bare = build_without_weights(context, **parts)
-    add_adapters(context, bare, name)
+    meter = _speed_meter(context, *add_adapters(context, bare, name))
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
     log = StageLog(
@@ -154,6 +157,7 @@ def run_stage(
             log=log,
             keeping=_keeping(settings, folder, info, resume_step, stop),
             validation=_validation(context, stage),
+            meter=meter,
         )
     finally:
         log.close()
@@ -191,6 +195,17 @@ def _keeping(
         save_interval=checkpoint.save_interval,
         resume_step=resume_step,
         stop=stop,
+    )
+
+
+def _speed_meter(context: RunContext, language_adapters: int, vision_adapters: int) -> SpeedMeter:
+    return SpeedMeter(
+        context.architecture,
+        context.settings,
+        num_gpus=dist.get_world_size(),
+        device_name=device.device_name(),
+        language_adapter_parameters=language_adapters,
+        vision_adapter_parameters=vision_adapters,
     )
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
 _NOT_IN_BAR = frozenset(
-    "seconds lr tokens samples_per_second tokens_per_second_per_rank skipped_samples data_wait memory_gib".split()
+    "seconds lr tokens tokens_per_second_per_gpu samples_per_second_per_gpu tflops_per_second_per_gpu hfu "
+    "skipped_samples data_wait memory_gib".split()
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.config import FreezeSettings, TrainSettings
 from megatron_cocoa.model.flops import Workload, step_flops
 from megatron_cocoa.parallel.peak_flops import peak_flops
 
@@ -54,7 +54,8 @@ class SpeedMeter:
         flops = step_flops(
             self.architecture,
             workload,
-            freeze=self.settings.freeze,
+            # With adapters every pretrained weight is frozen, whatever ``freeze`` says.
+            freeze=FreezeSettings(True, True, True) if self.settings.adapter.is_used else self.settings.freeze,
             recompute=self.settings.recompute,
             extra_forward_passes=extra_forward_passes,
             language_adapter_parameters=self.language_adapter_parameters,

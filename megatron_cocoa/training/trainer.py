@@ -16,6 +16,7 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.config import StageSettings, TrainSettings
 from megatron_cocoa.model.build import Model
+from megatron_cocoa.model.flops import Workload
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
@@ -24,6 +25,7 @@ from megatron_cocoa.training.progress import Progress
 from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.step import Metrics, forward_backward
 from megatron_cocoa.training.stopping import StopWatch
+from megatron_cocoa.training.throughput import SpeedMeter
 
 
 class Loader(Protocol):
@@ -102,6 +104,7 @@ def train_stage(
     log: Log,
     keeping: StageKeeping | None = None,
     validation: Validation | None = None,
+    meter: SpeedMeter | None = None,
 ) -> StageResult:
     """Run a stage's optimizer steps, with a fresh optimizer or from a checkpoint of the stage.
 
@@ -114,13 +117,14 @@ def train_stage(
         log: takes each step's metrics.
         keeping: checkpoints; None writes none.
         validation: measured every ``validation.interval`` steps; the best weights are kept where there is ``keeping``.
+        meter: adds speed and utilisation to each step's metrics.
 
     Raises:
         FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row whose loss or gradient was not
             finite, naming the samples.
         ValueError: if a checkpoint cannot be written or loaded.
     """
-    trainer = _StageTrainer(model, objective, loader, stage, settings, keeping)
+    trainer = _StageTrainer(model, objective, loader, stage, settings, keeping, meter)
     while trainer.progress.step < stage.steps:
         log.step(trainer.progress.step + 1, trainer.step())
         if validation is not None and trainer.progress.step % validation.interval == 0:
@@ -143,9 +147,10 @@ class _StageTrainer:
         stage: StageSettings,
         settings: TrainSettings,
         keeping: StageKeeping | None,
+        meter: SpeedMeter | None,
     ) -> None:
         self.model, self.objective, self.loader = model, objective, loader
-        self.stage, self.settings, self.keeping = stage, settings, keeping
+        self.stage, self.settings, self.keeping, self.meter = stage, settings, keeping, meter
         self.optimizer, self.schedule = build_optimizer(model, stage, settings.optimizer, settings.parallel)
         self.progress = Progress()
         if keeping is not None and keeping.resume_step is not None:
@@ -172,23 +177,40 @@ class _StageTrainer:
         is_logged = (progress.step + 1) % self.settings.log_interval == 0
         metrics = forward_backward(self.model, self.objective, batches, detailed=is_logged)
         applied, grad_norm = _apply(self.optimizer, metrics)
-        tokens, skipped_samples = _sum_over_replicas(sum(b.num_tokens for b in batches), self.loader.num_skipped())
+        workload, skipped_samples = self._whole_step(batches)
         seconds = time.perf_counter() - begun
-        self._count(applied, tokens=tokens, seconds=seconds)
+        self._count(applied, tokens=workload.tokens, seconds=seconds)
         if progress.skipped_in_a_row >= self.settings.optimizer.max_skipped_steps:
             raise FloatingPointError(_not_finite(progress, metrics, grad_norm, batches))
         return metrics | {
             "grad_norm": grad_norm,
             "lr": self.schedule.get_lr({}),
-            "tokens": tokens,
-            "tokens_per_second_per_rank": tokens / seconds / dist.get_world_size(),
-            "samples_per_second": self.stage.global_batch_size / seconds,
+            "tokens": workload.tokens,
+            **self._speed(workload, seconds, is_cached=len(batches) > 1),
             "skipped_steps": progress.skipped,
             "skipped_samples": skipped_samples,
             "memory_gib": device.memory_bytes() / 2**30,
             "data_wait": waited,
             "seconds": seconds,
         }
+
+    def _whole_step(self, batches: Sequence[PackedBatch]) -> tuple[Workload, int]:
+        """Over all data-parallel ranks: what the step's packs ask of the model, and samples skipped so far."""
+        vision = self.model.architecture.vision
+        counts = sum((Workload.of(batch, vision) for batch in batches), Workload()).counts()
+        total = torch.tensor([*counts.values(), self.loader.num_skipped()], dtype=torch.int64, device=device.device())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        *numbers, skipped = total.tolist()
+        return Workload.from_counts(dict(zip(counts, numbers))), skipped
+
+    def _speed(self, workload: Workload, seconds: float, *, is_cached: bool) -> Metrics:
+        if self.meter is None:
+            return {}
+        # Gradient caching runs forward once more; what it computes twice is useful once.
+        extra = int(isinstance(self.objective, GlobalObjective) and is_cached)
+        return self.meter.metrics(
+            workload, samples=self.stage.global_batch_size, seconds=seconds, extra_forward_passes=extra
+        )
 
     def _count(self, applied: bool, *, tokens: int, seconds: float) -> None:
         progress = self.progress
@@ -242,12 +264,6 @@ class _StageTrainer:
             loader=self.loader.state_dict(),
             progress=self.progress.as_dict(),
         )
-
-
-def _sum_over_replicas(*numbers: int) -> list[int]:
-    total = torch.tensor(numbers, dtype=torch.int64, device=device.device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return total.tolist()
 
 
 def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:

@@ -293,6 +293,19 @@ PEFT = {
 }
 """LoRA on some targets alone where a rank may hold no row of one, DoRA on all of them everywhere."""
 
+SLOW = {
+    *(f"peft-dora-tp2-{family}" for family in ("qwen2_vl", "qwen2_5_vl")),
+    "peft-dora-tp2-above-kv-heads",
+    "peft-dora-tp2-sp-recompute",
+    "peft-dora-pp2-untied",
+    "peft-dora-dp2-distributed-optimizer",
+    "peft-dora-tp4-sp-above-kv-heads",
+    "peft-dora-tp2-sp-cp2",
+    "adapters-tp2",
+    "adapters-dp2-overlap",
+}
+"""Each of these is a mixture of others that run by default."""
+
 CHECKS = {
     **PEFT,
     **{

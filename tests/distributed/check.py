@@ -13,6 +13,7 @@ MODULES = (
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
     "tests.distributed.memory",
+    "tests.distributed.mmeb",
     "tests.distributed.readers",
     "tests.distributed.resuming",
     "tests.distributed.training",

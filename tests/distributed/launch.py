@@ -1,7 +1,8 @@
 """Starts the ranks once per world size and hands every test its check's result.
 
-Ranks take seconds to import, checks a fraction of one: so the first test of a world size runs all checks of that size
-that the session has selected. A failed or hanging check costs a second launch for the checks after it.
+Ranks take seconds to import, checks a fraction of one: so one launch runs all checks of a world size that the session
+has selected. Launches follow one another in the background from the session's start, while tests that need no ranks
+run, and tests that do come last. A failed or hanging check costs a second launch for the checks after it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,24 @@ SECONDS_PER_CHECK = 200
 MOST_LAUNCHES = 6
 """After as many failures the rest is given up: something is wrong with all of it."""
 
-_results: dict[int, dict[str, dict]] = {}
+_results: dict[int, Future[dict[str, dict]]] = {}
+_processes: list[subprocess.Popen] = []
+_background = ThreadPoolExecutor(1, "ranks")
+
+
+def start(names: set[str]) -> None:
+    """Run the checks in the background, one world size after the other."""
+    checks = all_checks()
+    for world_size in sorted({check.world_size for name, check in checks.items() if name in names}):
+        selected = [n for n, check in checks.items() if n in names and check.world_size == world_size]
+        _results[world_size] = _background.submit(run_all, selected, world_size)
+
+
+def stop() -> None:
+    """End what still runs; the session is over."""
+    _background.shutdown(wait=False, cancel_futures=True)
+    for process in _processes:
+        process.terminate()
 
 
 def some_slow(names: Iterable[str], slow: set[str]) -> list:
@@ -36,16 +55,13 @@ def some_slow(names: Iterable[str], slow: set[str]) -> list:
 
 def result_of(request: pytest.FixtureRequest, name: str) -> dict:
     """What check ``name`` returned on rank 0; fails the test with the ranks' tracebacks if it failed."""
-    checks = all_checks()
-    world_size = checks[name].world_size
-    if world_size not in _results:
-        selected = {item.callspec.params.get("check") for item in request.session.items if hasattr(item, "callspec")}
-        names = [n for n, check in checks.items() if n in selected and check.world_size == world_size]
-        _results[world_size] = run_all(names, world_size)
-    if name not in _results[world_size]:
+    world_size = all_checks()[name].world_size
+    found = _results[world_size].result() if world_size in _results else {}
+    if name not in found:
         # A test may compare with a check that the session did not select.
-        _results[world_size] |= run_all([name], world_size)
-    result = _results[world_size][name]
+        found |= _background.submit(run_all, [name], world_size).result()
+        _results[world_size] = _background.submit(lambda: found)
+    result = found[name]
     if "error" in result:
         pytest.fail(f"{name} on {world_size} rank(s):\n{result['error']}", pytrace=False)
     return result
@@ -73,6 +89,7 @@ def _launch(names: list[str], world_size: int, folder: Path) -> dict[str, dict]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        _processes.append(process)
         try:
             timed_out = _wait(process, folder)
         finally:

@@ -2,11 +2,16 @@
 
 import pytest
 
-from tests.distributed.adapters import HAND_OVERS, LAYOUTS, PEFT
+from tests.distributed.adapters import HAND_OVERS, LAYOUTS, PEFT, SLOW
 from tests.distributed.launch import result_of
 
 
-@pytest.mark.parametrize("check", PEFT)
+def tiers(names) -> list:
+    """Names for ``parametrize``, the slow ones marked."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
+@pytest.mark.parametrize("check", tiers(PEFT))
 def test_gradients_equal_pefts_at_every_layout(request, check):
     """Claim: outputs, and each rank's part of the gradient of every A, B and magnitude, are peft's, which runs in one
     process; nothing but adapters has a gradient; and the tensors come back whole from their shards, bit for bit.
@@ -18,7 +23,7 @@ def test_gradients_equal_pefts_at_every_layout(request, check):
     assert max(errors["hidden"], errors["loss"]) < 2e-5 and errors["gradient"] < 1e-4, errors
 
 
-@pytest.mark.parametrize("check", [name for name in LAYOUTS if name != "adapters-single"])
+@pytest.mark.parametrize("check", tiers(name for name in LAYOUTS if name != "adapters-single"))
 def test_training_follows_the_single_process(request, check):
     """Claim: losses, gradient norms, and the merged weights that are handed over do not depend on the layout.
 

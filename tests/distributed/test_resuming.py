@@ -5,8 +5,11 @@ import pytest
 from tests.distributed.launch import result_of
 from tests.distributed.resuming import MOVED, SAME, STEPS, STOP_AFTER
 
+SLOW = "resume-tp2-sp-adapters"
+SAME_BY_TIER = [pytest.param(name, marks=pytest.mark.slow if name == SLOW else ()) for name in SAME]
 
-@pytest.mark.parametrize("check", SAME)
+
+@pytest.mark.parametrize("check", SAME_BY_TIER)
 def test_resuming_at_the_same_layout_is_exact(request, check):
     """Claim: weights, optimizer, schedule, random states and the loader's place are all restored, bit for bit."""
     found = result_of(request, check)
@@ -27,7 +30,7 @@ def test_resuming_at_another_layout_is_exact_to_rounding(request, check):
         assert found[stage]["weights_apart"]["worst"] < 1e-5
 
 
-@pytest.mark.parametrize("check", SAME)
+@pytest.mark.parametrize("check", SAME_BY_TIER)
 def test_only_the_newest_checkpoints_are_kept(request, check):
     """Claim: two by default while a stage runs, the stop's own among them, and none once it has handed over."""
     for stage in SAME[check][1]:

@@ -82,8 +82,8 @@ def test_a_second_call_changes_nothing_and_preparing_again_gives_the_same_bytes(
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """The same preparation, on fewer pictures."""
-    everything = toy_module._collect()
-    monkeypatch.setattr(toy_module, "_collect", lambda: everything[::100])
+    everything = toy_module.collect_emojis()
+    monkeypatch.setattr(toy_module, "collect_emojis", lambda: everything[::100])
     sizes = toy_module.ToyModelSizes(tokenizer_pieces=500)
     return lambda: prepare_toy(tmp_path / "toy", sizes=sizes)
 

@@ -1,8 +1,10 @@
 """Speed metrics: plain arithmetic over the whole run's work, and no utilisation without a known peak."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_cocoa.config import ModelSettings, RecomputeSettings, TrainSettings
+from megatron_cocoa.config import AdapterSettings, FreezeSettings, ModelSettings, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.flops import Workload, step_flops
 from megatron_cocoa.training.throughput import SpeedMeter
 from tests.unit.published import published_architecture
@@ -44,3 +46,17 @@ def test_no_utilisation_without_a_peak():
         }  # fmt: skip
     with pytest.raises(ValueError, match="took 0 seconds"):
         meter(None).metrics(WORKLOAD, samples=32, seconds=0)
+
+
+def test_adapters_freeze_what_they_stand_beside():
+    """Claim: under LoRA no weight gradient of a pretrained matrix is counted, but the adapters' own work is."""
+    plain = meter(None).metrics(WORKLOAD, samples=32, seconds=2.0)["tflops_per_second_per_gpu"]
+    adapted = replace(meter(None, adapter=AdapterSettings(kind="lora")), language_adapter_parameters=20_000_000)
+    found = adapted.metrics(WORKLOAD, samples=32, seconds=2.0)["tflops_per_second_per_gpu"]
+    wanted = step_flops(
+        published_architecture("Qwen2.5-VL-7B"),
+        WORKLOAD,
+        freeze=FreezeSettings(True, True, True),
+        language_adapter_parameters=20_000_000,
+    )
+    assert found == pytest.approx(wanted.useful / 16 / 1e12) and found < 0.7 * plain

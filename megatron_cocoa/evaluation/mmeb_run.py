@@ -1,0 +1,212 @@
+"""The evaluation itself: tasks one after the other, each finished on disk before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, missing_pictures, read_task
+from megatron_cocoa.evaluation.mmeb_encode import Encode
+from megatron_cocoa.evaluation.mmeb_evidence import task_evidence
+from megatron_cocoa.evaluation.mmeb_files import Identity, is_scored, write_task
+from megatron_cocoa.evaluation.mmeb_scores import TaskScore, chance_accuracy, majority_accuracy, score_task, unit_rows
+from megatron_cocoa.evaluation.mmeb_summary import tie_warning
+from megatron_cocoa.evaluation.mmeb_tasks import Task
+from megatron_cocoa.parallel import topology
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+@dataclass
+class VectorStore:
+    """Vectors of things, each embedded once, kept while a task that is still to come needs them.
+
+    Args:
+        encode: see ``Encode``.
+        uses: how many of the tasks at hand have the thing.
+    """
+
+    encode: Encode
+    uses: Counter[EvalItem]
+    _kept: dict[EvalItem, np.ndarray] = field(default_factory=dict)
+    _cut: int = 0
+
+    def vectors(self, items: Sequence[EvalItem]) -> tuple[np.ndarray, int]:
+        """float32 ``(items, hidden)``, and how many of those embedded now were cut; every rank calls it."""
+        fresh = [item for item in items if item not in self._kept]
+        encoded = self.encode(fresh) if fresh else None
+        new = {} if encoded is None else dict(zip(fresh, encoded.vectors))
+        rows = np.stack([new[item] if item in new else self._kept[item] for item in items])
+        for item in items:
+            self.uses[item] -= 1
+            if self.uses[item] > 0:
+                self._kept[item] = new.get(item, self._kept.get(item))
+            else:
+                self._kept.pop(item, None)
+        return rows, 0 if encoded is None else encoded.num_cut
+
+
+def evaluate(
+    tasks: Sequence[Task],
+    *,
+    data_path: str | Path,
+    image_root: str | Path,
+    output: str | Path,
+    encode: Encode,
+    identity: Identity,
+    versions: dict[str, Any],
+    with_baselines: bool = False,
+    overwrite: bool = False,
+    say: Say = print,
+) -> None:
+    """Score tasks that have no valid score file yet; every rank calls it.
+
+    All files are read and all pictures looked for before the first vector is computed.
+
+    Args:
+        tasks: in order.
+        data_path, image_root: see ``read_task`` and ``picture_file``.
+        output: folder for score files.
+        encode: things to vectors.
+        identity: what scores depend on; a score file of the same identity is kept.
+        versions: recorded, not compared.
+        with_baselines: also embed queries without their picture, and without their text.
+        overwrite: score again what was scored under something else.
+        say: takes progress on the first rank.
+
+    Raises:
+        ValueError: for data that cannot be read, pictures that are missing, score files of another identity, or
+            vectors that are not finite. Finished tasks stay.
+    """
+    output = Path(output)
+    data = [read_task(data_path, task) for task in tasks]
+    pending = _on_first_rank(lambda: _pending(data, output, identity, overwrite=overwrite))
+    for task in data:
+        if task.task.name not in pending:
+            say(f"{task.task.name}: kept")
+    data = [task for task in data if task.task.name in pending]
+    _check_pictures(data, image_root)
+    store = VectorStore(encode, Counter(item for task in data for item in _needed(task, with_baselines)))
+    for task in data:
+        started = time.monotonic()
+        score, evidence, predictions = _score(task, store, with_baselines)
+        score |= identity.of_task(task.sha256) | {"versions": versions}
+        score["run"] = {"seconds": round(time.monotonic() - started, 2), "ranks": _num_ranks()}
+        if topology.is_first_rank():
+            write_task(output, task.task.name, score=score, predictions=predictions, evidence=evidence)
+        say(f"{task.task.name}: {100 * score['acc']:.1f} ({score['num_correct']} of {score['num_pred']})")
+        if warning := tie_warning(task.task.name, score):
+            say(f"WARNING: {warning}")
+
+
+def _needed(task: TaskData, with_baselines: bool) -> list[EvalItem]:
+    queries = {item: None for items in _blind(task).values() for item in items if item} if with_baselines else {}
+    return list(dict.fromkeys((*task.items, *queries)))
+
+
+def _blind(task: TaskData) -> dict[str, list[EvalItem | None]]:
+    queries = [task.items[i] for i in task.queries]
+    return {
+        "query_text_only": [query.without_picture() for query in queries],
+        "query_image_only": [query.without_text() for query in queries],
+    }
+
+
+def _score(
+    task: TaskData, store: VectorStore, with_baselines: bool
+) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:
+    needed = _needed(task, with_baselines)
+    vectors, num_cut = store.vectors(needed)
+    _check_vectors(vectors, needed, task.task.name)
+    position = {item: i for i, item in enumerate(needed)}
+    found = score_task(vectors[task.queries], vectors, task.candidates)
+    blind = dict.fromkeys(("query_text_only", "query_image_only"))
+    for name, queries in _blind(task).items() if with_baselines else ():
+        # A task whose queries have one part only has no blind form; one odd query would change what is averaged.
+        if all(query is not None for query in queries):
+            rows = vectors[[position[query] for query in queries]]
+            seen = score_task(rows, vectors, task.candidates)
+            # Ties at random: the order of the list must not make a blind model look good.
+            blind[name] = seen.expected / seen.num_pred
+    sizes = [len(offered) for offered in task.candidates]
+    score = _as_json(task.task, found) | {
+        "num_items": len(task.items),
+        "num_cut": num_cut,
+        "num_candidates": {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)},
+        "baselines": {
+            "chance": chance_accuracy(task.candidates),
+            "majority": majority_accuracy(task.candidates),
+            **blind,
+        },
+    }
+    predictions = [tuple(task.items[offered[p]]) for offered, p in zip(task.candidates, found.predictions)]
+    return score, task_evidence(task, vectors, found), predictions
+
+
+def _as_json(task: Task, found: TaskScore) -> dict[str, Any]:
+    return {
+        "acc": found.acc,
+        "num_correct": found.num_correct,
+        "num_pred": found.num_pred,
+        "acc_ties_as_wrong": found.num_strict / found.num_pred,
+        "acc_expected": found.expected / found.num_pred,
+        "num_ties": found.num_ties,
+        "all_tied": found.all_tied,
+        "task": task.name,
+        "meta_task": task.meta_task,
+        "split": task.split,
+    }
+
+
+def _check_vectors(vectors: np.ndarray, items: Sequence[EvalItem], task: str) -> None:
+    try:
+        unit_rows(vectors, "things to embed")
+    except ValueError as error:
+        bad = int(np.argmin(np.isfinite(vectors).all(axis=1) & (np.abs(vectors).max(axis=1) > 0)))
+        raise ValueError(f"task {task}: {error}; that is {tuple(items[bad])!r}") from error
+
+
+def _pending(data: Sequence[TaskData], output: Path, identity: Identity, *, overwrite: bool) -> list[str]:
+    return [
+        task.task.name
+        for task in data
+        if not is_scored(output, task.task.name, identity.of_task(task.sha256), overwrite=overwrite)
+    ]
+
+
+def _check_pictures(data: Sequence[TaskData], image_root: str | Path) -> None:
+    for task in data:
+        missing = missing_pictures(task.items, image_root)
+        if missing:
+            raise ValueError(
+                f"task {task.task.name}: {len(missing)} pictures are not below {image_root} (first: {missing[0]!r}): "
+                f"unpack the benchmark's images there; no row is left out"
+            )
+
+
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """What the first rank finds, on every rank; its error, too, so that none waits for it."""
+    if _num_ranks() == 1:
+        return work()
+    holder: list[Any] = [None, None]
+    if topology.is_first_rank():
+        try:
+            holder[0] = work()
+        except ValueError as error:
+            holder[1] = str(error)
+    dist.broadcast_object_list(holder, src=0)
+    if holder[1] is not None:
+        raise ValueError(holder[1])
+    return holder[0]
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

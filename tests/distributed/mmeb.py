@@ -1,0 +1,61 @@
+"""Checks of the benchmark evaluation on several ranks: what it writes, whatever their number."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_cocoa.config import ParallelSettings
+from megatron_cocoa.evaluation.mmeb_encode import ItemEncoder
+from megatron_cocoa.evaluation.mmeb_files import Identity
+from megatron_cocoa.evaluation.mmeb_run import evaluate
+from megatron_cocoa.evaluation.mmeb_tasks import read_benchmark
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.recipes.context import evaluation_parts, prepare_context
+from megatron_cocoa.recipes.stages import build_with_weights
+from tests.distributed.check import Check
+from tests.distributed.tiny_run import tiny_settings, write_folders
+from tests.unit.mmeb_folders import write_small_benchmark
+
+
+def files_of_an_evaluation() -> dict:
+    """Everything that the first rank wrote, without how long it took, and which tasks a second start kept."""
+    topology.set_layout(ParallelSettings(), seed=0)
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared, src=0)
+        folder, output = Path(own), Path(shared[0]) / "scores"
+        write_folders(folder)
+        write_small_benchmark(folder)
+        context = prepare_context(tiny_settings(folder))
+        builder, options = evaluation_parts(context, context.settings.contrastive)
+        model = build_with_weights(context, checkpoint=None, with_image_decoder=False)
+        encode = ItemEncoder(model, builder, options, folder, batch_size=3, num_workers=1)
+        benchmark = read_benchmark(folder / "eval")
+        said: list[str] = []
+        for _ in range(2):
+            evaluate(
+                benchmark.tasks,
+                data_path=folder / "eval",
+                image_root=folder,
+                output=output,
+                encode=encode,
+                identity=Identity({}, {}, benchmark.to_json()),
+                versions={},
+                with_baselines=True,
+                say=said.append,
+            )
+            dist.barrier()
+        files = {file.name: file.read_text() for file in sorted(output.iterdir())}
+        dist.barrier()
+    for name in [name for name in files if name.endswith("_score.json")]:
+        score = json.loads(files[name])
+        assert score.pop("run")["ranks"] == dist.get_world_size()
+        files[name] = score
+    return {"files": files, "kept": [line for line in said if line.endswith(": kept")]}
+
+
+CHECKS = {f"mmeb-{size}": Check(size, files_of_an_evaluation) for size in (1, 2, 4)}

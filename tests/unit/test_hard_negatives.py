@@ -1,0 +1,163 @@
+"""Hard negatives, against choices worked out by hand and a plain loop."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from megatron_cocoa.export.corpus import Corpus, CorpusRow
+from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
+from megatron_cocoa.export.hard_negatives import Content, MiningOptions, mine
+from megatron_cocoa.export.pair_files import read_pairs_file
+from megatron_cocoa.export.shards import read_shards
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "mine_hard_negatives.py"
+
+
+def unit(rows) -> np.ndarray:
+    rows = np.asarray(rows, dtype=np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def angles(*degrees: float) -> np.ndarray:
+    radians = np.radians(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+
+def texts(*names: str) -> list[Content]:
+    return [Content(name, "") for name in names]
+
+
+def test_hand_worked_choices():
+    """Claim: of neighbours at known angles the right one is taken, and each other is passed over for its reason.
+
+    Query 0 has its positive at 30 degrees. Nearer or nearly as near: "dog" at 10 (within the margin), "Cat " at 20
+    (the positive's own words), "kitten" at 40 (right for row 3's equal query), "a" at 50 (the query itself). The
+    nearest that is left is "fox" at 60.
+    """
+    queries = texts("a", "b", "c", "a", "e", "f")
+    positives = texts("cat", "dog", "Cat ", "kitten", "a", "fox")
+    targets = angles(30, 10, 20, 40, 50, 60)
+    found = mine(queries, positives, angles(0, 0, 0, 0, 0, 0), targets, MiningOptions(margin=0.05))
+    assert found.negatives[0] == [Content("fox", "")]
+    assert found.scores[0] == [pytest.approx(0.5)]
+    assert found.negatives[5] == [] and found.counts["empty_rows"] >= 1, "nothing is farther than row 5's own"
+    one = mine(queries[:1], positives[:1], angles(0), targets[:1], MiningOptions())
+    assert one.negatives == [[]] and one.counts == {"own_positive": 1, "empty_rows": 1}
+
+
+def test_pictures_are_told_apart_by_path_not_by_prompt():
+    """Claim: picture targets share one prompt and are no equal answers; the query's own picture is none of them."""
+    targets = [Content("<|image_1|> Represent the given image.", f"{i}.png") for i in range(4)]
+    queries = [Content("<|image_1|> same style?", "1.png"), *texts("x", "y", "z")]
+    found = mine(queries, targets, angles(0, 0, 0, 0), angles(5, 40, 60, 80), MiningOptions(num_negatives=2))
+    assert found.negatives[0] == [targets[2], targets[3]] and found.counts["is_the_query"] == 1
+
+
+@pytest.mark.parametrize(("num", "margin", "skip", "depth"), [(3, 0.1, 2, 60), (1, 0.0, 0, 5), (2, 0.3, 0, 40)])
+def test_equals_a_plain_loop(num, margin, skip, depth):
+    """Claim: on random vectors the choice is that of a loop over all targets sorted by cosine."""
+    options = MiningOptions(num, margin, skip, depth)
+    rng = np.random.default_rng(0)
+    queries, targets = unit(rng.normal(size=(60, 6))), unit(rng.normal(size=(60, 6)))
+    names = [f"t{i % 50}" for i in range(60)]
+    found = mine(texts(*(f"q{i}" for i in range(60))), texts(*names), queries, targets, options)
+    for row in range(60):
+        cosines = targets[:50] @ queries[row]
+        order = np.argsort(-cosines, kind="stable")[:depth]
+        limit = float(targets[row] @ queries[row]) - margin
+        wanted = [i for i in order if i != row % 50 and cosines[i] <= limit][skip:][:num]
+        assert [content.text for content in found.negatives[row]] == [f"t{i}" for i in wanted]
+    again = mine(texts(*(f"q{i}" for i in range(60))), texts(*names), queries, targets, options)
+    assert again.negatives == found.negatives and again.counts == found.counts
+
+
+def test_equal_scores_keep_the_order_of_the_file():
+    """Claim: among equal neighbours the earlier row's target wins."""
+    found = mine(texts(*"abcde"), texts(*"vwxyz"), angles(0, 0, 0, 0, 0), angles(0, 50, 50, 50, 50), MiningOptions(2))
+    assert found.negatives[0] == texts("w", "x")
+
+
+def test_options_out_of_range_are_refused():
+    """Claim: numbers that make no sense together are refused, with the numbers; so are sides of unequal size."""
+    with pytest.raises(ValueError, match="num_negatives is 0"):
+        MiningOptions(num_negatives=0)
+    with pytest.raises(ValueError, match=r"depth 3 is below num_negatives 2 \+ skip_top 2"):
+        MiningOptions(num_negatives=2, skip_top=2, depth=3)
+    with pytest.raises(ValueError, match=r"found 2 pairs, query vectors \(1, 2\)"):
+        mine(texts("a", "b"), texts("c", "d"), angles(0), angles(0, 1), MiningOptions())
+
+
+def embed(folder: Path, vectors: np.ndarray) -> Path:
+    rows = tuple(CorpusRow(str(i), "x", "") for i in range(len(vectors)))
+    plan = ShardPlan(folder, len(vectors), 2)
+    prepare_output(plan, {})
+    left = iter(vectors)
+    embed_shards(Corpus(rows, folder), lambda items: np.stack([next(left) for _ in items]), plan, say=lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("mine_hard_negatives", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    saved = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = saved
+    return module
+
+
+@pytest.mark.parametrize(("suffix", "num"), [("jsonl", 1), ("parquet", 2)])
+def test_the_tool_writes_mmeb_train_columns(tmp_path, tool, capsys, suffix, num):
+    """Claim: rows and other columns stay, negatives are added in MMEB-train's columns, counts are printed."""
+    rows = [
+        {"id": str(i), "qry": f"q{i}", "qry_image_path": "", "pos_text": name, "pos_image_path": ""}
+        for i, name in enumerate(("cat", "dog", "fox"))
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queries, targets = embed(tmp_path / "q", angles(0, 60, 90)), embed(tmp_path / "t", angles(0, 60, 90))
+    output = tmp_path / f"mined.{suffix}"
+    arguments = ["--pairs", pairs, "--queries", queries, "--targets", targets, "--output", output]
+    arguments += ["--num-negatives", num]
+    assert tool.main(list(map(str, arguments))) == 0
+    found = read_pairs_file(output)
+    assert [{k: row[k] for k in rows[0]} for row in found] == rows
+    wanted = [["dog", "fox"], ["fox", "cat"], ["dog", "cat"]]
+    assert [row["neg_text"] for row in found] == (wanted if num == 2 else [w[0] for w in wanted])
+    assert f"full_rows: 3 of 3\nshort_rows: 0 of 3\nempty_rows: 0 of 3\nchosen: {3 * num}" in capsys.readouterr().out
+    assert tool.main(list(map(str, arguments))) == 2 and "--overwrite" in capsys.readouterr().err
+    if suffix == "parquet":
+        assert pyarrow.parquet.read_table(output).column_names[-2:] == ["neg_text", "neg_image_path"]
+
+
+def test_damaged_vectors_are_refused(tmp_path):
+    """Claim: a lost or changed shard, or a folder of something else, gives no negatives."""
+    folder = embed(tmp_path / "v", angles(0, 1, 2))
+    assert read_shards(folder) == pytest.approx(angles(0, 1, 2))
+    file = folder / "embeddings-00001-of-00002.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="1 of 2 shards are missing or damaged"):
+        read_shards(folder)
+    with pytest.raises(ValueError, match="no readable manifest.json"):
+        read_shards(tmp_path)
+    with pytest.raises(ValueError, match="1 of them not finite"):
+        read_shards(embed(tmp_path / "n", np.array([[np.nan, 0], [0, 1]], dtype=np.float32)))
+
+
+def test_malformed_pairs_are_refused(tmp_path):
+    """Claim: files that are cut, empty, of another kind or without a column are named with their row."""
+    for name, content, message in (
+        ("a.jsonl", '{"qry": "a"', "cannot be read"),
+        ("b.jsonl", "", "no rows"),
+        ("c.jsonl", '{"qry": "a", "pos_text": 3}\n', "row 0: needed text"),
+        ("d.txt", "", "neither"),
+        ("e.parquet", "PAR1", "cannot be read"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_pairs_file(tmp_path / name)

@@ -1,0 +1,172 @@
+"""Score a model on MMEB-V1 from local files, or on any benchmark in the same form, such as the mini benchmark.
+
+examples:
+  python tools/evaluate_mmeb.py --model-path embedder --data-path MMEB-eval --image-root MMEB-eval/images \\
+      --output-path scores --image-size 672
+  torchrun --nproc-per-node 8 tools/evaluate_mmeb.py --model-path outputs/run/contrastive/checkpoint \\
+      --processor-path Qwen2.5-VL-3B --data-path MMEB-eval --image-root MMEB-eval/images --output-path scores
+  python tools/evaluate_mmeb.py --summarize scores
+
+what is written: {task}_score.json (acc and whatever moves it), {task}_pred.txt (the candidate chosen for each row),
+{task}_evidence.json (examples), summary.json, report.html. Started again with the same arguments, on any number of
+ranks, it keeps the tasks that are scored. Each rank holds the whole model. See docs/evaluation.md.
+
+exit status: 0 done, 1 done, but all queries of a task tie and its score says nothing of the model, 2 bad input
+(finished tasks stay).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+EXIT_MEANINGLESS = 1
+EXIT_BAD_INPUT = 2
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-path", metavar="DIR", help="Hugging Face or sentence-transformers folder, or Megatron checkpoint")
+    add("--processor-path", metavar="DIR", help="tokenizer and processor of a Megatron checkpoint that carries none")
+    add("--data-path", metavar="DIR", help="TASK/test-*.parquet for each task, as in MMEB-eval")
+    add("--image-root", metavar="DIR", help="image paths are relative to it and may not leave it")
+    add("--output-path", metavar="DIR", help="folder for the scores")
+    add("--tasks", nargs="+", metavar="NAME", help="these tasks alone (default: all of the benchmark)")
+    add("--image-size", type=_image_size, default=None, metavar="PIXELS",
+        help="native (default), or the side of a square such as 336, 448, 672")  # fmt: skip
+    add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default %(default)s)")
+    add("--bridge-token", metavar="TOKEN", help="carries the embedding (default: the run's or the export's own)")
+    add("--batch-size", type=int, default=32, metavar="N", help="items a forward pass (default %(default)s)")
+    add("--num-workers", type=int, default=2, metavar="N", help="threads that decode pictures (default %(default)s)")
+    add("--baselines", action="store_true", help="also score queries without their picture, and without their text")
+    add("--overwrite", action="store_true", help="score again what was scored with other settings, model or data")
+    add("--summarize", metavar="DIR", help="print the table of a folder of score files as JSON, and do nothing else")
+    args = parser.parse_args(argv)
+    needed = ("model_path", "data_path", "image_root", "output_path")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
+    if args.summarize is None and missing:
+        parser.error(f"missing: {', '.join(missing)}")
+    return args
+
+
+def _image_size(text: str) -> int | None:
+    return None if text == "native" else int(text)
+
+
+def summarize(folder: str) -> int:
+    from megatron_cocoa.evaluation.mmeb_summary import degenerate
+    from megatron_cocoa.evaluation.mmeb_summary import summarize as read
+
+    summary = read(folder)
+    print(json.dumps(summary.to_json(), indent=2))
+    return EXIT_MEANINGLESS if degenerate(list(summary.scores.values())) else 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    # Imported late: --help and a mistyped option must not wait for torch.
+    from megatron_cocoa.config import EvaluationSettings, ParallelSettings
+    from megatron_cocoa.evaluation import mmeb_run
+    from megatron_cocoa.evaluation.mmeb_tasks import read_benchmark
+    from megatron_cocoa.parallel import topology
+
+    names = ("image_size", "max_length", "dtype", "bridge_token", "batch_size", "num_workers", "baselines")
+    settings = EvaluationSettings(**{name: getattr(args, name) for name in names})
+    benchmark = read_benchmark(args.data_path)
+    tasks = benchmark.select(args.tasks)
+    launch = topology.LaunchInfo.from_environment()
+    say = _say if launch.rank == 0 else _keep_silent
+    if launch.world_size > 1:
+        topology.initialize(ParallelSettings(), launch, seed=0)
+    try:
+        encode, identity, versions = _load(args, settings, benchmark)
+        mmeb_run.evaluate(
+            tasks,
+            data_path=args.data_path,
+            image_root=args.image_root,
+            output=args.output_path,
+            encode=encode,
+            identity=identity,
+            versions=versions,
+            with_baselines=settings.baselines,
+            overwrite=args.overwrite,
+            say=say,
+        )
+        return _finish(args, say) if launch.rank == 0 else 0
+    finally:
+        topology.shutdown()
+
+
+def _load(args: argparse.Namespace, settings, benchmark):
+    from megatron_cocoa.embedder import CocoaEmbedder
+    from megatron_cocoa.evaluation.mmeb_encode import ItemEncoder
+    from megatron_cocoa.evaluation.mmeb_identity import identity_of, versions
+
+    identity = identity_of(settings, model_path=args.model_path, processor_path=args.processor_path)
+    embedder = CocoaEmbedder.from_pretrained(
+        args.model_path,
+        model_path=args.processor_path,
+        dtype=settings.dtype,
+        image_size=settings.image_size,
+        max_length=settings.max_length,
+        bridge_token=settings.bridge_token,
+    )
+    encoder = ItemEncoder(
+        model=embedder.model,
+        builder=embedder.builder,
+        options=embedder.options,
+        image_root=Path(args.image_root),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        show_progress=sys.stderr.isatty(),
+    )
+    return encoder, identity(embedder.builder, benchmark), versions()
+
+
+def _finish(args: argparse.Namespace, say) -> int:
+    from megatron_cocoa.evaluation.mmeb_files import write_atomically
+    from megatron_cocoa.evaluation.mmeb_page import render_page
+    from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary
+    from megatron_cocoa.evaluation.mmeb_summary import summarize as read
+
+    output = Path(args.output_path)
+    summary = read(output)
+    write_atomically(output / "summary.json", json.dumps(summary.to_json(), indent=2) + "\n")
+    write_atomically(output / "report.html", render_page(summary, output=output, image_root=args.image_root))
+    say(render_summary(summary))
+    say(f"report: {output / 'report.html'}")
+    return EXIT_MEANINGLESS if degenerate(list(summary.scores.values())) else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _keep_silent(line: str) -> None:
+    pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    warnings.filterwarnings("ignore", module="megatron.core")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|deprecating ShardedTensor).*")
+    try:
+        return summarize(args.summarize) if args.summarize is not None else evaluate(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            # torchrun ends all ranks when one has ended: let the first one speak.
+            time.sleep(3)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
