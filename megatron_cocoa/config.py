@@ -236,22 +236,86 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """One of several places that samples come from.
+
+    Args:
+        name: in the log and in manifests.
+        path: what ``format`` reads: a file or a folder.
+        format: ``jsonl`` (a file, or a folder with a file for each stage), ``mmeb-train`` (folder of one subset, with
+            parquet files), ``hf-datasets`` (folder that ``save_to_disk`` wrote) or ``webdataset`` (tar shards).
+        split: ``mmeb-train``: ``original``, ``diverse_instruction`` or ``train``; ``hf-datasets``: of a
+            ``DatasetDict``. None takes the only one there is.
+        image_root: folder that image paths are relative to and may not leave; None for the file's or dataset's own
+            (``mmeb-train``: the folder above the subset's).
+        weight: share of the samples, relative to the other sources; None in all of them takes each row once an epoch.
+        max_rows: use at most this many rows, drawn by the seed.
+        stages: that read this source.
+        columns: our names of columns to the source's, such as ``{caption: text, image_path: image}``.
+    """
+
+    name: str
+    path: str
+    format: Literal["jsonl", "mmeb-train", "hf-datasets", "webdataset"] = "jsonl"
+    split: str | None = None
+    image_root: str | None = None
+    weight: float | None = None
+    max_rows: int | None = None
+    stages: tuple[str, ...] = STAGES
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DataSettings:
-    """Where samples come from and how pictures are sized.
+    """Where samples come from and how they are packed.
 
     Args:
         path: folder with ``warmup.jsonl``, ``bridge.jsonl`` and ``contrastive.jsonl`` (see docs/data.md), whose
             image paths are relative to it.
+        sources: read these instead of the files in ``path``, mixed; a list of records, in YAML.
         max_length: tokens per sample; longer texts are cut, image tokens never are.
-        num_workers: above 0, a background thread prepares the next step's batches during the present one.
-        tokens_per_microbatch: fill every pack to exactly this length with a tail segment, which spares pipeline
-            stages the exchange of shapes; None keeps packs as long as their samples.
+        num_workers: processes per data-parallel replica that decode and pack ahead of training; 0 does it in between.
+        tokens_per_microbatch: fill packs with as many samples as fit into this many tokens and pad them to exactly
+            that, which spares pipeline stages the exchange of shapes; ``micro_batch_size`` does not count then. None
+            gives every pack ``micro_batch_size`` samples and keeps it as long as they are.
     """
 
     path: str | None = None
+    sources: tuple[SourceSettings, ...] = ()
     max_length: int = 2048
     num_workers: int = 0
     tokens_per_microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}, must not be negative")
+        fixed = self.tokens_per_microbatch
+        _require(
+            fixed is None or fixed >= self.max_length,
+            f"data.tokens_per_microbatch {fixed} is less than data.max_length {self.max_length}: a sample of that "
+            f"length would fit into no pack; raise the one or lower the other",
+        )
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), f"data.sources have the names {names}: each must occur once")
+        for source in self.sources:
+            self._check_source(source)
+        for stage in STAGES:
+            weights = [source.weight for source in self.sources if stage in source.stages]
+            _require(
+                all(w is None for w in weights) or all(w is not None and w > 0 for w in weights),
+                f"the weights of stage {stage}'s data.sources are {weights}: give each a positive one, or none any",
+            )
+
+    def _check_source(self, source: SourceSettings) -> None:
+        unknown = [stage for stage in source.stages if stage not in STAGES]
+        _require(not unknown, f"data.sources: {source.name} names the stage(s) {unknown}, known are {list(STAGES)}")
+        _require(
+            source.max_rows is None or source.max_rows >= 1,
+            f"data.sources: max_rows of {source.name} is {source.max_rows}, needs 1 or more",
+        )
+        _require(
+            source.split is None or source.format in ("mmeb-train", "hf-datasets"),
+            f"data.sources: split {source.split!r} of {source.name} has no effect on format {source.format}",
+        )
 
 
 @dataclass(frozen=True)
@@ -338,7 +402,9 @@ class StageSettings:
         micro_batch_size: samples (pairs) per pack, at most a rank's share of the global batch.
         lr: peak learning rate; linear warm-up over ``lr_warmup_steps``, then ``lr_decay_style`` down to
             ``min_lr`` at ``steps``.
-        image_size: pictures are resized to this many pixels square; None keeps them as the processor would.
+        image_size: pictures are resized to this many pixels square (336, 448, 672); None keeps their shape.
+        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape; None for the limits of
+            ``preprocessor_config.json``.
     """
 
     steps: int = 1000
@@ -349,11 +415,23 @@ class StageSettings:
     lr_warmup_steps: int = 100
     lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
     image_size: int | None = None
+    min_image_tokens: int | None = None
+    max_image_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, needs 1 or more")
         _require(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"need 0 <= min_lr <= lr, found {self.min_lr}, {self.lr}")
+        low, high = self.min_image_tokens, self.max_image_tokens
+        _require(
+            self.image_size is None or low is high is None,
+            f"image_size {self.image_size} fixes the size of every picture: min_image_tokens {low} and "
+            f"max_image_tokens {high} would have no effect; set image_size to null, or them",
+        )
+        _require(
+            all(limit is None or limit >= 1 for limit in (low, high)) and (low is None or high is None or low <= high),
+            f"need 1 <= min_image_tokens <= max_image_tokens, found {low} and {high}",
+        )
         _require(
             0 <= self.lr_warmup_steps <= self.steps,
             f"lr_warmup_steps is {self.lr_warmup_steps}, must lie in [0, steps = {self.steps}]",
@@ -461,8 +539,9 @@ class ContrastiveSettings(StageSettings):
         num_hard_negatives: explicit negatives per query, drawn anew each epoch from a row's ``neg_text`` and
             ``neg_image_path`` where it has more; rows with fewer use what they have (published: 0).
         hard_negatives_shared: every query sees all hard negatives of the step; False: only its own.
-        per_source_batches: all pairs of a step come from one source (column ``source``). What is left of a source
-            after its last full step sits out the epoch, other rows in each (published: sources are mixed).
+        per_source_batches: all pairs of a step come from one source (column ``source``, else the source's name in
+            ``data.sources``, which then have no weights). What is left of a source after its last full step sits out
+            the epoch, other rows in each (published: sources are mixed).
         matryoshka_dims: take the loss on the first so many dimensions, each renormalised (arXiv 2205.13147), and
             average; name the whole width, too, to keep it. Empty: the whole width alone (published).
         matryoshka_weights: of ``matryoshka_dims``, in the same order; empty weighs them equally.
@@ -568,8 +647,24 @@ class TrainSettings:
             not (self.resume and self.overwrite),
             "resume goes on with the run in output_dir and overwrite removes it: choose one of the two",
         )
+        if self.data.sources:
+            self._check_sources()
         if self.adapter.is_used:
             self._check_adapter()
+
+    def _check_sources(self) -> None:
+        measured = self.evaluate or self.validation.interval is not None
+        _require(
+            not (measured and self.data.path is None),
+            "evaluate and validation.interval measure on the pools in data.path, which data.sources does not replace: "
+            "set data.path, too, to a folder with eval_heldout.jsonl",
+        )
+        weighted = [s.name for s in self.data.sources if "contrastive" in s.stages and s.weight is not None]
+        _require(
+            not (self.contrastive.per_source_batches and weighted),
+            f"contrastive.per_source_batches gives each source the steps that its rows fill, so the weights of "
+            f"data.sources {weighted} would have no effect: leave the weights out, or set per_source_batches to false",
+        )
 
     def _check_adapter(self) -> None:
         for part, frozen in (("language", self.freeze.language), ("vision", self.freeze.vision)):

@@ -28,9 +28,9 @@ from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
+from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.prepared import PreparedSample
-from megatron_cocoa.data.preprocess import PictureError, read_picture
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import IMAGE_TOKEN, Content
 from megatron_cocoa.evaluation.embed import embed_pack
@@ -75,6 +75,8 @@ class CocoaEmbedder:
         model_path: str | Path | None = None,
         dtype: str = "fp32",
         image_size: int | None = None,
+        min_image_tokens: int | None = None,
+        max_image_tokens: int | None = None,
         max_length: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
         bridge_token: str | None = None,
@@ -90,7 +92,8 @@ class CocoaEmbedder:
                 what the checkpoint carries, else the folder that the ``settings.yaml`` beside it names.
             dtype: ``fp32`` or ``bf16``, of parameters and activations.
             image_size: side of the square in pixels that pictures are resized to; None takes what an exported folder
-                says, else keeps their shape within the processor's limits.
+                says, where no limits of tokens are given, else keeps their shape.
+            min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and
                 a warning counts them.
             batch_tokens: upper bound on the tokens of one forward pass.
@@ -105,7 +108,7 @@ class CocoaEmbedder:
             raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
         start_alone()
         settings, info = _settings_for(path, model_path, dtype, bridge_token)
-        if image_size is None and info is None:
+        if info is None and image_size is min_image_tokens is max_image_tokens is None:
             image_size = _config_of_export(path).get(IMAGE_SIZE_KEY)
         context = prepare_context(settings)
         if info is not None:
@@ -119,6 +122,8 @@ class CocoaEmbedder:
             vision=context.geometry,
             max_length=max_length or context.hf_config["text_config"]["max_position_embeddings"],
             image_size=image_size,
+            min_image_tokens=min_image_tokens,
+            max_image_tokens=max_image_tokens,
         )
         return cls(model, builder, options, batch_tokens)
 

@@ -78,10 +78,10 @@ def settings_to_dict(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` with lists for tuples."""
+    """``value`` with lists in place of tuples, which YAML's safe dialect does not know."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def save_settings(settings: TrainSettings, path: str | Path) -> None:
@@ -128,7 +128,8 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
         if get_origin(with_type) is tuple and not text.startswith("["):
             text = f"[{text}]"
         try:
-            values[key] = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
+            found = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
+            values[key] = _as_records(found, with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{_COMMAND_LINE}: --{key} is {text!r}, needed {_spell(with_type)}") from None
     return values
@@ -155,7 +156,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     for key, value in _flatten(tree or {}, str(path)):
         with_type = _known_keys()[key]
         try:
-            values[key] = _no_null(parser.parse_object({key: value}, defaults=False)[key], with_type)
+            _check_records(key, value, with_type, str(path))
+            found = _no_null(parser.parse_object({key: value}, defaults=False)[key], with_type)
+            values[key] = _as_records(found, with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{path}: {key} is {value!r}, needed {_spell(with_type)}") from None
     return values
@@ -204,7 +207,7 @@ def _require_recipe(values: Mapping[str, Any], preset: str, *, is_chosen: bool) 
         )
     if preset not in (TOY_PRESET, PLAIN_DEFAULTS):
         for key in ("model.path", "data.path"):
-            if not values.get(key):
+            if not values.get(key) and not (key == "data.path" and values.get("data.sources")):
                 raise SettingsError(f"preset {preset} needs --{key} FOLDER; only preset {TOY_PRESET} makes its own")
 
 
@@ -302,8 +305,32 @@ def _spell(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_spell(member) for member in get_args(hint))
     if get_origin(hint) is tuple:
-        return "a list of names" if get_args(hint)[0] is str else "a list of numbers"
+        record = get_args(hint)[0]
+        if is_dataclass(record):
+            return f"a list of records with the keys {', '.join(field.name for field in fields(record))}"
+        return "a list of names" if record is str else "a list of numbers"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
+
+
+def _check_records(key: str, value: Any, hint: Any, source: str) -> None:
+    """Refuse a misspelled key in a list of records by its nearest known one."""
+    record = get_args(hint)[0] if get_origin(hint) is tuple else None
+    if not is_dataclass(record) or not isinstance(value, list):
+        return
+    known = [field.name for field in fields(record)]
+    for number, entry in enumerate(value):
+        for name in entry if isinstance(entry, Mapping) else ():
+            if name not in known:
+                where = f"{source}: {key}[{number}]"
+                raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), known)}")
+
+
+def _as_records(value: Any, hint: Any) -> Any:
+    """A list of records as their dataclass, whose defaults stand for what is not given; all else as it is."""
+    record = get_args(hint)[0] if get_origin(hint) is tuple else None
+    if not is_dataclass(record):
+        return value
+    return tuple(item if is_dataclass(item) else record(**item.as_dict()) for item in value)
 
 
 def _one_line(error: Exception) -> str:

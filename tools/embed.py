@@ -41,6 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--instruction", default="", metavar="TEXT", help="put before each text as it stands")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default %(default)s)")
     add("--image-size", type=int, metavar="PIXELS", help="resize pictures to a square of this side")
+    add("--min-image-tokens", type=int, metavar="N", help="of a picture that keeps its shape (default: the model's)")
+    add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
     add("--batch-size", type=int, default=32, metavar="N", help="items a forward pass (default %(default)s)")
     add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens a forward pass (default %(default)s)")
@@ -85,6 +87,8 @@ def _load(args: argparse.Namespace):
         model_path=args.model_path,
         dtype=args.dtype,
         image_size=args.image_size,
+        min_image_tokens=args.min_image_tokens,
+        max_image_tokens=args.max_image_tokens,
         max_length=args.max_length,
         batch_tokens=args.batch_tokens,
     )
@@ -96,7 +100,8 @@ def _made_from(args: argparse.Namespace, fingerprint: str) -> dict:
     if not model.is_dir():
         raise ValueError(f"{args.model} is not a folder: needed a Hugging Face folder or a Megatron checkpoint")
     files = sorted((file.name, file.stat().st_size, int(file.stat().st_mtime)) for file in model.iterdir())
-    options = ("model_path", "instruction", "dtype", "image_size", "max_length")
+    sizes = ("image_size", "min_image_tokens", "max_image_tokens")
+    options = ("model_path", "instruction", "dtype", *sizes, "max_length")
     return {
         "corpus": str(Path(args.corpus).resolve()),
         "corpus_fingerprint": fingerprint,

@@ -6,7 +6,6 @@ space, before the tower sees them. The whole pack is checked before it leaves.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
-from megatron_cocoa.data.corruption import normalize_targets, replace_units
+from megatron_cocoa.data.deferred import DeferredFloats, joined
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.preprocess import PictureLoader
@@ -185,29 +184,26 @@ def _vision_fields(
     fields: dict = {"feature_positions": feature_rows} if any(s.pictures for s in samples) else {}
     if supervise_units:
         fields["unit_positions"] = feature_rows[masked]
-    make = functools.partial(_float_fields, samples, masked.numpy(), options, supervise_units=supervise_units)
+    make = _floats(samples, masked.numpy(), options, supervise_units=supervise_units)
     return fields | ({"deferred": make} if options.defer_floats else make())
 
 
-def _float_fields(
+def _floats(
     samples: list[PreparedSample], masked: np.ndarray, options: PackOptions, *, supervise_units: bool
-) -> dict[str, Tensor]:
-    """Pixels with noise over the ``masked`` units, and what those units showed."""
-    pictures = [picture for s in samples for picture in s.pictures]
-    wants_targets = supervise_units and options.needs_unit_targets
-    targets = np.zeros((masked.size, options.vision.unit_dim if wants_targets else 0), dtype=np.float32)
-    fields: dict[str, Tensor] = {}
-    if pictures and (options.needs_pixels or wants_targets):
-        pixels = options.pictures.patches(pictures)
-        originals = replace_units(pixels, masked, _noise(samples), vision=options.vision)
-        if wants_targets:
-            normalize = options.normalize_unit_targets
-            targets = normalize_targets(originals, vision=options.vision) if normalize else originals
-        if options.needs_pixels:
-            fields["pixel_values"] = torch.from_numpy(pixels)
-    if supervise_units:
-        fields["unit_targets"] = torch.from_numpy(targets)
-    return fields
+) -> DeferredFloats:
+    noise = _noise(samples)
+    is_read = options.needs_pixels or (supervise_units and options.needs_unit_targets)
+    return DeferredFloats(
+        cutter=options.pictures.cutter,
+        grid_thw=tuple(grid for s in samples for grid in s.grid_thw),
+        pictures=joined([picture for s in samples for picture in s.pictures]) if is_read else None,
+        masked=masked,
+        noise=None if noise is None else torch.from_numpy(noise),
+        is_supervised=supervise_units,
+        needs_pixels=options.needs_pixels,
+        needs_unit_targets=options.needs_unit_targets,
+        normalize_unit_targets=options.normalize_unit_targets,
+    )
 
 
 def _noise(samples: list[PreparedSample]) -> np.ndarray | None:

@@ -23,6 +23,8 @@ def evaluation_builder(
     vision: VisionGeometry,
     max_length: int,
     image_size: int | None = None,
+    min_image_tokens: int | None = None,
+    max_image_tokens: int | None = None,
     tokens_per_microbatch: int | None = None,
     pad_to_multiple_of: int = 1,
     needs_pixels: bool = True,
@@ -32,7 +34,14 @@ def evaluation_builder(
     Raises:
         ValueError: as ``PictureLoader``, ``load_processor`` and ``PackOptions``.
     """
-    pictures = PictureLoader(data_path, processor=load_processor(model_path), vision=vision, image_size=image_size)
+    pictures = PictureLoader(
+        data_path,
+        processor=load_processor(model_path),
+        vision=vision,
+        image_size=image_size,
+        min_image_tokens=min_image_tokens,
+        max_image_tokens=max_image_tokens,
+    )
     builder = SampleBuilder(bundle=bundle, vision=vision, pictures=pictures, max_length=max_length)
     options = PackOptions(
         pictures=pictures,
@@ -59,7 +68,7 @@ def embedding_batch(
     Raises:
         ValueError: for an item that cannot be embedded: an evaluation never leaves one out.
     """
-    checked = [checked_content(content.text, content.image_path) for content in contents]
+    checked = [checked_content(content.text, content.images) for content in contents]
     return collate_embedding([builder.embedding(str(first + i), c) for i, c in enumerate(checked)], options)
 
 

@@ -72,25 +72,25 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class EncodedContent:
-    """Text around at most one picture, as token ids.
+    """Pieces of text with a picture between any two of them, as token ids.
 
     Args:
-        before, after: int64 ids of the text before and after the picture (all in ``before`` without one).
-        picture: uint8 ``(3, height, width)`` or None.
+        texts: int64 ids of each piece, which may be empty; one more than there are pictures.
+        pictures: uint8 ``(3, height, width)`` each.
     """
 
-    before: np.ndarray
-    after: np.ndarray
-    picture: np.ndarray | None = None
+    texts: tuple[np.ndarray, ...]
+    pictures: tuple[np.ndarray, ...] = ()
 
     @property
     def num_text(self) -> int:
-        return self.before.size + self.after.size
+        return sum(text.size for text in self.texts)
 
     def cut(self, keep: int) -> EncodedContent:
-        """The same with only the first ``keep`` text tokens; the picture always stays."""
-        after = max(0, keep - self.before.size)
-        return replace(self, before=self.before[:keep], after=self.after[:after])
+        """The same with only the first ``keep`` text tokens; pictures always stay."""
+        starts = np.cumsum([0] + [text.size for text in self.texts[:-1]])
+        kept = tuple(text[: max(0, keep - start)] for text, start in zip(self.texts, starts.tolist()))
+        return replace(self, texts=kept)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,14 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_cocoa.data import corruption
+from megatron_cocoa.data.cost import SampleSize
+from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import NO_ROWS, BridgeBlocks, CorruptionSettings, EncodedContent, PreparedSample
-from megatron_cocoa.data.preprocess import PictureError, PictureLoader
-from megatron_cocoa.data.sources import IMAGE_TOKEN, CaptionRow, Content, PairRow
+from megatron_cocoa.data.preprocess import PictureLoader
+from megatron_cocoa.data.sources import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
+from megatron_cocoa.data.stored import PictureRef
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 
 
@@ -90,11 +93,7 @@ class SampleBuilder:
     ) -> BridgeBlocks:
         """Blocks A and B of one sample, B masked. Where both are too long, each keeps half of the room."""
         content, ids = self._encode(block_a), self.bundle.encode_text(target_text)
-        room = self._max_length - 1 - self._picture_tokens(content)
-        keep_a = min(content.num_text, max(room - ids.size, room // 2))
-        keep_b = min(ids.size, room - keep_a)
-        if keep_a < 0 or keep_b < 1:
-            raise self._too_long(content, row_id)
+        keep_a, keep_b = self._share_room(content.num_text, ids.size, self._picture_tokens(content), row_id)
         cut = content.num_text - keep_a + ids.size - keep_b
         content, ids = content.cut(keep_a), ids[:keep_b].copy()
         eligible = np.flatnonzero(~self.bundle.is_special(ids))
@@ -107,7 +106,7 @@ class SampleBuilder:
         )
         labels = ids[hidden]
         ids[hidden] = self.bundle.mask_token_id
-        num_units = self._picture_tokens(content) - 2 if content.picture is not None else 0
+        num_units = self._picture_tokens(content) - 2 * len(content.pictures)
         units, noise = self._corrupt_units(num_units, settings, row_id, epoch=epoch, step=step)
         return BridgeBlocks(row_id, content, ids, hidden, labels, eligible.size, units, noise, cut)
 
@@ -138,62 +137,89 @@ class SampleBuilder:
         sides += [(f"negative{number}", "negative", content) for number, content in enumerate(negatives)]
         return [replace(self.embedding(f"{row.row_id}#{name}", content), role=role) for name, role, content in sides]
 
+    def measure(self, content: Content, *, with_bridge: bool = True) -> SampleSize:
+        """The size of ``embedding(content)``, or of ``warmup`` without a bridge, by the pictures' headers alone."""
+        text, patches, units = self._measure(content)
+        room = self._max_length - int(with_bridge) - units
+        if room < 0:
+            raise self._too_long(units, "sample")
+        tokens = min(text, room) + units + int(with_bridge)
+        return SampleSize(tokens, patches, pairs=tokens**2)
+
+    def measure_bridge(self, block_a: Content, target_text: str, *, ratio: float) -> SampleSize:
+        """The size of what ``bridge_blocks`` and ``join_blocks`` make, by the pictures' headers alone."""
+        text, patches, units = self._measure(block_a)
+        keep_a, keep_b = self._share_room(text, self.bundle.encode_text(target_text).size, units, "sample")
+        a, b = units + keep_a, keep_b
+        # Block A sees itself and the bridge, block B likewise, the bridge sees all.
+        return SampleSize(a + 1 + b, patches, pairs=a * (a + 1) + b * (b + 1) + a + 1 + b, labels=ratio * b)
+
+    def _measure(self, content: Content) -> tuple[int, tuple[int, ...], int]:
+        """Text tokens, patches of each picture, and tokens of all pictures, their marks included."""
+        texts, refs = split_content(content)
+        grids = [self.pictures.planned_grid(ref) for ref in refs]
+        text = sum(self.bundle.encode_text(piece).size for piece in texts)
+        patches = tuple(t * h * w for t, h, w in grids)
+        return text, patches, sum(self.vision.num_units(grid) + 2 for grid in grids)
+
+    def _share_room(self, text_a: int, text_b: int, picture_tokens: int, name: str) -> tuple[int, int]:
+        """Text tokens that blocks A and B keep."""
+        room = self._max_length - 1 - picture_tokens
+        keep_a = min(text_a, max(room - text_b, room // 2))
+        keep_b = min(text_b, room - keep_a)
+        if keep_a < 0 or keep_b < 1:
+            raise self._too_long(picture_tokens, name)
+        return keep_a, keep_b
+
     def _encode(self, content: Content, picture: np.ndarray | None = None) -> EncodedContent:
-        if picture is None and not content.image_path:
-            return EncodedContent(self.bundle.encode_text(content.text), NO_ROWS)
-        before, _, after = content.text.partition(IMAGE_TOKEN)
-        encode = self.bundle.encode_text
-        picture = self.pictures.load(content.image_path) if picture is None else picture
-        return EncodedContent(encode(before), encode(after), picture)
+        texts, refs = split_content(content, has_picture=picture is not None)
+        pictures = tuple(map(self.pictures.load, refs)) if picture is None else (picture,)
+        assert len(texts) == len(pictures) + 1, content
+        return EncodedContent(tuple(map(self.bundle.encode_text, texts)), pictures)
 
     def _picture_tokens(self, content: EncodedContent) -> int:
-        if content.picture is None:
-            return 0
-        return self.vision.num_units(self.pictures.grid(content.picture)) + 2
+        return sum(self.vision.num_units(self.pictures.grid(picture)) + 2 for picture in content.pictures)
 
     def _fit(self, content: EncodedContent, *, reserved: int) -> tuple[EncodedContent, int]:
         room = self._max_length - reserved - self._picture_tokens(content)
         if room < 0:
-            raise self._too_long(content, "sample")
+            raise self._too_long(self._picture_tokens(content), "sample")
         keep = min(content.num_text, room)
         return (content, 0) if keep == content.num_text else (content.cut(keep), content.num_text - keep)
 
-    def _too_long(self, content: EncodedContent, name: str) -> PictureError:
+    def _too_long(self, picture_tokens: int, name: str) -> PictureError:
         return PictureError(
             "picture_longer_than_max_length",
-            f"{name}: the picture takes {self._picture_tokens(content)} tokens, which leaves no room for text in "
+            f"{name}: its pictures take {picture_tokens} tokens, which leaves no room for text in "
             f"data.max_length {self._max_length}: raise it, or make pictures smaller (image_size)",
         )
 
     def _lay_out(self, sample_id: str, content: EncodedContent, *, with_bridge: bool, num_cut: int) -> PreparedSample:
-        bundle, bridge = self.bundle, int(with_bridge)
-        grids: tuple[tuple[int, int, int], ...] = ()
-        first = content.before.size + 1
-        units = 0
-        if content.picture is None:
-            segments: tuple[Segment, ...] = (content.num_text + bridge,)
-        else:
-            grids = (self.pictures.grid(content.picture),)
-            units = self.vision.num_units(grids[0])
-            segments = (first, VisionSegment(grids[0]), 1 + content.after.size + bridge)
-        ids = np.empty(content.num_text + (units + 2 if grids else 0) + bridge, dtype=np.int64)
-        ids[: content.before.size] = content.before
-        if grids:
-            ids[first - 1] = bundle.vision_start_token_id
-            ids[first : first + units] = bundle.image_token_id
-            ids[first + units] = bundle.vision_end_token_id
-            ids[first + units + 1 : first + units + 1 + content.after.size] = content.after
+        bundle = self.bundle
+        grids = tuple(self.pictures.grid(picture) for picture in content.pictures)
+        parts: list[np.ndarray] = [content.texts[0]]
+        segments: list[Segment] = [content.texts[0].size]
+        for grid, text in zip(grids, content.texts[1:]):
+            units = self.vision.num_units(grid)
+            parts.append(np.array([bundle.vision_start_token_id], dtype=np.int64))
+            parts.append(np.full(units, bundle.image_token_id, dtype=np.int64))
+            parts.append(np.array([bundle.vision_end_token_id], dtype=np.int64))
+            parts.append(text)
+            segments[-1] += 1
+            segments += [VisionSegment(grid), 1 + text.size]
         if with_bridge:
-            ids[-1] = bundle.bridge_token_id
+            parts.append(np.array([bundle.bridge_token_id], dtype=np.int64))
+            segments[-1] += 1
+        ids = np.concatenate(parts)
         return PreparedSample(
             sample_id=sample_id,
             input_ids=ids,
-            segments=segments,
-            position_ids=self._positions(segments),
+            segments=tuple(segments),
+            position_ids=self._positions(tuple(segments)),
             bridge=ids.size - 1 if with_bridge else None,
-            pictures=() if content.picture is None else (content.picture,),
+            pictures=content.pictures,
             grid_thw=grids,
-            feature_rows=np.arange(first, first + units, dtype=np.int64) if grids else NO_ROWS,
+            feature_rows=np.flatnonzero(ids == bundle.image_token_id),
             num_cut=num_cut,
         )
 
@@ -220,3 +246,18 @@ class SampleBuilder:
             step_key=(settings.seed, step),
         )
         return masked, noise
+
+
+def split_content(content: Content, *, has_picture: bool = False) -> tuple[list[str], list[PictureRef]]:
+    """Pieces of text, and the pictures between them in the order in which the text shows them.
+
+    Args:
+        content: checked (``sources.checked_content``): marks and pictures agree.
+        has_picture: the one picture is in memory: its mark splits the text, and no reference is returned.
+    """
+    if has_picture:
+        return content.text.split(IMAGE_TOKEN), []
+    if not content.images:
+        return [content.text], []
+    pieces = PLACEHOLDER.split(content.text)
+    return pieces[::2], [content.images[int(number) - 1] for number in pieces[1::2]]

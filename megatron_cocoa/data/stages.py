@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.collate import PackOptions, collate_bridge, collate_contrastive, collate_warmup
 from megatron_cocoa.data.corruption import seeded_generator
+from megatron_cocoa.data.cost import SampleSize
+from megatron_cocoa.data.mixture import MixedOrder, stream_of
 from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.prepared import CorruptionSettings, PreparedSample
 from megatron_cocoa.data.samples import SampleBuilder
+from megatron_cocoa.data.source_list import stage_rows
 from megatron_cocoa.data.source_order import SourceOrder
-from megatron_cocoa.data.sources import (
-    CaptionRow,
-    Content,
-    PairRow,
-    RowSet,
-    read_bridge_pairs,
-    read_captions,
-    read_pairs,
-)
+from megatron_cocoa.data.sources import IMAGE_TOKEN, CaptionRow, Content, PairRow, RowSet
+
+Order = SampleOrder | MixedOrder | SourceOrder
 
 
 class StageData(Protocol):
@@ -29,11 +26,14 @@ class StageData(Protocol):
 
     row_set: RowSet
 
-    def order(self) -> SampleOrder | SourceOrder:
+    def order(self) -> Order:
         """Which row comes when."""
 
     def statistics(self) -> dict[str, int]:
         """What else there is to know of the rows, by name."""
+
+    def measure(self, row, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
+        """The sizes of the packed samples that ``row`` will give in ``epoch``, by the pictures' headers alone."""
 
     def prepare(self, row, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         """The packed samples that ``row`` gives, in order."""
@@ -45,9 +45,9 @@ class StageData(Protocol):
 class WarmupData:
     """Stage 1: ``warmup.jsonl``, pictures and captions, both masked."""
 
-    def __init__(self, folder: Path, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings) -> None:
         stage = settings.warmup
-        self.row_set = read_captions(folder / "warmup.jsonl")
+        self.row_set = stage_rows("warmup", settings.data, seed=settings.seed)
         self.corruption = CorruptionSettings(
             seed=settings.seed,
             text_mask_ratio=stage.text_mask_ratio,
@@ -56,11 +56,16 @@ class WarmupData:
             mae_noise=stage.mae_noise,
         )
 
-    def order(self) -> SampleOrder:
-        return SampleOrder(len(self.row_set.rows), seed=self.corruption.seed, stage="warmup")
+    def order(self) -> Order:
+        return stream_of(self.row_set, seed=self.corruption.seed, stage="warmup")
 
     def statistics(self) -> dict[str, int]:
         return {}
+
+    def measure(self, row: CaptionRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
+        size = builder.measure(Content(IMAGE_TOKEN + row.caption, row.image_path), with_bridge=False)
+        text = size.tokens - builder.vision.num_units((1, 1, sum(size.patches)))
+        return [replace(size, labels=self.corruption.text_mask_ratio * text)]
 
     def prepare(self, row: CaptionRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         return [builder.warmup(row, self.corruption, epoch=epoch, step=step)]
@@ -72,9 +77,9 @@ class WarmupData:
 class BridgeData:
     """Stage 2: ``bridge.jsonl``, block A seen through the bridge, block B masked."""
 
-    def __init__(self, folder: Path, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings) -> None:
         stage = settings.bridge
-        self.row_set = read_bridge_pairs(folder / "bridge.jsonl")
+        self.row_set = stage_rows("bridge", settings.data, seed=settings.seed)
         self.mask_kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
         self.corruption = CorruptionSettings(
             seed=settings.seed,
@@ -83,11 +88,14 @@ class BridgeData:
             mask_at_least_one=stage.mask_at_least_one,
         )
 
-    def order(self) -> SampleOrder:
-        return SampleOrder(len(self.row_set.rows), seed=self.corruption.seed, stage="bridge")
+    def order(self) -> Order:
+        return stream_of(self.row_set, seed=self.corruption.seed, stage="bridge")
 
     def statistics(self) -> dict[str, int]:
         return {}
+
+    def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
+        return [builder.measure_bridge(row.query, row.target.text, ratio=self.corruption.text_mask_ratio)]
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         blocks = builder.bridge_blocks(row.row_id, row.query, row.target.text, self.corruption, epoch=epoch, step=step)
@@ -100,31 +108,33 @@ class BridgeData:
 class ContrastiveData:
     """Stage 3: ``contrastive.jsonl``, two samples a pair and its hard negatives, nothing masked."""
 
-    def __init__(self, folder: Path, settings: TrainSettings) -> None:
-        stage, path = settings.contrastive, folder / "contrastive.jsonl"
+    def __init__(self, settings: TrainSettings) -> None:
+        stage = settings.contrastive
         self.num_hard_negatives = stage.num_hard_negatives
-        self.row_set = read_pairs(path, with_negatives=self.num_hard_negatives > 0)
+        self.row_set = stage_rows(
+            "contrastive", settings.data, seed=settings.seed, with_negatives=self.num_hard_negatives > 0
+        )
         self.seed = settings.seed
         self.batch_size = stage.global_batch_size
         self.per_source = stage.per_source_batches
         found = len(self.row_set.rows)
         if found < self.batch_size:
             raise ValueError(
-                f"{path} has {found} pairs, contrastive.global_batch_size is {self.batch_size}: a pair "
+                f"stage contrastive has {found} pairs, contrastive.global_batch_size is {self.batch_size}: a pair "
                 f"that occurs twice in a step is its own negative; lower global_batch_size"
             )
         if self.num_hard_negatives and not any(row.negatives for row in self.row_set.rows):
             raise ValueError(
-                f"contrastive.num_hard_negatives is {self.num_hard_negatives}, but no row of {path} has a hard "
+                f"contrastive.num_hard_negatives is {self.num_hard_negatives}, but no row of the stage has a hard "
                 f"negative (columns neg_text, neg_image_path): set it to 0, or mine negatives"
             )
 
-    def order(self) -> SampleOrder | SourceOrder:
+    def order(self) -> Order:
         rows = self.row_set.rows
         # A pair and the same pair turned round: in one step, the text of one is a negative for itself in the other.
         groups = [frozenset((row.query, row.target)) for row in rows]
         if not self.per_source:
-            return SampleOrder(len(rows), seed=self.seed, stage="contrastive", groups=groups)
+            return stream_of(self.row_set, seed=self.seed, stage="contrastive", groups=groups)
         sources = [row.source for row in rows]
         return SourceOrder(sources, batch_size=self.batch_size, seed=self.seed, stage="contrastive", groups=groups)
 
@@ -133,6 +143,9 @@ class ContrastiveData:
             return {}
         fewer = sum(len(row.negatives) < self.num_hard_negatives for row in self.row_set.rows)
         return {"rows_with_fewer_hard_negatives": fewer}
+
+    def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
+        return [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         return builder.pair(row, self._negatives(row, epoch))

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_cocoa.data.concepts import HELD_OUT_PERCENT, THUMBNAIL_SIDE, TWIN_CORRELATION, assign_splits
-from megatron_cocoa.data.preprocess import read_picture
+from megatron_cocoa.data.decode import read_picture
 from megatron_cocoa.data.sources import IMAGE_TOKEN
 from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder
 

@@ -22,7 +22,7 @@ class PackShape:
     supervised:   rows of the token head.
     masked_units: rows of the image decoder's last linear.
     runs_decoder: whether the image decoder runs.
-    embeddings:   rows that are embeddings; two a pair.
+    embeddings:   rows that are embeddings; two a pair, and its hard negatives.
     gathers_text, gathers_pictures: see ``activations.layer_memory``, for language model and tower.
     reorders:     pixels are copied into window order.
     """
@@ -69,9 +69,9 @@ def expected_pack(
     """The largest pack that a stage is expected to meet, under variable-length kernels.
 
     Every sample holds one picture of the stage's size; where that is None, as much picture as ``data.max_length``
-    leaves room for. In stage ``contrastive`` both sides of each pair do: tasks that retrieve pictures with pictures
-    have them, and a run must not end at the first batch of such a task. A fixed ``data.tokens_per_microbatch``
-    replaces the sum.
+    leaves room for. In stage ``contrastive`` both sides of each pair and its hard negatives do: tasks that retrieve
+    pictures with pictures have them, and a run must not end at the first batch of such a task. Under
+    ``data.tokens_per_microbatch`` there are as many samples as fit.
 
     Args:
         text_tokens: of each sample beside its picture.
@@ -80,7 +80,8 @@ def expected_pack(
         ValueError: if a sample would be longer than ``data.max_length``, or batch sizes do not divide.
     """
     values = settings.stage(stage)
-    samples = values.samples_per_microbatch(data_parallel_size) * (2 if stage == "contrastive" else 1)
+    rows = 2 + settings.contrastive.num_hard_negatives if stage == "contrastive" else 1
+    samples = values.samples_per_microbatch(data_parallel_size) * rows
     side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
     limit = settings.data.max_length
     units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
@@ -90,6 +91,9 @@ def expected_pack(
         raise ValueError(
             f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
         )
+    budget = settings.data.tokens_per_microbatch
+    if budget is not None:
+        samples = max(1, budget // length)
     supervised, masked_units = 0, 0
     if stage == "warmup":
         supervised = round(samples * text_tokens * settings.warmup.text_mask_ratio)
@@ -97,7 +101,7 @@ def expected_pack(
     elif stage == "bridge":
         supervised = round(samples * text_tokens * settings.bridge.target_mask_ratio)
     return PackShape(
-        tokens=settings.data.tokens_per_microbatch or samples * length,
+        tokens=budget or samples * length,
         patches=samples * units * architecture.vision.merge_unit,
         supervised=supervised,
         masked_units=masked_units,

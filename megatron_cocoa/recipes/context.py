@@ -12,7 +12,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.store import INFO_FILE
-from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.config import StageSettings, TrainSettings
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.geometry import VisionGeometry
@@ -64,9 +64,11 @@ class RunContext:
 
 
 def evaluation_parts(
-    context: RunContext, *, image_size: int | None, needs_pixels: bool = True
+    context: RunContext, stage: StageSettings, *, needs_pixels: bool = True
 ) -> tuple[SampleBuilder, PackOptions]:
     """What evaluation batches are built with, for the run's data and model folders at its layout.
+
+    Pictures are sized as ``stage`` sizes them.
 
     Packs are as long as their samples also where training fills a fixed budget: each is run by itself.
     """
@@ -77,7 +79,9 @@ def evaluation_parts(
         bundle=context.bundle,
         vision=context.geometry,
         max_length=settings.data.max_length,
-        image_size=image_size,
+        image_size=stage.image_size,
+        min_image_tokens=stage.min_image_tokens,
+        max_image_tokens=stage.max_image_tokens,
         pad_to_multiple_of=context.pad_to_multiple_of,
         needs_pixels=needs_pixels,
     )

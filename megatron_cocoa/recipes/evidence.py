@@ -23,8 +23,9 @@ from megatron_cocoa.recipes.retrieval import PICTURE, POOLS
 
 def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
     """Up to ``limit`` rows of a retrieval pool, spread over its file; empty where the data folder has none."""
-    path = Path(context.settings.data.path) / POOLS[pool]
-    if not path.is_file():
+    folder = context.settings.data.path
+    path = None if folder is None else Path(folder) / POOLS[pool]
+    if path is None or not path.is_file():
         return []
     rows = read_captions(path).rows
     return rows[:: max(1, len(rows) // limit)][:limit]
@@ -42,7 +43,7 @@ def bridge_evidence(
     rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in pictures]
     if len(rows) < 2:
         return None
-    builder, options = evaluation_parts(context, image_size=stage.image_size)
+    builder, options = evaluation_parts(context, stage)
     corruption = CorruptionSettings(seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio)
     kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
     own, other = (
@@ -76,7 +77,7 @@ def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> lis
     rows = pool_rows(context, "heldout", limit)
     if not rows or stage.mae_target != "pixels":
         return []
-    builder, options = evaluation_parts(context, image_size=stage.image_size)
+    builder, options = evaluation_parts(context, stage)
     corruption = CorruptionSettings(
         seed=context.settings.seed,
         text_mask_ratio=stage.text_mask_ratio,

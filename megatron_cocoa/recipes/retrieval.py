@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.config import StageSettings
 from megatron_cocoa.data.evaluation_batches import embedding_batch
 from megatron_cocoa.data.sources import CaptionRow, Content, read_captions
 from megatron_cocoa.evaluation.embed import embed
@@ -56,16 +57,14 @@ class RetrievalProbe:
 
     Args:
         context: of the run.
-        image_size: side of the pictures in pixels, as stage ``contrastive`` trains on them.
+        stage: pictures are sized as this stage sizes them.
         batch_size: items per pack.
     """
 
-    def __init__(self, context: RunContext, *, image_size: int | None, batch_size: int = 64):
+    def __init__(self, context: RunContext, stage: StageSettings, *, batch_size: int = 64):
         self.pools = read_pools(context)
         self.batch_size = batch_size
-        self.builder, self.options = evaluation_parts(
-            context, image_size=image_size, needs_pixels=topology.is_pipeline_first_stage()
-        )
+        self.builder, self.options = evaluation_parts(context, stage, needs_pixels=topology.is_pipeline_first_stage())
 
     def embed(self, model: Model, pool: Pool) -> PoolEmbeddings:
         """Captions and pictures of a pool, on every rank."""

@@ -100,7 +100,8 @@ def _check_stages(context: RunContext) -> None:
     settings = context.settings
     if settings.model.load is not None:
         read_info(settings.model.load)
-    for stage in {*settings.stages, *(["contrastive"] if settings.with_baseline else [])}:
+    # In the same order on every rank: ranks of a replica build their loaders together.
+    for stage in dict.fromkeys([*settings.stages, *(["contrastive"] if settings.with_baseline else [])]):
         check_microbatches(context, stage)
         build_loader(context, stage).close()
 
@@ -143,7 +144,7 @@ class _Stages:
         self.findings = Findings()
         self.probe = None
         if context.settings.evaluate:
-            self.probe = RetrievalProbe(context, image_size=context.settings.contrastive.image_size)
+            self.probe = RetrievalProbe(context, context.settings.contrastive)
 
     def run(self) -> Findings:
         """Train what is left; the last stage's summary tells whether the run was stopped."""

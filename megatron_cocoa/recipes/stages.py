@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,9 +15,11 @@ from megatron_cocoa.checkpoint.initial import load_initial_weights
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.loader import StageLoader
+from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.parallel.replica import ReplicaLink
 from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.resume import SETTINGS_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
@@ -224,18 +227,32 @@ def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: C
         shutil.rmtree(folder / STEP_CHECKPOINTS, ignore_errors=True)
 
 
-def build_loader(context: RunContext, stage: str) -> StageLoader:
-    """The loader of a stage for this rank."""
-    return StageLoader(
-        stage,
-        context.settings,
-        bundle=context.bundle,
-        vision=context.geometry,
-        data_parallel_rank=topology.data_parallel_rank(),
-        data_parallel_size=topology.data_parallel_size(),
+def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader:
+    """The loader of a stage for this rank; one rank of each replica reads for all of it."""
+    parallel = context.settings.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+
+    def make_reader(*, defers_all: bool = False) -> StageLoader:
+        return StageLoader(
+            stage,
+            context.settings,
+            bundle=context.bundle,
+            vision=context.geometry,
+            data_parallel_rank=topology.data_parallel_rank(),
+            data_parallel_size=topology.data_parallel_size(),
+            pad_to_multiple_of=context.pad_to_multiple_of,
+            packs_multiple_of=parallel.pipeline_model_parallel_size if interleaved else 1,
+            defers_all=defers_all,
+        )
+
+    if parallel.model_parallel_size == 1:
+        return make_reader()
+    return ReplicaLoader(
+        partial(make_reader, defers_all=True),
+        ReplicaLink(timeout_minutes=parallel.distributed_timeout_minutes),
         needs_pixels=topology.is_pipeline_first_stage(),
         needs_unit_targets=topology.is_pipeline_last_stage(),
-        pad_to_multiple_of=context.pad_to_multiple_of,
+        ahead=context.settings.data.num_workers > 0,
     )
 
 

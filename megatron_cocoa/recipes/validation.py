@@ -25,7 +25,7 @@ class HeldOutValidation:
         settings = context.settings
         self._context, self._stage = context, stage
         self.interval, self.metric = settings.validation.interval, settings.validation.metric
-        self._probe = RetrievalProbe(context, image_size=settings.stage(stage).image_size)
+        self._probe = RetrievalProbe(context, settings.stage(stage))
         self._probe.pools = [pool for pool in self._probe.pools if pool.name == "heldout"]
         if not self._probe.pools:
             path = Path(settings.data.path) / POOLS["heldout"]

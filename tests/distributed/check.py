@@ -14,6 +14,7 @@ MODULES = (
     "tests.distributed.mask_kinds",
     "tests.distributed.memory",
     "tests.distributed.mmeb",
+    "tests.distributed.readers",
     "tests.distributed.resuming",
     "tests.distributed.training",
     "tests.distributed.gradients",

@@ -96,7 +96,7 @@ def checkpoint_moves(save_at: dict, load_at: dict) -> dict[str, float]:
             else:
                 model = build_model(context.architecture, context.settings, with_image_decoder=False)
                 load_checkpoint(path, model.chunks)
-            probe = RetrievalProbe(context, image_size=None, batch_size=5)
+            probe = RetrievalProbe(context, context.settings.contrastive, batch_size=5)
             found = probe.embed(model, probe.pools[0])
             embeddings.append(torch.cat([found.texts, found.pictures]))
         dist.barrier()

@@ -68,7 +68,7 @@ def uneven_context(objective: str, parallel: ParallelSettings, **more) -> RunCon
 
 def uneven_batches(context: RunContext, stage: str, *, packs: int) -> list[PackedBatch]:
     """The global batch in ``packs`` micro-batches; deferred floats where there are several."""
-    builder, options = evaluation_parts(context, image_size=None)
+    builder, options = evaluation_parts(context, context.settings.stage(stage))
     options = replace(options, defer_floats=packs > 1)
     make, collate = _STAGES[stage]
     size = ROWS // packs

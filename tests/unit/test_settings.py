@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cocoa.config import ContrastiveSettings, TrainSettings
+from megatron_cocoa.config import STAGES, ContrastiveSettings, TrainSettings, WarmupSettings
 from megatron_cocoa.settings import (
     PRESETS_DIR,
     SettingsError,
@@ -324,6 +324,56 @@ def test_a_pack_never_holds_more_than_a_ranks_share():
         stage.num_microbatches(3)
     with pytest.raises(ValueError, match="gives 64 samples a rank, which are not divisible by micro_batch_size 24"):
         ContrastiveSettings(global_batch_size=128, micro_batch_size=24).num_microbatches(2)
+
+
+SOURCES = """
+data:
+  sources:
+  - {name: COCO, path: MMEB-train/MSCOCO_i2t, format: mmeb-train, split: original, weight: 2.0, max_rows: 100000}
+  - {name: own, path: shards, format: webdataset, weight: 1, stages: [warmup], columns: {caption: text}}
+"""
+
+
+def test_sources_are_a_list_in_yaml_and_survive_saving(tmp_path):
+    """Claim: a mixture is written once, read with types and defaults, and saved with the run."""
+    (tmp_path / "a.yaml").write_text(SOURCES)
+    settings = parse_settings(["--preset", "none", "--config", str(tmp_path / "a.yaml")])
+    first, second = settings.data.sources
+    assert (first.name, first.weight, first.max_rows, first.image_root) == ("COCO", 2.0, 100000, None)
+    assert first.stages == STAGES and second.stages == ("warmup",) and second.columns == {"caption": "text"}
+    save_settings(settings, tmp_path / "b.yaml")
+    assert parse_settings(["--preset", "none", "--config", str(tmp_path / "b.yaml")]) == settings
+
+
+def test_sources_stand_for_a_data_folder_but_not_for_its_pools(tmp_path):
+    (tmp_path / "a.yaml").write_text(SOURCES)
+    published = ["--preset", PUBLISHED[0], "--model.path", "model", "--config", str(tmp_path / "a.yaml")]
+    assert len(parse_settings(published).data.sources) == 2
+    assert "set data.path, too" in refusal(*published, "--evaluate", "true")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("weight: 1,", "wieght: 1,"), r"data.sources\[1\]: unknown setting wieght, did you mean weight"),
+        (("format: webdataset", "format: tar"), "needed a list of records with the keys name, path, format"),
+        (("weight: 2.0, ", ""), "give each a positive one, or none"),
+        (("name: own", "name: COCO"), "each must occur once"),
+    ],
+)
+def test_a_wrong_source_says_what_is_wrong(tmp_path, change, message):
+    (tmp_path / "a.yaml").write_text(SOURCES.replace(*change))
+    with pytest.raises(SettingsError, match=message):
+        parse_settings(["--preset", "none", "--config", str(tmp_path / "a.yaml")])
+
+
+def test_limits_of_image_tokens_are_refused_where_they_would_have_no_effect():
+    for limits in ({"min_image_tokens": 4}, {"max_image_tokens": 1024}):
+        with pytest.raises(ValueError, match="fixes the size of every picture"):
+            WarmupSettings(image_size=336, **limits)
+        WarmupSettings(image_size=None, **limits)
+    with pytest.raises(ValueError, match="need 1 <= min_image_tokens <= max_image_tokens"):
+        WarmupSettings(image_size=None, min_image_tokens=9, max_image_tokens=4)
 
 
 def test_lists_of_numbers_are_written_as_people_write_them(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import fields, replace
 
@@ -13,7 +14,7 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import STAGES
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.order import SampleOrder
-from tests.unit.data.rows import NUM_PICTURES
+from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples
 
 RECORDED_ORDER = [8, 2, 4, 5, 7, 6, 1, 3, 0, 9]
 
@@ -28,6 +29,10 @@ def make(settings, bundle, vision):
     return build
 
 
+def names_of(batches):
+    return sorted(name for batch in batches for name in batch.sample_ids)
+
+
 def same(a, b):
     a, b = a.materialized(), b.materialized()
     for field in fields(a):
@@ -39,51 +44,81 @@ def same(a, b):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_global_batch_is_the_same_at_any_data_parallel_size(make, stage):
+    """Claim: ranks and packs decide where a sample lies, never which samples a step has or what they hold."""
     single = make(stage)
     ranks = {size: [make(stage, rank=r, size=size) for r in range(size)] for size in (2, 4)}
     for _ in range(4):
-        expected = single.next_step()
+        expected = by_sample(single.next_step())
         for loaders in ranks.values():
             found = [batch for loader in loaders for batch in loader.next_step()]
-            assert len(found) == len(expected) == 4
-            assert all(same(a, b) for a, b in zip(expected, found))
+            assert len(found) == 4 and equal_samples(expected, by_sample(found))
 
 
 def test_samples_do_not_depend_on_the_micro_batch_size(make, settings):
     wide = replace(settings, warmup=replace(settings.warmup, micro_batch_size=8))
     narrow_steps, wide_steps = make("warmup").next_step(), make("warmup", changed=wide).next_step()
-    assert len(wide_steps) == 1
-    for name in ("input_ids", "pixel_values", "unit_targets", "text_labels"):
-        joined = torch.cat([getattr(batch.materialized(), name) for batch in narrow_steps])
-        assert torch.equal(joined, getattr(wide_steps[0], name)), name
+    assert len(wide_steps) == 1 and len(narrow_steps) == 4
+    assert equal_samples(by_sample(narrow_steps), by_sample(wide_steps))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resuming_equals_never_having_stopped(make, settings, stage, workers):
+    """Claim: a run killed at any step goes on with the same samples, also at other data-parallel sizes."""
     changed = replace(settings, data=replace(settings.data, num_workers=workers))
     straight = make(stage, changed=changed)
     for _ in range(5):
         straight.next_step()
     state = json.loads(json.dumps(straight.state_dict()))
-    resumed = make(stage, rank=1, size=2, changed=changed)
-    resumed.next_step()
-    resumed.load_state_dict(state)
+    resumed = [make(stage, rank=r, size=2, changed=changed) for r in range(2)]
+    for loader in resumed:
+        loader.next_step()
+        loader.load_state_dict(state)
     for _ in range(3):
-        expected = straight.next_step()[2:]
-        assert all(same(a, b) for a, b in zip(expected, resumed.next_step()))
-    straight.close()
-    resumed.close()
+        found = [batch for loader in resumed for batch in loader.next_step()]
+        assert equal_samples(by_sample(straight.next_step()), by_sample(found))
+    for loader in (straight, *resumed):
+        loader.close()
 
 
-def test_a_background_thread_changes_nothing(make, settings):
-    ahead = make("warmup", changed=replace(settings, data=replace(settings.data, num_workers=2)))
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_epoch_has_every_sample_once_at_any_data_parallel_size(make, settings, size):
+    """Claim: the ranks of a step share it out; nothing comes twice in an epoch and nothing is left out."""
+    changed = replace(settings, warmup=replace(settings.warmup, global_batch_size=6, micro_batch_size=1))
+    loaders = [make("warmup", rank=r, size=size, changed=changed) for r in range(size)]
+    for _ in range(2):
+        epoch = [i for _ in range(NUM_PICTURES // 6) for x in loaders for b in x.next_step() for i in b.sample_ids]
+        assert sorted(epoch) == sorted(f"row-{i}" for i in range(NUM_PICTURES))
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_a_killed_run_goes_on_with_the_same_sequence_at_another_size(make, settings, sizes, stop):
+    """Claim: stopped after any step, the remaining steps have the samples that they would have had."""
+    changed = replace(settings, warmup=replace(settings.warmup, global_batch_size=6, micro_batch_size=1))
+    before, after = ([make("warmup", rank=r, size=s, changed=changed) for r in range(s)] for s in sizes)
+    for _ in range(stop):
+        states = [loader.next_step() and loader.state_dict() for loader in before]
+    for loader in after:
+        loader.load_state_dict(states[-1])
+    for _ in range(6):
+        expected, found = ([b for loader in group for b in loader.next_step()] for group in (before, after))
+        assert equal_samples(by_sample(expected), by_sample(found))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_change_nothing(make, settings, workers):
+    ahead = make("warmup", changed=replace(settings, data=replace(settings.data, num_workers=workers)))
     plain = make("warmup")
     for _ in range(7):
         assert all(same(a, b) for a, b in zip(plain.next_step(), ahead.next_step()))
-        assert plain.statistics() == ahead.statistics() and plain.state_dict() == ahead.state_dict()
+        # A worker's cache holds what that worker has decoded.
+        hidden = {"decoded": 0}
+        assert plain.statistics() | hidden == ahead.statistics() | hidden and plain.state_dict() == ahead.state_dict()
+    assert len(multiprocessing.active_children()) >= workers
     ahead.close()
     ahead.close()
+    assert not multiprocessing.active_children()
 
 
 def test_each_epoch_sees_every_row_once_and_in_another_order(make):
@@ -146,8 +181,8 @@ def test_query_units_can_be_masked_in_stage_bridge(make, settings):
     assert 0.25 < changed_rows < 0.75
 
 
-def test_packs_fill_the_budget(make, settings):
-    changed = replace(settings, data=replace(settings.data, tokens_per_microbatch=128))
+def test_packs_have_the_length_of_the_budget(make, settings):
+    changed = replace(settings, data=replace(settings.data, tokens_per_microbatch=128, max_length=64))
     for batch in make("contrastive", changed=changed, pad_to_multiple_of=4).next_step():
         assert batch.num_tokens == 128 and batch.tail_length == 128 - sum(batch.sample_lengths)
 
@@ -168,7 +203,7 @@ def test_broken_pictures_are_counted_and_replaced_alike_on_every_rank(make, sett
     for _ in range(NUM_PICTURES // 8):
         batches = single.next_step()
         found = [batch for loader in ranks for batch in loader.next_step()]
-        assert all(same(a, b) for a, b in zip(batches, found))
+        assert names_of(found) == names_of(batches)
         assert [b.sample_ids for b in pixel_free.next_step()] == [b.sample_ids for b in batches]
         seen += [i for batch in batches for i in batch.sample_ids]
     assert len(seen) == NUM_PICTURES and not {"row-3", "row-11"} & set(seen)
@@ -185,7 +220,7 @@ def test_a_folder_without_pictures_ends_in_an_error(make, settings, broken_folde
     loader.close()
 
 
-def test_errors_of_the_background_thread_surface(make, settings, data_folder, tmp_path):
+def test_errors_of_the_worker_processes_surface(make, settings, data_folder, tmp_path):
     shutil.copytree(data_folder, tmp_path / "pairs")
     data = replace(settings.data, path=str(tmp_path / "pairs"), num_workers=1)
     loader = make("warmup", changed=replace(settings, data=data))
@@ -220,7 +255,7 @@ def test_more_pairs_per_step_than_there_are_is_refused(make, settings):
 
 
 def test_missing_paths_and_wrong_ranks_are_refused(make, settings):
-    with pytest.raises(ValueError, match="data.path and model.path"):
+    with pytest.raises(ValueError, match=r"data.path \(or data.sources\) and model.path"):
         make("warmup", changed=replace(settings, data=replace(settings.data, path=None)))
     with pytest.raises(ValueError, match="data_parallel_rank is 2"):
         make("warmup", rank=2, size=2)

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
-from megatron_cocoa.data.preprocess import PictureError, PictureLoader, load_processor, read_picture
+from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 
 RNG = np.random.default_rng(0)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.positions import VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import CorruptionSettings, swap_blocks
-from megatron_cocoa.data.preprocess import PictureError, PictureLoader, load_processor
+from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import CaptionRow, Content
 
@@ -130,7 +131,7 @@ def test_a_picture_that_does_not_fit_is_refused_with_the_numbers(build):
         lambda b: b.bridge_blocks("r", PICTURE, "cat", HALF, epoch=0),
         lambda b: b.embedding("e", PICTURE),
     ):
-        with pytest.raises(PictureError, match=r"takes 27 tokens.*max_length 20") as caught:
+        with pytest.raises(PictureError, match=r"take 27 tokens.*max_length 20") as caught:
             call(build(max_length=20))
         assert caught.value.reason == "picture_longer_than_max_length"
 

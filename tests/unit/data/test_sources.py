@@ -26,7 +26,7 @@ def test_malformed_rows_are_counted_by_reason(tmp_path):
 
 def test_too_many_malformed_rows_stop_the_run(tmp_path):
     path = write_jsonl(tmp_path / "w.jsonl", GOOD[:10] + [{"id": "x", "image_path": 3, "caption": "a"}, "[1]"])
-    with pytest.raises(ValueError, match=r"2 of 12 rows are malformed .*image_path_not_text.*line 11.*at most 5%"):
+    with pytest.raises(ValueError, match=r"2 of 12 rows are malformed .*image_path_not_text.*w:11.*at most 5%"):
         read_captions(path)
 
 

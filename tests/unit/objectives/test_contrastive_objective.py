@@ -271,3 +271,23 @@ def test_a_learned_scale_replaces_the_temperature_and_gets_its_gradient():
     torch.testing.assert_close(loss, loss_of(fixed, queries, targets)[0])
     assert metrics["temperature"].item() == pytest.approx(0.07)
     assert torch.autograd.gradcheck(lambda s: at(s)[0], (scale,))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_order_of_pairs_does_not_matter(shared, symmetric):
+    """Claim: pairs may be gathered in any order (ranks and packs are chosen by cost): the loss is the same, and each
+    embedding keeps its own gradient."""
+    p, order = hard_pairs(), torch.tensor([3, 0, 4, 2, 1])
+    moved = {name: None if value is None else value.detach()[order] for name, value in vars(p).items()}
+    leaves = ("queries", "targets", "negatives")
+    q = PairEmbeddings(**moved | {name: moved[name].requires_grad_() for name in leaves})
+    objective = ContrastiveObjective(
+        temperature=0.3, symmetric=symmetric, mask_equal_targets=True, hard_negatives_shared=shared
+    )
+    losses = [objective.embedding_loss(x)[0] for x in (p, q)]
+    # Float64: sums of five terms in another order.
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    own, other = (torch.autograd.grad(x, [getattr(y, n) for n in leaves]) for x, y in zip(losses, (p, q)))
+    for a, b in zip(own, other):
+        torch.testing.assert_close(a[order], b, rtol=1e-10, atol=1e-14)

@@ -105,6 +105,24 @@ def test_long_samples_are_refused():
         expected_pack(architecture, settings, "contrastive", data_parallel_size=8)
 
 
+def test_packs_are_expected_as_the_loader_fills_them():
+    """Claim: hard negatives are samples like the pair's own; a budget holds as many samples as fit, whatever the
+    micro-batch size says."""
+    architecture = published_architecture("qwen2.5-vl-3b")
+    plain = ["--contrastive.image_size=336", "--contrastive.micro_batch_size=4"]
+
+    def pack(*more):
+        return expected_pack(
+            architecture, settings_of("qwen2.5-vl-3b", *plain, *more), "contrastive", data_parallel_size=8
+        )
+
+    # 336 pixels are 12 x 12 merged units; two tokens around them, and 128 of text.
+    assert pack().tokens == 8 * (144 + 2 + 128) and pack().embeddings == 8
+    assert pack("--contrastive.num_hard_negatives=3").tokens == 20 * (144 + 2 + 128)
+    filled = pack("--data.tokens_per_microbatch=8192")
+    assert filled.tokens == 8192 and filled.embeddings == 8192 // 274 and filled.patches == 4 * 144 * (8192 // 274)
+
+
 def test_the_tool_refuses_28_heads_on_8_ranks(monkeypatch, capsys):
     """Claim: the command says why a layout is impossible and exits with 2; one that fits exits with 0."""
     specification = importlib.util.spec_from_file_location("plan_layout", ROOT / "tools" / "plan_layout.py")

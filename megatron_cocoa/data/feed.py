@@ -1,0 +1,116 @@
+"""Packs in their order, made in this process or ahead of time by worker processes.
+
+The workers are those of torch's ``DataLoader``; the order is ours. One process plans steps, the others decode and pack,
+each a whole pack, and what they make arrives in the order of the plan through shared memory. Since a plan depends on
+its position alone, there is no state in a worker that a checkpoint would have to hold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import count
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.data.step_plan import PackPlan, StepPlanner
+
+Made = tuple[PackPlan, PackedBatch, Counter]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A ``ValueError`` of a worker: only its message crosses the border between processes."""
+
+    message: str
+
+
+class _Plans(Dataset):
+    def __init__(self, planner: StepPlanner) -> None:
+        self.planner = planner
+
+    def __getitem__(self, step: int) -> list[PackPlan] | _Failure:
+        try:
+            return self.planner.plan(step)
+        except ValueError as error:
+            return _Failure(str(error))
+
+
+class _Packs(Dataset):
+    def __init__(self, planner: StepPlanner) -> None:
+        self.planner = planner
+
+    def __getitem__(self, plan: PackPlan | _Failure) -> Made | _Failure:
+        if isinstance(plan, _Failure):
+            return plan
+        try:
+            batch, counts = self.planner.execute(plan)
+            return plan, _integers_as_arrays(batch), counts
+        except ValueError as error:
+            return _Failure(str(error))
+
+
+def packs_from(planner: StepPlanner, start: int, *, num_workers: int) -> Iterator[Made]:
+    """This rank's packs, endlessly, from the step at position ``start`` on.
+
+    Args:
+        planner: of the stage.
+        start: a multiple of the global batch size.
+        num_workers: processes that decode and pack, beside one that plans; 0 does all here, when asked.
+
+    Raises:
+        ValueError: from ``next``, in the place of the pack that could not be made.
+    """
+    steps = count(start, planner.shape.global_batch_size)
+    if num_workers == 0:
+        return ((plan, *planner.execute(plan)) for step in steps for plan in planner.plan(step))
+    return _from_workers(planner, steps, num_workers)
+
+
+def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) -> Iterator[Made]:
+    # Forked workers share the rows, which may be gigabytes, and the caches of tokens.
+    shared = dict(batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork")
+    plans = DataLoader(_Plans(planner), sampler=steps, num_workers=1, **shared)
+    packs = DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared)
+    for made in packs:
+        if isinstance(made, _Failure):
+            raise ValueError(made.message)
+        plan, batch, counts = made
+        yield plan, _arrays_as_tensors(batch), counts
+
+
+def _as_it_is(value: object) -> object:
+    # Torch's own conversion would add a Counter to itself.
+    return value
+
+
+def _integers_as_arrays(batch: PackedBatch) -> PackedBatch:
+    """Indices travel by value: torch would hold a file descriptor open for each tensor as long as that lives."""
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(
+        batch,
+        **{
+            name: value.numpy()
+            for name, value in found.items()
+            if isinstance(value, torch.Tensor) and not value.is_floating_point()
+        },
+    )
+
+
+def _arrays_as_tensors(batch: PackedBatch) -> PackedBatch:
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(
+        batch, **{name: torch.from_numpy(value) for name, value in found.items() if isinstance(value, np.ndarray)}
+    )
+
+
+def _each(plans: DataLoader) -> Iterator[PackPlan | _Failure]:
+    for planned in plans:
+        if isinstance(planned, _Failure):
+            yield planned
+            return
+        yield from planned

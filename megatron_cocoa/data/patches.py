@@ -1,0 +1,71 @@
+"""Resized 8-bit pictures to the float rows that the tower reads.
+
+Eight bytes of floats come from each byte of a picture (four a value, and every still is repeated in time), so what is
+held, or crosses processes and ranks, is the picture; a cutter is small enough to go with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from megatron_cocoa.data.geometry import VisionGeometry
+
+
+@dataclass(frozen=True)
+class PatchCutter:
+    """Normalises and cuts, by a table lookup per pixel and one transpose for all pictures of a size.
+
+    Args:
+        vision: sizes of the tower.
+        table: float32 ``(channels, 256)``: each level of each channel, normalised.
+    """
+
+    vision: VisionGeometry
+    table: np.ndarray
+
+    @classmethod
+    def of_processor(cls, processor: Qwen2VLImageProcessorPil, vision: VisionGeometry) -> PatchCutter:
+        """With the 256 results of the processor's own rescaling and normalising: equal by construction."""
+        levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+        if processor.do_rescale:
+            levels = processor.rescale(levels, processor.rescale_factor)
+        if processor.do_normalize:
+            levels = processor.normalize(levels, processor.image_mean, processor.image_std)
+        return cls(vision, np.array(levels[:, 0], dtype=np.float32))
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Normalise and cut pictures, uint8 ``(3, height, width)`` each, sides multiples of ``vision.size_factor``.
+
+        Returns:
+            float32 ``(patches, patch_dim)``, the pictures one after the other, each in the processor's order: merged
+            units row by row, the patches of a unit next to each other, and in a patch channel, time, row, column.
+        """
+        vision = self.vision
+        counts = [picture.shape[1] * picture.shape[2] // vision.patch_size**2 for picture in pictures]
+        ends = np.cumsum(counts, dtype=np.int64)
+        out = np.empty((int(ends[-1]) if pictures else 0, vision.patch_dim), dtype=np.float32)
+        start = 0
+        while start < len(pictures):
+            end = start + 1
+            while end < len(pictures) and pictures[end].shape == pictures[start].shape:
+                end += 1
+            rows = slice(int(ends[start]) - counts[start], int(ends[end - 1]))
+            self._cut(np.stack(pictures[start:end]), out[rows])
+            start = end
+        return out
+
+    def _cut(self, pictures: np.ndarray, out: np.ndarray) -> None:
+        vision = self.vision
+        p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        n, channels, height, width = pictures.shape
+        units_h, units_w = height // (p * m), width // (p * m)
+        # Cutting the 8-bit pixels first moves a quarter of the bytes that cutting the normalised ones would.
+        blocks = pictures.reshape(n, channels, units_h, m, p, units_w, m, p).transpose(0, 2, 5, 3, 6, 1, 4, 7)
+        blocks = np.ascontiguousarray(blocks).reshape(-1, channels, p * p)
+        target = out.reshape(-1, channels, t, p * p)
+        for channel in range(channels):
+            target[:, channel] = self.table[channel][blocks[:, channel]][:, None]

@@ -1,0 +1,232 @@
+"""The plan of a step: which rows, in which packs, on which rank; and its execution, one pack at a time.
+
+Every rank computes the same plan from the rows and the pictures' headers, and executes its own part of it. What turns
+out to be unusable is replaced: by the header when the plan is made, by decoding when the pack is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.data.collate import PackOptions
+from megatron_cocoa.data.cost import CostModel
+from megatron_cocoa.data.decode import PictureError
+from megatron_cocoa.data.packing import assign_samples
+from megatron_cocoa.data.prepared import PreparedSample
+from megatron_cocoa.data.samples import SampleBuilder
+from megatron_cocoa.data.stages import Order, StageData
+
+MAX_SUBSTITUTES = 20
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A place of the global stream and the row that fills it.
+
+    Args:
+        place: position in the stream.
+        epoch, row: what stands there.
+        tokens: of all samples of the row together.
+        cost: in FLOPs.
+        skipped: rows that were tried for the place before, and why they were not taken.
+    """
+
+    place: int
+    epoch: int
+    row: int
+    tokens: int
+    cost: float
+    skipped: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """One pack of this rank.
+
+    Args:
+        step: position of the step in the stream.
+        index, count: which of the step's packs on this rank, and how many there are.
+        rows: in order.
+        taken: rows of the whole step: a substitute is not one of them if that can be helped.
+        rank_imbalance, pack_imbalance: of the whole step, see ``packing.Assignment``.
+    """
+
+    step: int
+    index: int
+    count: int
+    rows: tuple[PlannedRow, ...]
+    taken: frozenset[int]
+    rank_imbalance: float
+    pack_imbalance: float
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """How a step is divided.
+
+    Args:
+        global_batch_size: rows of a step.
+        rank, num_ranks: this data-parallel rank, and of how many.
+        samples_per_pack: without a budget.
+        budget: tokens of a pack, or None.
+        packs_multiple_of: with a budget, packs of a rank come in multiples of this.
+    """
+
+    global_batch_size: int
+    rank: int
+    num_ranks: int
+    samples_per_pack: int
+    budget: int | None = None
+    packs_multiple_of: int = 1
+
+
+class StepPlanner:
+    """Plans steps, and executes the packs of one rank.
+
+    Args:
+        data: the stage's rows and rules.
+        order: which row comes when.
+        builder: prepares samples.
+        options: how packs are filled.
+        cost: what samples cost.
+        shape: how a step is divided.
+        defers_all: where ``options`` defer floats, leave those of a step's first pack, too, to be made later: else
+            they are made with the pack, so that the step can start with it.
+    """
+
+    def __init__(
+        self,
+        data: StageData,
+        order: Order,
+        *,
+        builder: SampleBuilder,
+        options: PackOptions,
+        cost: CostModel,
+        shape: StepShape,
+        defers_all: bool = False,
+    ) -> None:
+        self.shape = shape
+        self._defers_all = defers_all
+        self._data, self._order = data, order
+        self._builder, self._options, self._cost = builder, options, cost
+
+    def plan(self, step: int) -> list[PackPlan]:
+        """This rank's packs of the step at position ``step``.
+
+        Raises:
+            ValueError: if too many rows one after the other are unusable, or a sample exceeds the budget.
+        """
+        shape = self.shape
+        places = range(step, step + shape.global_batch_size)
+        taken = {self._order.at(place)[1] for place in places}
+        rows: list[PlannedRow] = []
+        for place in places:
+            rows.append(self._planned(place, taken))
+            taken.add(rows[-1].row)
+        found = assign_samples(
+            [row.tokens for row in rows],
+            [row.cost for row in rows],
+            num_ranks=shape.num_ranks,
+            samples_per_pack=shape.samples_per_pack,
+            budget=shape.budget,
+            packs_multiple_of=shape.packs_multiple_of,
+        )
+        own = found.packs[shape.rank]
+        return [
+            PackPlan(
+                step=step,
+                index=index,
+                count=len(own),
+                rows=tuple(rows[i] for i in pack),
+                taken=frozenset(taken),
+                rank_imbalance=found.rank_imbalance,
+                pack_imbalance=found.pack_imbalance,
+            )
+            for index, pack in enumerate(own)
+        ]
+
+    def execute(self, plan: PackPlan) -> tuple[PackedBatch, Counter]:
+        """Decode and pack; with what was counted on the way.
+
+        Raises:
+            ValueError: if too many rows one after the other have unusable pictures.
+        """
+        counts: Counter = Counter()
+        samples: list[PreparedSample] = []
+        decoded = self._builder.pictures.num_decoded
+        room = None if self.shape.budget is None else self.shape.budget - sum(row.tokens for row in plan.rows)
+        for row in plan.rows:
+            limit = None if room is None else room + row.tokens
+            found = self._prepare(row, plan, limit, counts)
+            samples += found
+            room = None if limit is None else limit - _tokens(found)
+        _count(samples, counts)
+        counts["decoded"] = self._builder.pictures.num_decoded - decoded
+        batch = self._data.collate(samples, self._options)
+        return batch if plan.index or self._defers_all else batch.materialized(), counts
+
+    def _planned(self, place: int, taken: Set[int]) -> PlannedRow:
+        skipped: list[tuple[int, str]] = []
+        for epoch, row in self._candidates(place, taken):
+            try:
+                sizes = self._data.measure(self._data.row_set.rows[row], self._builder, epoch=epoch)
+            except PictureError as error:
+                skipped.append((row, error.reason))
+                last = error
+                continue
+            tokens, cost = sum(size.tokens for size in sizes), sum(map(self._cost.flops, sizes))
+            return PlannedRow(place, epoch, row, tokens, cost, tuple(skipped))
+        raise self._given_up(place, last)
+
+    def _prepare(self, planned: PlannedRow, plan: PackPlan, limit: int | None, counts: Counter) -> list[PreparedSample]:
+        """The samples of a place; ``limit`` is how many tokens its pack can take."""
+        counts["rows"] += 1
+        counts.update(f"skipped/{reason}" for _, reason in planned.skipped)
+        tried = {row for row, _ in planned.skipped}
+        candidates = [(planned.epoch, planned.row), *self._candidates(planned.place, plan.taken)]
+        last: Exception | None = None
+        for epoch, row in candidates:
+            if row in tried:
+                continue
+            tried.add(row)
+            try:
+                samples = self._data.prepare(self._data.row_set.rows[row], self._builder, epoch=epoch, step=plan.step)
+            except PictureError as error:
+                counts[f"skipped/{error.reason}"] += 1
+                last = error
+                continue
+            if limit is None or _tokens(samples) <= limit:
+                return samples
+            last = ValueError(f"a row of {_tokens(samples)} tokens is more than the {limit} that its pack has left")
+        raise self._given_up(planned.place, last)
+
+    def _candidates(self, place: int, taken: Set[int]) -> Iterator[tuple[int, int]]:
+        """``(epoch, row)``: the row of ``place``, then its substitutes, those that the step has already last."""
+        epoch, row = self._order.at(place)
+        yield epoch, row
+        substitutes = [self._order.substitute(place, attempt) for attempt in range(MAX_SUBSTITUTES - 1)]
+        yield from ((epoch, row) for row in sorted(substitutes, key=taken.__contains__))
+
+    def _given_up(self, place: int, last: Exception) -> ValueError:
+        return ValueError(
+            f"{MAX_SUBSTITUTES} rows one after the other have unusable pictures (position {place} of the stream): "
+            f"check that the data folder holds the pictures; the last error was: {last}"
+        )
+
+
+def _tokens(samples: list[PreparedSample]) -> int:
+    return sum(sample.input_ids.size for sample in samples)
+
+
+def _count(samples: list[PreparedSample], counts: Counter) -> None:
+    for sample in samples:
+        counts["samples"] += 1
+        counts["tokens"] += sample.input_ids.size
+        counts["cut_tokens"] += sample.num_cut
+        counts["text_eligible"] += sample.num_eligible
+        counts["text_masked"] += sample.text_rows.size
+        counts["unit_masked"] += sample.masked_units.size
+        counts["unit_eligible"] += sample.feature_rows.size

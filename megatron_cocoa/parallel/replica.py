@@ -1,0 +1,91 @@
+"""From the one rank of a data-parallel replica that reads data to the others that compute with it.
+
+Tensor-, context- and pipeline-parallel ranks of a replica work on the same micro-batches. The first of them reads
+and decodes, and hands them on over groups of its own, on the host, so that this may go on in a thread beside the
+training step: index tensors to all ranks, pictures to the ranks that hold the tower or the image decoder.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cocoa.parallel import device, topology
+
+Audience = Literal["tower", "ends"]
+
+
+class ReplicaLink:
+    """This rank's end of the hand-over. Every rank of the world must build one at the same time.
+
+    Args:
+        timeout_minutes: after which a rank that waits for another gives up.
+
+    Attributes:
+        is_reader: whether this rank reads for its replica.
+        num_ranks: of the replica.
+    """
+
+    def __init__(self, *, timeout_minutes: float) -> None:
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        rosters = _rosters()
+        own = topology.data_parallel_rank()
+        self.num_ranks = len(rosters[own]["all"])
+        self._reader = rosters[own]["all"][0]
+        self.is_reader = dist.get_rank() == self._reader
+        self._members = rosters[own]
+        groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        for roster in rosters.values():
+            for ranks in roster.values():
+                # Every rank takes part in the making of every group, in the same order.
+                if ranks not in groups:
+                    alone = len(ranks) == 1
+                    groups[ranks] = None if alone else dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+        self._groups = {name: groups[ranks] for name, ranks in self._members.items()}
+
+    def share(self, value: Any) -> Any:
+        """The reader's picklable ``value`` on every rank of the replica; what the others pass is ignored."""
+        if self._groups["all"] is None:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=self._reader, group=self._groups["all"], device=torch.device("cpu"))
+        return holder[0]
+
+    def share_tensor(
+        self, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, to: Audience
+    ) -> Tensor | None:
+        """The reader's tensor on the ranks that need it, and None on the others, the reader itself excepted.
+
+        Args:
+            value: on the reader: on the CPU.
+            shape, dtype: of ``value``, known to all ranks.
+            to: ``tower``: ranks of the first pipeline stage; ``ends``: of the first and of the last.
+        """
+        if dist.get_rank() not in self._members[to]:
+            return None
+        value = value.contiguous() if self.is_reader else torch.empty(shape, dtype=dtype)
+        if self._groups[to] is not None and value.numel():
+            dist.broadcast(value, src=self._reader, group=self._groups[to])
+        return value
+
+
+def _rosters() -> dict[int, dict[str, tuple[int, ...]]]:
+    """For each data-parallel rank the ranks of its replica, and those of its first and outer stages, reader first."""
+    place = [topology.data_parallel_rank(), topology.is_pipeline_first_stage(), topology.is_pipeline_last_stage()]
+    own = torch.tensor(place, dtype=torch.int64, device=device.device())
+    places = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(places, own)
+    rosters: dict[int, dict[str, tuple[int, ...]]] = {}
+    table = [tuple(found.tolist()) for found in places]
+    for replica in sorted({place[0] for place in table}):
+        ranks = [rank for rank, place in enumerate(table) if place[0] == replica]
+        rosters[replica] = {
+            "all": tuple(ranks),
+            "tower": tuple(sorted({ranks[0], *(rank for rank in ranks if table[rank][1])})),
+            "ends": tuple(sorted({ranks[0], *(rank for rank in ranks if table[rank][1] or table[rank][2])})),
+        }
+    return rosters

@@ -1,0 +1,350 @@
+"""Every format gives the same rows, and sources mix by weight without ever losing or repeating a sample."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_cocoa.config import DataSettings, SourceSettings
+from megatron_cocoa.data.loader import StageLoader
+from megatron_cocoa.data.mixture import BLOCK, MixedOrder
+from megatron_cocoa.data.mmeb_train import SUBSETS, is_constant_target, without_instruction
+from megatron_cocoa.data.source_list import source_rows, stage_rows
+from megatron_cocoa.data.sources import Content, checked_content
+from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, pair, write_jsonl
+
+MMEB_QUERY = "<|image_1|>\nFind an image caption describing the given everyday image.\n"
+
+
+def captions(data_folder) -> list[dict]:
+    return [json.loads(line) for line in (data_folder / "warmup.jsonl").read_text().splitlines()]
+
+
+def save_dataset(folder, table: pa.Table, *, split: str | None = None) -> None:
+    """As ``datasets`` 4 lays out ``Dataset.save_to_disk`` and, with ``split``, ``DatasetDict.save_to_disk``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if split is not None:
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+        folder = folder / split
+        folder.mkdir()
+    names = [f"data-{i:05}-of-00002.arrow" for i in range(2)]
+    half = table.num_rows // 2
+    for name, part in zip(names, (table.slice(0, half), table.slice(half))):
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(part, max_chunksize=5)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+
+
+def write_jsonl_source(folder, data_folder) -> SourceSettings:
+    rows = [row | {"image_path": str(row["image_path"]).removeprefix("images/")} for row in captions(data_folder)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    return SourceSettings("s", str(folder / "rows.jsonl"), image_root=str(data_folder / "images"))
+
+
+def write_mmeb_source(folder, data_folder) -> SourceSettings:
+    rows = [
+        pair("", qry=MMEB_QUERY, qry_image_path=row["image_path"], pos_text=row["caption"])
+        for row in captions(data_folder)
+    ]
+    subset = folder / "MSCOCO_i2t"
+    subset.mkdir()
+    for index, part in enumerate((rows[:7], rows[7:])):
+        table = pa.Table.from_pylist([{k: v for k, v in row.items() if k != "id"} for row in part])
+        pq.write_table(table, subset / f"original-{index:05}-of-00002.parquet")
+        pq.write_table(table.slice(0, 1), subset / f"diverse_instruction-{index:05}-of-00002.parquet")
+    return SourceSettings("s", str(subset), "mmeb-train", split="original", image_root=str(data_folder))
+
+
+def write_saved_source(folder, data_folder) -> SourceSettings:
+    pictures = [
+        {"bytes": (data_folder / row["image_path"]).read_bytes(), "path": None} for row in captions(data_folder)
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    texts = [row["caption"] for row in captions(data_folder)]
+    save_dataset(folder / "set", pa.table({"image": pa.array(pictures, type=kind), "text": texts}), split="train")
+    return SourceSettings("s", str(folder / "set"), "hf-datasets", columns={"image_path": "image", "caption": "text"})
+
+
+def write_saved_paths_source(folder, data_folder) -> SourceSettings:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pictures = [{"bytes": None, "path": row["image_path"]} for row in captions(data_folder)]
+    texts = [row["caption"] for row in captions(data_folder)]
+    save_dataset(folder / "set", pa.table({"image_path": pa.array(pictures, type=kind), "caption": texts}))
+    return SourceSettings("s", str(folder / "set"), "hf-datasets", image_root=str(data_folder))
+
+
+def write_shards_source(folder, data_folder) -> SourceSettings:
+    rows = captions(data_folder)
+    for index, part in enumerate((rows[:10], rows[10:])):
+        with tarfile.open(folder / f"{index:04}.tar", "w") as archive:
+            for number, row in enumerate(part):
+                members = {"png": (data_folder / row["image_path"]).read_bytes(), "txt": row["caption"].encode()}
+                for extension, data in members.items():
+                    info = tarfile.TarInfo(f"deep/{number:05}.{extension}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return SourceSettings("s", str(folder), "webdataset")
+
+
+WRITERS = (
+    write_jsonl_source,
+    write_mmeb_source,
+    write_saved_source,
+    write_saved_paths_source,
+    write_shards_source,
+)
+
+
+@pytest.fixture
+def make(settings, bundle, vision):
+    def build(stage, data, *, rank=0, size=1):
+        place = dict(data_parallel_rank=rank, data_parallel_size=size)
+        return StageLoader(stage, replace(settings, data=data), bundle=bundle, vision=vision, **place)
+
+    return build
+
+
+def pictures_and_texts(loader, number):
+    """Unmasked content of each sample, whatever the rows are called: lengths, and pixels that are no noise."""
+    found = Counter()
+    for _ in range(number):
+        for sample in by_sample(loader.next_step()).values():
+            pixels = sample[4]
+            found[(tuple(sample[1].tolist()), pixels.double().sum().item())] += 1
+    return found
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_format_gives_the_same_samples(make, data_folder, tmp_path, writer, workers):
+    """Claim: pairs of the same pictures and captions are the same samples, bit for bit, whatever they are read from."""
+    query = MMEB_QUERY if writer is write_mmeb_source else "<|image_1|>"
+    plain = [
+        pair(row["id"], qry=query, qry_image_path=row["image_path"], pos_text=row["caption"])
+        for row in captions(data_folder)
+    ]
+    reference = SourceSettings("r", str(write_jsonl(tmp_path / "c.jsonl", plain)), image_root=str(data_folder))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    source = writer(folder, data_folder)
+    steps = NUM_PICTURES // 8
+    loaders = [make("contrastive", DataSettings(sources=(s,), num_workers=workers)) for s in (reference, source)]
+    expected, found = (pictures_and_texts(loader, steps) for loader in loaders)
+    assert sum(found.values()) == 2 * NUM_PICTURES and expected == found
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format_serves_every_stage(data_folder, tmp_path, writer):
+    source = writer(tmp_path, data_folder)
+    for stage in ("warmup", "bridge", "contrastive"):
+        found = source_rows(source, stage, seed=0)
+        assert len(found.rows) == NUM_PICTURES and not found.dropped
+        assert len({row.row_id for row in found.rows}) == NUM_PICTURES
+        assert all(row.row_id.startswith("s/") and row.source == "s" for row in found.rows)
+
+
+MMEB_ROWS = {
+    "MSCOCO_t2i": (
+        "Find me an everyday image that matches the given caption: a small dog.\n",
+        "",
+        "<|image_1|>\nRepresent the given image.\n",
+        "b.jpg",
+    ),
+    "VisualNews_t2i": (
+        "Retrieve an image of this news caption. A man speaks.\n",
+        "",
+        "<|image_1|>\nRepresent the given image.\n",
+        "b.jpg",
+    ),
+    "VisDial": (
+        "Represent the given dialogue about an image, which is used for image retrieval: Q:a child?\nA:no\n",
+        "",
+        "<|image_1|>\nRepresent the given image\n",
+        "b.jpg",
+    ),
+    "WebQA": (
+        "<|image_1|>\nFind a Wikipedia image that answers this question: Which part?\n",
+        "",
+        "<|image_1|>\nRepresent the given Wikipedia image with related text information: A leaf.\n",
+        "b.jpg",
+    ),
+    "CIRR": (
+        "<|image_1|>\nGiven an image, find a similar everyday image with the described changes: red\n",
+        "a.jpg",
+        "<|image_1|>\nRepresent the given image.\n",
+        "b.jpg",
+    ),
+    "MSCOCO": (
+        '<|image_1|>\nSelect the portion of the image that isolates the object labeled as "dog"\n',
+        "a.jpg",
+        "<|image_1|>\nRepresent the given cropped image of the object\n",
+        "b.jpg",
+    ),
+    "ImageNet_1K": ("<|image_1|>\nRepresent the given image for classification\n", "a.jpg", "plane", ""),
+}
+
+
+def test_mmeb_train_rows_follow_the_rules_of_each_stage(tmp_path):
+    """Claim: with the published prompts of each kind of subset, rows are flipped, dropped and kept as they should."""
+    names = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+    rows = [dict(zip(names, values)) for values in MMEB_ROWS.values()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "original-00000-of-00001.parquet")
+    source = SourceSettings("s", str(tmp_path), "mmeb-train")
+    bridge = source_rows(source, "bridge", seed=0)
+    assert [row.target.text for row in bridge.rows] == [
+        "a small dog.",
+        "A man speaks.",
+        "Q:a child?\nA:no",
+        "Which part?",
+        "plane",
+    ]
+    assert bridge.flipped == 4 and bridge.dropped == {"image_to_image": 2}
+    assert all(not row.target.images and len(row.query.images) == 1 for row in bridge.rows)
+    warmup = source_rows(source, "warmup", seed=0)
+    assert [row.caption for row in warmup.rows] == [row.target.text for row in bridge.rows]
+    assert warmup.dropped == {"several_pictures": 2}
+    contrastive = source_rows(source, "contrastive", seed=0)
+    assert len(contrastive.rows) == 7 and contrastive.rows[3].query.text == (
+        "Find a Wikipedia image that answers this question: Which part?"
+    )
+
+
+def test_the_published_subsets_and_constants():
+    assert len(SUBSETS) == len(set(SUBSETS)) == 20 and "ImageNet_1K" in SUBSETS
+    for text in ("Represent the given image.\n", "represent the given IMAGE", "", " Represent  the given image. "):
+        assert is_constant_target(text.strip())
+    assert not is_constant_target("Represent the given image with a dog")
+    assert without_instruction("A dog on a Retrieve an image of this news caption.") == (
+        "A dog on a Retrieve an image of this news caption."
+    )
+
+
+def test_max_rows_draws_the_same_rows_each_time(tmp_path, data_folder):
+    source = replace(write_jsonl_source(tmp_path, data_folder), max_rows=5)
+    first, again = (source_rows(source, "warmup", seed=3) for _ in range(2))
+    assert first.rows == again.rows and len(first.rows) == 5
+    assert first.dropped == {"over_max_rows": NUM_PICTURES - 5}
+    assert source_rows(source, "warmup", seed=4).rows != first.rows
+
+
+def test_several_pictures_stand_where_the_text_shows_them(make, data_folder, tmp_path):
+    """Claim: ``<|image_2|>`` before ``<|image_1|>`` puts the second picture first, each with its own grid."""
+    row = pair("two", qry="see <|image_2|> then <|image_1|>", pos_text="both") | {
+        "qry_image_path": ["images/0.png", "images/1.png"]
+    }
+    fill = [pair(f"f{i}", qry=f"text {i}", pos_text=f"answer {i}") for i in range(7)]
+    path = write_jsonl(tmp_path / "c.jsonl", [row, *fill])
+    data = DataSettings(sources=(SourceSettings("s", str(path), image_root=str(data_folder)),))
+    single = {
+        key: pair("one", qry=f"see <|image_1|> {key}", qry_image_path=f"images/{key}.png", pos_text="x") for key in "01"
+    }
+    both = by_sample(make("contrastive", data).next_step())["s/two#query"]
+    sides = []
+    for key, one in single.items():
+        path = write_jsonl(tmp_path / f"{key}.jsonl", [one, *fill])
+        source = SourceSettings("s", str(path), image_root=str(data_folder))
+        sides.append(by_sample(make("contrastive", DataSettings(sources=(source,))).next_step())["s/one#query"])
+    assert both[0] == sides[1][0] + sides[0][0]
+    np.testing.assert_array_equal(both[4], np.concatenate([sides[1][4], sides[0][4]]))
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "expected"),
+    [
+        ("a", "", Content("a")),
+        ("<|image_1|> a", "", Content("a")),
+        ("<|image_7|> a <|image_1|>", "", Content("a")),
+        ("", "x.png", Content("<|image_1|>", "x.png")),
+        ("", ("x.png", "y.png"), Content("<|image_1|><|image_2|>", "x.png", ("y.png",))),
+        ("<|image_2|>b<|image_1|>", ("x.png", "y.png"), Content("<|image_2|>b<|image_1|>", "x.png", ("y.png",))),
+    ],
+)
+def test_marks_and_pictures_agree(text, images, expected):
+    assert checked_content(text, images) == expected
+
+
+def weighted(parts, **options):
+    return MixedOrder([(str(i), rows, weight) for i, (rows, weight) in enumerate(parts)], seed=7, stage="s", **options)
+
+
+def test_shares_follow_the_weights_and_never_drift():
+    """Claim: after every whole block a source has had its share to one sample, however long the stream."""
+    parts = [(1000, 1.0), (37, 0.25), (90_000, 3.1)]
+    order = weighted(parts)
+    total = sum(weight for _, weight in parts)
+    for blocks in (1, 2, 57):
+        seen = order._before(blocks)
+        assert sum(seen) == blocks * BLOCK
+        assert all(abs(count - blocks * BLOCK * w / total) <= 1 for count, (_, w) in zip(seen, parts))
+
+
+def test_each_source_of_a_mixture_goes_through_all_its_rows_before_it_repeats_one():
+    order = weighted([(100, 1.0), (7, 1.0), (1000, 2.0)])
+    rows = [order.at(i) for i in range(3 * BLOCK)]
+    for start, size in ((0, 100), (100, 7), (107, 1000)):
+        own = [row - start for _, row in rows if start <= row < start + size]
+        for epoch in range(len(own) // size):
+            assert sorted(own[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_a_mixture_is_found_at_any_position_without_a_state():
+    straight = [weighted([(50, 1.0), (20, 0.5)]).at(i) for i in range(200)]
+    fresh = weighted([(50, 1.0), (20, 0.5)])
+    assert [fresh.at(i) for i in (199, 3, 150)] == [straight[i] for i in (199, 3, 150)]
+    assert all(50 <= fresh.substitute(i, 2) for i in range(200) if straight[i][1] >= 50)
+
+
+def test_a_weight_that_would_never_be_drawn_is_refused():
+    with pytest.raises(ValueError, match=r"\['1'\] would get less than one in 4096"):
+        weighted([(50, 1.0), (20, 1e-5)])
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)])
+def test_mixed_sources_resume_at_another_data_parallel_size(make, data_folder, tmp_path, sizes):
+    first = SourceSettings("a", str(data_folder), weight=2.0)
+    rows = write_jsonl(tmp_path / "b.jsonl", [pair(f"{i}", qry=f"q {i}", pos_text=f"p {i}") for i in range(9)])
+    data = DataSettings(sources=(first, SourceSettings("b", str(rows), weight=1.0)))
+    before, after = ([make("contrastive", data, rank=r, size=s) for r in range(s)] for s in sizes)
+    for _ in range(3):
+        states = [loader.next_step() and loader.state_dict() for loader in before]
+    assert json.loads(json.dumps(states[0]))["sources"] == [["a", 48, 2.0], ["b", 9, 1.0]]
+    for loader in after:
+        loader.load_state_dict(json.loads(json.dumps(states[0])))
+    for _ in range(3):
+        expected, found = (by_sample([b for x in group for b in x.next_step()]) for group in (before, after))
+        assert equal_samples(expected, found)
+
+
+def test_sources_without_weights_make_one_epoch_of_all_rows(make, data_folder, tmp_path):
+    rows = write_jsonl(tmp_path / "b.jsonl", [pair(f"{i}", qry=f"q {i}", pos_text=f"p {i}") for i in range(8)])
+    data = DataSettings(sources=(SourceSettings("a", str(data_folder)), SourceSettings("b", str(rows))))
+    loader = make("bridge", data)
+    names = [name for _ in range(4) for batch in loader.next_step() for name in batch.sample_ids]
+    expected = [f"a/row-{i}" for i in range(NUM_PICTURES)] + [f"b/{i}" for i in range(8)]
+    assert sorted(names) == sorted(expected) and loader.statistics()["rows"] == 32
+
+
+def test_settings_of_sources_are_checked():
+    good = SourceSettings("a", "x")
+    for sources, message in (
+        ((good, good), "each must occur once"),
+        ((good, SourceSettings("b", "x", weight=1.0)), "give each a positive one, or none"),
+        ((SourceSettings("b", "x", weight=-1.0),), "give each a positive one"),
+        ((SourceSettings("b", "x", stages=("later",)),), "names the stage"),
+        ((SourceSettings("b", "x", max_rows=0),), "needs 1 or more"),
+        ((SourceSettings("b", "x", split="train"),), "has no effect on format jsonl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DataSettings(sources=sources)
+    with pytest.raises(ValueError, match="none of data.sources feeds stage bridge"):
+        stage_rows("bridge", DataSettings(sources=(SourceSettings("a", "x", stages=("warmup",)),)), seed=0)
