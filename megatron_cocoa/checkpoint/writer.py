@@ -17,8 +17,11 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_cocoa.checkpoint.helper_process import start_results_queue
 
 INFO_FILE = "cocoa.json"
 INCOMPLETE, REPLACED = ".incomplete", ".replaced"
@@ -51,6 +54,7 @@ class CheckpointWriter:
             ValueError: if this or the earlier checkpoint cannot be written; nothing is kept of it.
         """
         self.wait()
+        start_results_queue(filesystem_async)
         work = path.with_name(path.name + INCOMPLETE)
         failure = f"cannot write a checkpoint under {path.parent}"
         _on_first_rank(lambda: (restore_replaced(path), _make_empty(work)), failure)

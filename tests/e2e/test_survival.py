@@ -116,12 +116,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folders, unbroken, tmp_path):
 
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed(folders, unbroken, tmp_path):
-    """Claim: with --max-restarts and --resume a kill costs at most the steps since the last complete checkpoint."""
+    """Claim: with --max-restarts and --resume a kill costs at most the steps since the last complete checkpoint.
+
+    And nothing of the killed rank lives on: the writers of its last checkpoint end, the process behind them as well.
+    """
     output = tmp_path / "output"
     process = start(folders, output, "--checkpoint.asynchronous=true", restarts=2)
     for stage, step in (("bridge", 5), ("contrastive", 7)):
         wait_for_step(process, output, stage, step)
-        ranks_of(process)[0].kill()
+        (rank,) = ranks_of(process)
+        helpers = rank.children(recursive=True)
+        rank.kill()
+        _, left = psutil.wait_procs(helpers, timeout=20)
+        assert not left, f"processes of a killed rank that live on: {left}"
         # The restarted run cuts its log back to its checkpoint before it goes on.
         time.sleep(1)
     assert finish(process) == 0, output.with_suffix(".log").read_text()[-3000:]
