@@ -19,12 +19,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import ParallelSettings, TrainSettings
 from megatron_cocoa.model.build import Model, build_model
-from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel import device, topology
 
 
 @contextlib.contextmanager
 def fake_world(parallel: ParallelSettings, *, pipeline_rank: int = 0) -> Iterator[None]:
-    """One replica's process groups, seen from the first rank of a pipeline stage. No other world may be running."""
+    """One replica's process groups, seen from the first rank of a pipeline stage.
+
+    It takes the place of whatever world an earlier test has left: an embedder starts one and keeps it.
+    """
+    topology.shutdown()
     size = parallel.model_parallel_size
     rank = pipeline_rank * size // parallel.pipeline_model_parallel_size
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
