@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import nn
 
 from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
-from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter
+from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE, CheckpointWriter, is_complete
 
 IMPORT_STAGE = "import"
 """``CheckpointInfo.stage`` of converted weights, which no stage has trained."""
@@ -124,9 +124,9 @@ def read_info(path: str | Path) -> CheckpointInfo:
         ValueError: if the folder is no complete checkpoint of this project.
     """
     folder = Path(path)
-    if not (folder / INFO_FILE).is_file() or not (folder / "metadata.json").is_file():
+    if not is_complete(folder):
         state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} {state}: needed a folder with metadata.json and {INFO_FILE}")
+        raise ValueError(f"{folder} {state}: needed a folder with {INDEX_FILE} and {INFO_FILE}")
     try:
         return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:

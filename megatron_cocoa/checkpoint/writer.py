@@ -22,8 +22,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.helper_process import start_results_queue
+from megatron_cocoa.parallel.collectives import on_first_rank
 
-INFO_FILE = "cocoa.json"
+INFO_FILE, INDEX_FILE = "cocoa.json", "metadata.json"
 INCOMPLETE, REPLACED = ".incomplete", ".replaced"
 
 
@@ -57,7 +58,7 @@ class CheckpointWriter:
         start_results_queue(filesystem_async)
         work = path.with_name(path.name + INCOMPLETE)
         failure = f"cannot write a checkpoint under {path.parent}"
-        _on_first_rank(lambda: (restore_replaced(path), _make_empty(work)), failure)
+        on_first_rank(lambda: (restore_replaced(path), _make_empty(work)), failure)
         request = _guarded(
             path,
             lambda: dist_checkpointing.save(
@@ -88,6 +89,11 @@ class CheckpointWriter:
         """
         if self._queue is not None:
             self._queue.maybe_finalize_async_calls(blocking=True)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a folder holds both what Megatron writes last and our description."""
+    return (path / INFO_FILE).is_file() and (path / INDEX_FILE).is_file()
 
 
 def restore_replaced(path: Path) -> None:
@@ -132,7 +138,7 @@ def _finish(path: Path, megatron_steps: list, info: dict[str, Any]) -> None:
     """Megatron's own last steps (its index of what was written), then ours: description and name."""
     for step in megatron_steps:
         _guarded(path, step)
-    _on_first_rank(lambda: _rename(path, info), f"cannot complete the checkpoint {path}")
+    on_first_rank(lambda: _rename(path, info), f"cannot complete the checkpoint {path}")
 
 
 def _rename(path: Path, info: dict[str, Any]) -> None:
@@ -146,23 +152,6 @@ def _rename(path: Path, info: dict[str, Any]) -> None:
     path.rename(previous)
     work.rename(path)
     shutil.rmtree(previous)
-
-
-def _on_first_rank(action, failure: str) -> None:
-    """Run ``action`` on rank 0 while the others wait; all ranks raise if it fails.
-
-    Raises:
-        ValueError: ``failure`` and the operating system's reason.
-    """
-    outcome: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            outcome = [f"{failure}: {error}"]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise ValueError(outcome[0])
 
 
 def _make_empty(folder: Path) -> None:

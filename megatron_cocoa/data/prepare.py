@@ -21,6 +21,7 @@ from typing import IO, Literal
 from tqdm import tqdm
 
 from megatron_cocoa.config import SourceSettings
+from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.data.decode import PictureError, picture_size, read_picture
 from megatron_cocoa.data.source_list import source_rows
 from megatron_cocoa.data.sources import CaptionRow, Content, PairRow
@@ -138,7 +139,7 @@ def _write(plan: Preparation, scratch: Path, progress: bool) -> dict:
         "seed": plan.seed,
         "inputs": inputs,
         "files": {
-            name: {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)} for name in names
+            name: {"bytes": (scratch / name).stat().st_size, "sha256": sha256_of(scratch / name)} for name in names
         },
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
@@ -222,11 +223,6 @@ def _publish(plan: Preparation, scratch: Path) -> None:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sources_under(

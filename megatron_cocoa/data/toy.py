@@ -9,7 +9,6 @@ names in other languages written in Latin script, as many as fit into 10 to 13 t
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.data.concepts import HELD_OUT_PERCENT, THUMBNAIL_SIDE, TWIN_CORRELATION, assign_splits
 from megatron_cocoa.data.decode import read_picture
 from megatron_cocoa.data.sources import IMAGE_TOKEN
@@ -119,7 +119,7 @@ def _is_whole(directory: Path, recipe: dict) -> bool:
         manifest = json.loads((directory / "pairs" / "manifest.json").read_text(encoding="utf-8"))
         if manifest["recipe"] != recipe or _picture_totals(directory) != manifest["pictures"]:
             return False
-        return all(_sha256(directory / name) == digest for name, digest in manifest["sha256"].items())
+        return all(sha256_of(directory / name) == digest for name, digest in manifest["sha256"].items())
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         return False
 
@@ -127,10 +127,6 @@ def _is_whole(directory: Path, recipe: dict) -> bool:
 def _picture_totals(directory: Path) -> dict[str, int]:
     sizes = [entry.stat().st_size for entry in os.scandir(directory / "pairs" / "images")]
     return {"count": len(sizes), "bytes": sum(sizes)}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write(root: Path, recipe: dict, sizes: ToyModelSizes) -> None:
@@ -161,7 +157,7 @@ def _write(root: Path, recipe: dict, sizes: ToyModelSizes) -> None:
             "concepts": len(set(concepts)),
         },
         "pictures": _picture_totals(root),
-        "sha256": {str(p.relative_to(root)): _sha256(p) for p in files},
+        "sha256": {str(p.relative_to(root)): sha256_of(p) for p in files},
     }
     (pairs / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -20,8 +20,8 @@ from megatron_cocoa.evaluation.mmeb_scores import TaskScore, chance_accuracy, ma
 from megatron_cocoa.evaluation.mmeb_summary import tie_warning
 from megatron_cocoa.evaluation.mmeb_tasks import Task
 from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel.collectives import on_first_rank
 
-T = TypeVar("T")
 Say = Callable[[str], None]
 
 
@@ -88,7 +88,7 @@ def evaluate(
     """
     output = Path(output)
     data = [read_task(data_path, task) for task in tasks]
-    pending = _on_first_rank(lambda: _pending(data, output, identity, overwrite=overwrite))
+    pending = on_first_rank(lambda: _pending(data, output, identity, overwrite=overwrite))
     for task in data:
         if task.task.name not in pending:
             say(f"{task.task.name}: kept")
@@ -190,22 +190,6 @@ def _check_pictures(data: Sequence[TaskData], image_root: str | Path) -> None:
                 f"task {task.task.name}: {len(missing)} pictures are not below {image_root} (first: {missing[0]!r}): "
                 f"unpack the benchmark's images there; no row is left out"
             )
-
-
-def _on_first_rank(work: Callable[[], T]) -> T:
-    """What the first rank finds, on every rank; its error, too, so that none waits for it."""
-    if _num_ranks() == 1:
-        return work()
-    holder: list[Any] = [None, None]
-    if topology.is_first_rank():
-        try:
-            holder[0] = work()
-        except ValueError as error:
-            holder[1] = str(error)
-    dist.broadcast_object_list(holder, src=0)
-    if holder[1] is not None:
-        raise ValueError(holder[1])
-    return holder[0]
 
 
 def _num_ranks() -> int:

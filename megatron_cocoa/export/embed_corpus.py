@@ -8,7 +8,6 @@ folder is made from.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.export.corpus import Corpus
 
 MANIFEST = "manifest.json"
@@ -138,7 +138,7 @@ def is_done(plan: ShardPlan, shard: int) -> bool:
     """Whether a shard's files are there with the checksums that were noted when it was finished."""
     try:
         noted = json.loads(plan.file("shard", shard).read_text(encoding="utf-8"))
-        return all(noted[kind] == _checksum(plan.file(kind, shard)) for kind in ("embeddings", "ids"))
+        return all(noted[kind] == sha256_of(plan.file(kind, shard)) for kind in ("embeddings", "ids"))
     except (OSError, ValueError, KeyError, TypeError):
         # Missing or half written: made again.
         return False
@@ -150,7 +150,7 @@ def _write_shard(plan: ShardPlan, shard: int, vectors: np.ndarray, ids: list[str
     lines = "".join(json.dumps({"id": row_id}, ensure_ascii=False) + "\n" for row_id in ids)
     _write_atomically(plan.file("embeddings", shard), stream.getvalue())
     _write_atomically(plan.file("ids", shard), lines.encode())
-    noted = {kind: _checksum(plan.file(kind, shard)) for kind in ("embeddings", "ids")}
+    noted = {kind: sha256_of(plan.file(kind, shard)) for kind in ("embeddings", "ids")}
     noted |= {"first_row": plan.rows(shard)[0], "num_rows": len(ids)}
     _write_atomically(plan.file("shard", shard), (json.dumps(noted, indent=1) + "\n").encode())
 
@@ -163,8 +163,3 @@ def _write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     work.replace(path)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

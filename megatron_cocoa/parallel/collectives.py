@@ -1,4 +1,4 @@
-"""Differentiable exchanges that Megatron-Core does not have, over its process groups.
+"""Exchanges that Megatron-Core does not have: differentiable ones over its groups, and what one rank does for all.
 
 Shape legend: S tokens of the whole pack, s = S / context_parallel_size local tokens, H heads on this tensor
 parallel rank, D head dimension, C context parallel size.
@@ -6,13 +6,16 @@ parallel rank, D head dimension, C context parallel size.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def sequence_to_heads(x_sHD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -106,3 +109,25 @@ def gather_rows(x: Tensor, rows: tuple[int, ...], group: dist.ProcessGroup) -> T
         used any row, and returns this rank's slice.
     """
     return x if group.size() == 1 else _GatherRows.apply(x, rows, group)
+
+
+def on_first_rank(action: Callable[[], Result], failure: str | None = None) -> Result:
+    """Run ``action`` on rank 0 while the others wait, and return its (picklable) result on every rank.
+
+    Without process groups this process is the first rank.
+
+    Raises:
+        ValueError: on every rank, where ``action`` raised OSError or ValueError: ``failure``, if given, and the reason.
+    """
+    outcome: list = [None, None]
+    is_alone = not dist.is_initialized()
+    if is_alone or dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (OSError, ValueError) as error:
+            outcome[1] = str(error) if failure is None else f"{failure}: {error}"
+    if not is_alone:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]

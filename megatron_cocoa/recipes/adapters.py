@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_cocoa.checkpoint.adapter_export import export_adapters
 from megatron_cocoa.checkpoint.adapter_mapping import adapter_mappings
 from megatron_cocoa.checkpoint.adapter_weights import draw_adapters, gather_adapters, num_parameters
 from megatron_cocoa.model.adapters import attach_adapters, merge_adapters
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.recipes.context import RunContext
 
 FOLDER = "adapter"
@@ -62,13 +61,8 @@ def hand_over_adapters(context: RunContext, model: Model, folder: Path, *, check
         tensors = gather_adapters(model.bare_chunks, adapter_mappings(context.table, settings))
         source = context.weight_source(checkpoint)
         base = source.folder if source.checkpoint is None else source.checkpoint
-        outcome: list[str | None] = [None]
-        if tensors is not None:
-            try:
-                export_adapters(folder / FOLDER, tensors, settings, base_model=str(base))
-            except (OSError, ValueError) as error:
-                outcome = [f"the adapters could not be written to {folder / FOLDER}: {error}"]
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[0] is not None:
-            raise ValueError(outcome[0])
+        on_first_rank(
+            lambda: export_adapters(folder / FOLDER, tensors, settings, base_model=str(base)),
+            f"the adapters could not be written to {folder / FOLDER}",
+        )
     merge_adapters(model)

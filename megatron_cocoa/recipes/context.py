@@ -20,6 +20,7 @@ from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
 from megatron_cocoa.model.language import padded_vocab_size
+from megatron_cocoa.recipes.resume import SETTINGS_FILE, holds_run
 
 TOY_FOLDER = "outputs/toy"
 """Where the toy preset's data and model folder are prepared, relative to the working directory."""
@@ -156,8 +157,10 @@ def check_output(settings: TrainSettings) -> None:
                 f"{output} holds an earlier run: name another --output_dir, pass --resume true to go on with it, or "
                 f"--overwrite true to remove it"
             )
-        if not (output / "settings.yaml").is_file():
-            raise ValueError(f"{output} is not empty and holds no settings.yaml of an earlier run: it is left as it is")
+        if not holds_run(output):
+            raise ValueError(
+                f"{output} is not empty and holds no {SETTINGS_FILE} of an earlier run: it is left as it is"
+            )
         for name, source in (("model.load", settings.model.load), ("model.path", settings.model.path)):
             if settings.overwrite and source and Path(source).resolve().is_relative_to(output.resolve()):
                 raise ValueError(f"{name} {source} lies in output_dir {output}, which would be overwritten")
@@ -170,7 +173,7 @@ def check_output(settings: TrainSettings) -> None:
         raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
 
 
-RUN_FILES = ("settings.yaml", "report.html", "results.json")
+RUN_FILES = (SETTINGS_FILE, "report.html", "results.json")
 
 
 def clear_output(settings: TrainSettings) -> None:

@@ -22,6 +22,7 @@ from megatron_cocoa.evaluation.report_data import (
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.resume import SETTINGS_FILE
 from megatron_cocoa.recipes.retrieval import recall_as_json
 from megatron_cocoa.recipes.stages import StageSummary
 from megatron_cocoa.training.log import read_metrics
@@ -87,7 +88,7 @@ def _report_data(
             for name in settings.stages
             for s in [settings.stage(name)]
         },
-        resolved=(context.output / "settings.yaml").read_text(encoding="utf-8"),
+        resolved=(context.output / SETTINGS_FILE).read_text(encoding="utf-8"),
         recall=tuple(findings.recall),
         curves=tuple(_curve(context, summary) for summary in findings.stages),
         bridge=tuple(findings.bridge),

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.writer import restore_replaced
 from megatron_cocoa.config import TrainSettings
-from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.settings import settings_to_dict
 from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
 
@@ -51,11 +50,7 @@ def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
 
     What an earlier process left half-written is removed.
     """
-    found: list[dict[str, StagePlace] | None] = [None]
-    if topology.is_first_rank():
-        found = [{name: _place(output / name) for name in names}]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return on_first_rank(lambda: {name: _place(output / name) for name in names}, f"cannot resume the run in {output}")
 
 
 def _place(folder: Path) -> StagePlace:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext, check_output, clear_output, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
@@ -73,10 +72,9 @@ def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
     Raises:
         ValueError: if the run there was started under settings that train something else.
     """
-    resumes = [context.settings.resume and holds_run(context.output)]
     # Asked of one rank, since it is about to write what the others would look for.
-    dist.broadcast_object_list(resumes, src=0)
-    if not resumes[0]:
+    holds = on_first_rank(lambda: holds_run(context.output), f"cannot look into {context.output}")
+    if not (context.settings.resume and holds):
         return None
     if topology.is_first_rank():
         check_same_run(context.settings, context.output)

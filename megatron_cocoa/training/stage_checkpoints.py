@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
-from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter
+from megatron_cocoa.checkpoint.writer import CheckpointWriter, is_complete
 from megatron_cocoa.model.adapters import merged_adapters
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
@@ -91,6 +91,6 @@ def complete_steps(folder: Path) -> list[int]:
     found = []
     for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
         name = _NAME.fullmatch(path.name)
-        if name and (path / INFO_FILE).is_file() and (path / "metadata.json").is_file():
+        if name and is_complete(path):
             found.append(int(name[1]))
     return found

@@ -223,15 +223,15 @@ class _StageTrainer:
 
     def validate(self, validation: Validation) -> Metrics:
         """Measure, and keep the weights if they are the best so far."""
+        progress = self.progress
         with whole_parameters(self.model):
             metrics = validation.measure(replace(self.model, chunks=self.model.bare_chunks))
-        self.model.train()
-        value, progress = metrics[validation.metric], self.progress
-        if progress.best_value is None or value > progress.best_value:
-            progress.best_value, progress.best_step = value, progress.step
-            if self.keeping is not None:
-                with whole_parameters(self.model):
+            value = metrics[validation.metric]
+            if progress.best_value is None or value > progress.best_value:
+                progress.best_value, progress.best_step = value, progress.step
+                if self.keeping is not None:
                     self.keeping.checkpoints.save_best(self.model, self._info())
+        self.model.train()
         return metrics
 
     def keep(self) -> str | None:

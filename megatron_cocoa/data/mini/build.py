@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.data.mini.emoji import Emoji, emoji_tasks, read_emojis
 from megatron_cocoa.data.mini.grounding import grounding_tasks
 from megatron_cocoa.data.mini.leaks import LeakReport, check_leaks
@@ -142,7 +143,7 @@ def _manifest(root: Path, tasks: Sequence[TaskRows], leaks: LeakReport, num_left
     pictures = hashlib.sha256()
     for path in files:
         if path.suffix == ".png":
-            pictures.update(f"{path.relative_to(root).as_posix()} {_sha256(path)}\n".encode())
+            pictures.update(f"{path.relative_to(root).as_posix()} {sha256_of(path)}\n".encode())
     return {
         "name": NAME,
         "packages": [package.as_json() for package in PACKAGES],
@@ -159,10 +160,6 @@ def _manifest(root: Path, tasks: Sequence[TaskRows], leaks: LeakReport, num_left
         },
         "emojis_left_out_of_both_parts": num_left_out,
         "leak_check": leaks.as_json(),
-        "sha256": {path.relative_to(root).as_posix(): _sha256(path) for path in texts},
+        "sha256": {path.relative_to(root).as_posix(): sha256_of(path) for path in texts},
         "pictures": {"count": len(files) - len(texts), "sha256": pictures.hexdigest()},
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

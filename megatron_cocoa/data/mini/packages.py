@@ -6,7 +6,6 @@ the disk. Licences differ: nothing of this is shipped, and the manifest names ev
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron_cocoa.data.checksums import sha256_of
 
 MAX_MEMBER_BYTES = 256 * 2**20
 
@@ -92,7 +93,7 @@ def fetch(package: Package, folder: Path) -> Path:
         ValueError: if the client is missing or fails, or the archive is not the one that is known.
     """
     target = folder / package.file_name
-    if target.is_file() and _sha256(target) == package.sha256:
+    if target.is_file() and sha256_of(target) == package.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download.") as scratch:
@@ -100,7 +101,7 @@ def fetch(package: Package, folder: Path) -> Path:
         found = [path for path in Path(scratch).iterdir() if path.is_file()]
         if len(found) != 1:
             raise ValueError(f"downloading {package.name} {package.version} left {len(found)} files, needed 1")
-        digest = _sha256(found[0])
+        digest = sha256_of(found[0])
         if digest != package.sha256:
             raise ValueError(
                 f"{package.registry} package {package.name} {package.version} has sha256 {digest}, needed "
@@ -191,8 +192,3 @@ def _deb_stream(archive: Path) -> io.BufferedReader:
         raise ValueError(f"{archive} cannot be read: {done.stderr.decode(errors='replace').strip()}")
     spool.seek(0)
     return spool
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

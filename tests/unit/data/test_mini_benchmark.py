@@ -201,7 +201,7 @@ def test_only_the_known_archive_is_used(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needed 0000"):
         fetch(package, tmp_path)
     assert not list(tmp_path.iterdir())
-    digest = packages._sha256(archive(tmp_path / "some-thing-1.0.tgz", {}))
+    digest = packages.sha256_of(archive(tmp_path / "some-thing-1.0.tgz", {}))
     known = Package("npm", "@some/thing", "1.0", digest, "MIT", "x")
     monkeypatch.setattr(packages, "_run", None)
     assert fetch(known, tmp_path) == tmp_path / "some-thing-1.0.tgz"

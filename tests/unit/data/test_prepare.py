@@ -82,7 +82,7 @@ def test_the_manifest_adds_up(data_folder, tmp_path):
 
 def test_nothing_half_written_carries_a_final_name(data_folder, tmp_path, monkeypatch):
     source = SourceSettings("raw", str(data_folder), image_root=str(data_folder))
-    monkeypatch.setattr("megatron_cocoa.data.prepare._sha256", lambda path: 1 / 0)
+    monkeypatch.setattr("megatron_cocoa.data.prepare.sha256_of", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(Preparation("warmup", (source,), tmp_path / "out"), progress=False)
     assert not list((tmp_path / "out").iterdir())
