@@ -23,7 +23,6 @@ class PackShape:
     masked_units: rows of the image decoder's last linear.
     runs_decoder: whether the image decoder runs.
     embeddings:   rows that are embeddings; two a pair, and its hard negatives.
-    gathers_text, gathers_pictures: see ``activations.layer_memory``, for language model and tower.
     reorders:     pixels are copied into window order.
     """
 
@@ -33,17 +32,11 @@ class PackShape:
     masked_units: int = 0
     runs_decoder: bool = False
     embeddings: int = 0
-    gathers_text: bool = False
-    gathers_pictures: bool = False
     reorders: bool = False
 
     @classmethod
-    def of(cls, batch: PackedBatch, architecture: QwenVLArchitecture, *, sdpa: bool) -> PackShape:
-        """Of a batch at hand; ``sdpa`` views equal samples only, variable-length kernels any that do not overlap."""
-        vision = architecture.vision
-        windows = vision.window_units
-        sides = {side // vision.spatial_merge_size for _, h, w in batch.grid_thw for side in (h, w)}
-        ragged = len(set(batch.grid_thw)) > 1 or bool(windows and any(side % windows for side in sides))
+    def of(cls, batch: PackedBatch, architecture: QwenVLArchitecture) -> PackShape:
+        """Of a batch at hand."""
         units = batch.unit_positions
         return cls(
             tokens=batch.num_tokens,
@@ -52,9 +45,7 @@ class PackShape:
             masked_units=0 if units is None else units.shape[0],
             runs_decoder=units is not None,
             embeddings=0 if batch.embedding_positions is None else batch.embedding_positions.shape[0],
-            gathers_text=batch.mask_kind.needs_bridge or (sdpa and len(set(batch.sample_lengths)) > 1),
-            gathers_pictures=sdpa and ragged,
-            reorders=windows is not None,
+            reorders=architecture.vision.window_size is not None,
         )
 
 
@@ -107,7 +98,6 @@ def expected_pack(
         masked_units=masked_units,
         runs_decoder=stage == "warmup",
         embeddings=samples if stage == "contrastive" else 0,
-        gathers_text=stage == "bridge",
         reorders=architecture.vision.window_size is not None,
     )
 

@@ -77,7 +77,7 @@ def test_memory_moves_with_what_saves_it():
     architecture, base = published_architecture("qwen2.5-vl-7b"), settings_of("qwen2.5-vl-7b")
     shape = language_shape(architecture, base.model, ParallelSettings())
     saved = [
-        layer_memory(shape, 1000, GPU_KERNELS, recompute=mode, gathers=False).saved
+        layer_memory(shape, 1000, GPU_KERNELS, recompute=mode).saved
         for mode in ("none", "selective", "full")
     ]
     assert saved[0] > saved[1] > saved[2] == 1000 * 3584 * 2, "full recompute keeps a layer's input alone"
