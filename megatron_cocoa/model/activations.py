@@ -1,11 +1,13 @@
-"""SwiGLU with a backward of its own.
+"""The MLPs' activations with a backward of their own: SwiGLU, and the quick GELU of Qwen2-VL's tower.
 
-Autograd's version splits, multiplies and concatenates, and keeps five tensors of the ffn's width; this one keeps
-its input alone and writes both halves of the gradient into one buffer. It plugs in where Megatron's MLP takes a
-Transformer Engine activation module (``use_te_activation_func``), which is a slot for any module.
+Autograd's versions keep up to five tensors of the ffn's width; these keep their input alone, from which a linear that
+follows makes its own input again (``remade``). Megatron's MLP takes a plain activation as a function; SwiGLU plugs in
+where it takes a Transformer Engine module (``use_te_activation_func``), which is a slot for any module.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 from megatron_cocoa.model.remade import remember
 
 ROWS_PER_BLOCK = 64
-"""Rows of the backward pass that are worked on together on a CPU, so that what is between stays in its cache."""
+"""Rows of a backward pass that are worked on together on a CPU, so that what lies between stays in its cache."""
+
+QUICK_GELU_SCALE = 1.702
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -24,23 +28,50 @@ def _swiglu(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _swiglu(x)
+def _quick_gelu(x: Tensor) -> Tensor:
+    return torch.sigmoid(x * QUICK_GELU_SCALE).mul_(x)
+
+
+def _swiglu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    gate, up = x.chunk(2, dim=-1)
+    gate_grad, up_grad = out.chunk(2, dim=-1)
+    torch.ops.aten.silu.out(gate, out=up_grad).mul_(grad)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+
+
+def _quick_gelu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """With ``s`` the sigmoid and ``y = x s``: ``s (1 + 1.702 (x - y))``."""
+    sigmoid = torch.sigmoid(x * QUICK_GELU_SCALE)
+    torch.addcmul(x, x, sigmoid, value=-1, out=out)
+    out.mul_(QUICK_GELU_SCALE).add_(1).mul_(sigmoid).mul_(grad)
+
+
+class _Lean(torch.autograd.Function):
+    """An activation that keeps its input, and whose backward works through it block by block."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, function: Callable, backward: Callable) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.differentiate = backward
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
         rows = ROWS_PER_BLOCK if x.device.type == "cpu" else max(1, x.shape[0])
-        for x_block, grad_block, out_block in zip(x.split(rows), grad.split(rows), out.split(rows)):
-            gate, up = x_block.chunk(2, dim=-1)
-            gate_grad, up_grad = out_block.chunk(2, dim=-1)
-            torch.ops.aten.silu.out(gate, out=up_grad).mul_(grad_block)
-            torch.ops.aten.silu_backward.grad_input(grad_block * up, gate, grad_input=gate_grad)
-        return out
+        for parts in zip(x.split(rows), grad.split(rows), out.split(rows)):
+            ctx.differentiate(*parts)
+        return out, None, None
+
+
+def _lean(x: Tensor, function: Callable, backward: Callable) -> Tensor:
+    return remember(_Lean.apply(x, function, backward), torch.no_grad()(lambda: function(x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)``, the activation of Qwen2-VL's tower; any shape."""
+    return _lean(x, _quick_gelu, _quick_gelu_backward)
 
 
 class SwiGLU(MegatronModule):
@@ -50,4 +81,4 @@ class SwiGLU(MegatronModule):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return remember(_SwiGLU.apply(x), torch.no_grad()(lambda: _swiglu(x)))
+        return _lean(x, _swiglu, _swiglu_backward)

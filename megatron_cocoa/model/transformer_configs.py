@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
 from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
+from megatron_cocoa.model.activations import quick_gelu
 from megatron_cocoa.model.attention import check_head_split
 from megatron_cocoa.parallel import device
 
@@ -66,11 +67,6 @@ def build_configs(
 def padded_vision_ffn(architecture: QwenVLArchitecture, multiple: int) -> int:
     """Width of the tower's ffn after zero padding to a multiple."""
     return -(-architecture.vision.intermediate_size // multiple) * multiple
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(1.702 x)``, Qwen2-VL's tower activation. Megatron's own is compiled, which CPU runs do without."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:

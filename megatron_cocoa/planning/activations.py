@@ -23,7 +23,7 @@ Recompute = Literal["none", "selective", "full"]
 class Kernels:
     """What differs between implementations of the same layer.
 
-    remakes_inputs:   linears behind a norm or SwiGLU make their input again (this project's local layers);
+    remakes_inputs:   linears behind a norm or an activation make their input again (this project's local layers);
                       Transformer Engine's keep it.
     attention_copies: attention leaves its output in another order than the pack's, and it is copied (SDPA over
                       buckets of segments); variable-length kernels write it in place.
@@ -135,11 +135,10 @@ def layer_memory(
     residual = outside * shape.hidden * shape.element
     attention = _attention(shape, rows, kernels)
     rest = 2 * norm_saved(shape, rows) + _mlp_input(shape, rows)
-    if trains:
-        # What the weights' gradients need beyond that.
-        rest += 0 if kernels.remakes_inputs else 2 * residual
-        rest += 0 if _remakes_activation(shape, kernels) else rows * shape.ffn * shape.element // shape.tensor_parallel
-    else:
+    if trains and not kernels.remakes_inputs:
+        # The inputs that the weights' gradients need.
+        rest += 2 * residual + rows * shape.ffn * shape.element // shape.tensor_parallel
+    if not trains:
         attention -= rows * shape.query * shape.element // shape.tensor_parallel if kernels.attention_copies else 0
     everything = rest + attention
     working = _working(shape, rows, kernels)
@@ -154,11 +153,6 @@ def layer_memory(
 def norm_saved(shape: LayerShape, rows: int) -> int:
     """Bytes that a norm keeps: its input and a number a row."""
     return _rows_outside(shape, rows) * (shape.hidden * shape.element + 4)
-
-
-def _remakes_activation(shape: LayerShape, kernels: Kernels) -> bool:
-    """Whether the second linear of the MLP keeps no input: SwiGLU makes it again, the plain activation does not."""
-    return kernels.remakes_inputs and shape.gated
 
 
 def _rows_outside(shape: LayerShape, rows: int) -> int:
@@ -180,8 +174,8 @@ def _attention_inputs(shape: LayerShape, rows: int) -> int:
 
 
 def _mlp_input(shape: LayerShape, rows: int) -> int:
-    """Of the activation. Gated: of SwiGLU, twice as wide as the ffn. Plain: input and sigmoid."""
-    return rows * 2 * shape.ffn * shape.element // shape.tensor_parallel
+    """Of the activation: twice as wide as the ffn where gated."""
+    return rows * (1 + shape.gated) * shape.ffn * shape.element // shape.tensor_parallel
 
 
 def _working(shape: LayerShape, rows: int, kernels: Kernels) -> int:
@@ -192,8 +186,7 @@ def _working(shape: LayerShape, rows: int, kernels: Kernels) -> int:
     """
     width = shape.ffn * shape.element // shape.tensor_parallel
     wide = 2 if shape.gated else 1
-    remade = _remakes_activation(shape, kernels)
     activation = rows * width * (wide + 1)
-    first = width * wide * shape.hidden - (0 if remade else rows * width)
-    second = width * shape.hidden + rows * width * (2 if remade else 1)
+    first = width * wide * shape.hidden - (0 if kernels.remakes_inputs else rows * width)
+    second = width * shape.hidden + rows * width * (1 + kernels.remakes_inputs)
     return max(activation, first, second) + 2 * _rows_outside(shape, rows) * shape.hidden * shape.element

@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megatron_cocoa.model.activations import SwiGLU
+from megatron_cocoa.model.activations import SwiGLU, quick_gelu
 from megatron_cocoa.model.norms import Norm, _RMSNorm
 from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
 
@@ -18,19 +18,19 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 def config(**changes) -> TransformerConfig:
     values = dict(
         num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=2, normalization="RMSNorm",
-        use_cpu_initialization=True, gradient_accumulation_fusion=False, add_bias_linear=False,
+        gated_linear_unit=True, use_cpu_initialization=True, gradient_accumulation_fusion=False, add_bias_linear=False,
     )  # fmt: skip
     return TransformerConfig(**{**values, **changes})
 
 
 def mlp(column: type, row: type, own: TransformerConfig) -> torch.nn.ModuleList:
-    """Norm, linear, SwiGLU, linear, with weights that do not depend on the classes."""
+    """Norm, linear, activation, linear, with weights that do not depend on the classes."""
     common = dict(config=own, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=True)
     parts = torch.nn.ModuleList(
         [
             Norm(own, HIDDEN),
-            column(HIDDEN, 2 * FFN, gather_output=False, **common),
-            SwiGLU(own),
+            column(HIDDEN, FFN * (1 + own.gated_linear_unit), gather_output=False, **common),
+            SwiGLU(own) if own.gated_linear_unit else torch.nn.Identity(),
             row(FFN, HIDDEN, input_is_parallel=True, **common),
         ]
     )
@@ -43,6 +43,7 @@ def mlp(column: type, row: type, own: TransformerConfig) -> torch.nn.ModuleList:
 
 def run(parts: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     norm, first, activation, second = parts
+    activation = activation if isinstance(activation, SwiGLU) else quick_gelu
     return second(activation(first(norm(x))[0]))[0]
 
 
@@ -53,10 +54,11 @@ def gradients(parts: torch.nn.ModuleList) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_are_those_of_linears_that_keep_their_input(normalization, frozen):
+def test_gradients_are_those_of_linears_that_keep_their_input(normalization, gated, frozen):
     """Claim: what is made again is what was there, bit for bit, also where a weight is frozen."""
-    own = config(normalization=normalization)
+    own = config(normalization=normalization, gated_linear_unit=gated)
     found = []
     for kinds in ((RemadeColumnParallelLinear, RemadeRowParallelLinear), (ColumnParallelLinear, RowParallelLinear)):
         parts = mlp(*kinds, own)
@@ -84,13 +86,30 @@ def kept_bytes(parts: torch.nn.ModuleList) -> int:
     return sum(kept.values())
 
 
-def test_only_the_activations_input_and_a_number_a_row_are_kept():
-    """Claim: between forward and backward stand SwiGLU's input and the norm's row lengths, nothing of either output."""
-    own = config()
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_the_activations_input_and_a_number_a_row_are_kept(gated):
+    """Claim: between forward and backward stand the activation's input and the norm's row lengths, no output."""
+    own = config(gated_linear_unit=gated)
     lean = kept_bytes(mlp(RemadeColumnParallelLinear, RemadeRowParallelLinear, own))
     plain = kept_bytes(mlp(ColumnParallelLinear, RowParallelLinear, own))
-    assert lean == 4 * ROWS * (2 * FFN + 1)
+    assert lean == 4 * ROWS * (FFN * (1 + gated) + 1)
     assert plain == lean + 4 * ROWS * (HIDDEN + FFN)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_and_their_gradients_equal_autograds(gated):
+    """Claim: outputs and gradients are those of the definition in double precision, over more rows than a block."""
+    activation = SwiGLU(config()) if gated else quick_gelu
+    x, grad = (torch.randn(150, 1, width, generator=torch.Generator().manual_seed(3)) for width in (16, 16 >> gated))
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    out = activation(leaf)
+    out.backward(grad)
+    gate, up = exact.chunk(2, dim=-1) if gated else (exact, None)
+    wanted = gate * torch.sigmoid(gate) * up if gated else exact * torch.sigmoid(1.702 * exact)
+    wanted.backward(grad.double())
+    # A handful of FP32 operations on values of order one to ten.
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
