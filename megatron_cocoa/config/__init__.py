@@ -12,7 +12,13 @@ from megatron_cocoa.config.model import FreezeSettings, ModelSettings, Recompute
 from megatron_cocoa.config.names import STAGES, TEMPERATURE_RANGE
 from megatron_cocoa.config.parallel import ParallelSettings
 from megatron_cocoa.config.run import CheckpointSettings, OptimizerSettings, ValidationSettings
-from megatron_cocoa.config.stages import BridgeSettings, ContrastiveSettings, StageSettings, WarmupSettings
+from megatron_cocoa.config.stages import (
+    BridgeSettings,
+    ContrastiveSettings,
+    EmbeddingForm,
+    StageSettings,
+    WarmupSettings,
+)
 from megatron_cocoa.config.train import TrainSettings
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "CheckpointSettings",
     "ContrastiveSettings",
     "DataSettings",
+    "EmbeddingForm",
     "EvaluationSettings",
     "FreezeSettings",
     "LANGUAGE_TARGETS",

@@ -10,6 +10,19 @@ from megatron_cocoa.config.names import TEMPERATURE_RANGE
 
 
 @dataclass(frozen=True)
+class EmbeddingForm:
+    """How a stage lays out and reads what it embeds; an embedding means something under the form it was trained in.
+
+    Args:
+        attention: of the language model.
+        image_placeholder: what stands for a picture, see ``ContrastiveSettings``.
+    """
+
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    image_placeholder: Literal["full", "bare"] = "full"
+
+
+@dataclass(frozen=True)
 class StageSettings:
     """What the three stages share.
 
@@ -54,6 +67,11 @@ class StageSettings:
             f"lr_warmup_steps is {self.lr_warmup_steps}, must lie in [0, steps = {self.steps}]",
         )
 
+    @property
+    def embedding_form(self) -> EmbeddingForm:
+        """How embeddings of the stage's model are computed: reconstruction trains in both directions."""
+        return EmbeddingForm()
+
     def samples_per_microbatch(self, data_parallel_size: int) -> int:
         """``micro_batch_size``, or a rank's whole share of the global batch where that is less.
 
@@ -84,7 +102,12 @@ class WarmupSettings(StageSettings):
 
     Args:
         text_mask_ratio: share of eligible text tokens replaced by the mask token (published: 0.2).
-        unit_mask_ratio: share of merged image units replaced by noise (figure 0.5, code 0.3; here 0.5).
+        eligible_tokens: which tokens may be masked: ``non_special`` (MoCa), ``words`` (non-special ones that hold a
+            letter or digit, so that no mask is spent on punctuation and blanks), or ``all_but_image`` (also the marks
+            around a picture; text itself never holds a special token).
+        masked_unit: ``merged`` hides whole merged units (MoCa), ``patch`` each of a unit's patches by itself; the
+            loss is then taken on the hidden patches alone and counted by patches.
+        unit_mask_ratio: share of units (or patches) replaced by noise (figure 0.5, code 0.3; here 0.5).
         mae_weight: weight of the pixel loss (CoCoA 0.5, MoCa 0.1; here 0.5).
         mae_noise: what replaces a masked unit, in normalised pixel space: independent standard-normal values
             (``normal``), one such vector per global batch (``shared``; MoCa: per rank's batch), ``zero``, or the
@@ -92,20 +115,28 @@ class WarmupSettings(StageSettings):
         mae_target: ``pixels`` as the processor normalises them (MoCa), or ``normalized``: zero mean and unit
             variance per patch (MAE, arXiv 2111.06377).
         mask_at_least_one: mask one eligible token where the draw masked none.
+        decoder_layers: layers of the image decoder, each as wide as the language model's (MoCa: 1).
+        decoder_init: where they start: ``middle_layer`` copies consecutive layers of the language model from its middle
+            on (MoCa), ``random`` draws them as fresh layers. The linear map to pixels is always drawn.
     """
 
     steps: int = 3000
     global_batch_size: int = 128
     image_size: int | None = 336
     text_mask_ratio: float = 0.2
+    eligible_tokens: Literal["non_special", "words", "all_but_image"] = "non_special"
+    masked_unit: Literal["merged", "patch"] = "merged"
     unit_mask_ratio: float = 0.5
     mae_weight: float = 0.5
     mae_noise: Literal["normal", "shared", "zero", "mean"] = "normal"
     mae_target: Literal["pixels", "normalized"] = "pixels"
     mask_at_least_one: bool = True
+    decoder_layers: int = 1
+    decoder_init: Literal["middle_layer", "random"] = "middle_layer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.decoder_layers >= 1, f"warmup.decoder_layers is {self.decoder_layers}, needs 1 or more")
         require_ratio("warmup.text_mask_ratio", self.text_mask_ratio)
         require_ratio("warmup.unit_mask_ratio", self.unit_mask_ratio)
         require(self.mae_weight >= 0, f"warmup.mae_weight is {self.mae_weight}, must not be negative")
@@ -117,6 +148,7 @@ class BridgeSettings(StageSettings):
 
     Args:
         target_mask_ratio: share of block B's eligible tokens that are masked (published: 0.7).
+        eligible_tokens: which tokens of block B may be masked: ``non_special`` or ``words``, as in stage ``warmup``.
         bridge_sees_target: whether the bridge's row attends to block B (published code and figure: yes). False
             is the strict variant, whose training-time embedding equals the one at inference.
         query_unit_mask_ratio: share of block A's image units replaced by noise (published: none).
@@ -128,6 +160,7 @@ class BridgeSettings(StageSettings):
     micro_batch_size: int = 8
     image_size: int | None = 448
     target_mask_ratio: float = 0.7
+    eligible_tokens: Literal["non_special", "words"] = "non_special"
     bridge_sees_target: bool = True
     query_unit_mask_ratio: float = 0.0
     mask_at_least_one: bool = True
@@ -146,6 +179,11 @@ class ContrastiveSettings(StageSettings):
     """Stage 3: InfoNCE over the bridge's normalised hidden state, in-batch negatives across all ranks.
 
     Args:
+        attention: of the language model: ``bidirectional`` (the authors' script) or ``causal`` (the class that their
+            code builds). Checkpoints and exports say it, and whoever embeds with them follows.
+        image_placeholder: what stands for a picture: ``full`` is ``<|vision_start|><|image_pad|><|vision_end|>``,
+            ``bare`` the pads alone (the authors' stage 3), whose positions then count like text's, so that the model
+            sees no rows and columns. Recorded and followed like ``attention``.
         temperature: divides the cosine similarities (published: 0.02).
         learnable_temperature: train log(1 / temperature) from ``temperature`` on, as in CLIP (arXiv 2103.00020), at
             the stage's learning rate, within [0.01, 1]; published: fixed. A checkpoint that holds a learned
@@ -169,6 +207,8 @@ class ContrastiveSettings(StageSettings):
     micro_batch_size: int = 32
     lr_warmup_steps: int = 200
     image_size: int | None = None
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    image_placeholder: Literal["full", "bare"] = "full"
     temperature: float = 0.02
     learnable_temperature: bool = False
     symmetric: bool = False
@@ -196,6 +236,11 @@ class ContrastiveSettings(StageSettings):
             "contrastive.hard_negatives_shared false has no effect without hard negatives: set num_hard_negatives",
         )
         self._check_matryoshka()
+
+    @property
+    def embedding_form(self) -> EmbeddingForm:
+        """How embeddings are computed in this stage, and from its model on."""
+        return EmbeddingForm(self.attention, self.image_placeholder)
 
     def _check_matryoshka(self) -> None:
         dims, weights = self.matryoshka_dims, self.matryoshka_weights
