@@ -40,6 +40,7 @@ def build_configs(
     parallel: ParallelSettings,
     recompute: RecomputeSettings,
     fixed_sequence_length: bool = False,
+    decoder_layers: int = 1,
 ) -> ModelConfigs:
     """Configs for an architecture at a layout.
 
@@ -49,6 +50,7 @@ def build_configs(
         parallel: degrees.
         recompute: activation recompute of tower and language model.
         fixed_sequence_length: all packs have one length, so that pipeline stages need not exchange shapes.
+        decoder_layers: of the image decoder.
 
     Raises:
         ValueError: if heads, ffn widths or layers cannot be divided as asked.
@@ -60,7 +62,7 @@ def build_configs(
         vision=_vision(architecture, model, tower),
         projection=_projection(architecture, common),
         language=_language(architecture, model, parallel, recompute, common, fixed_sequence_length),
-        image_decoder=_image_decoder(architecture, parallel, common),
+        image_decoder=_image_decoder(architecture, parallel, common, decoder_layers),
     )
 
 
@@ -249,5 +251,7 @@ def _language(
     )
 
 
-def _image_decoder(architecture: QwenVLArchitecture, parallel: ParallelSettings, common: dict) -> TransformerConfig:
-    return TransformerConfig(**common, **_decoder_layer(architecture, parallel), num_layers=1)
+def _image_decoder(
+    architecture: QwenVLArchitecture, parallel: ParallelSettings, common: dict, num_layers: int
+) -> TransformerConfig:
+    return TransformerConfig(**common, **_decoder_layer(architecture, parallel), num_layers=num_layers)

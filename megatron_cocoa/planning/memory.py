@@ -272,7 +272,7 @@ def _heads(
     if pack.runs_decoder:
         layer = layer_memory(shape, rows, kernels, recompute="none")
         pixels = units * vision.merge_unit * vision.patch_dim
-        saved += layer.saved + units * shape.hidden * shape.element + pixels * 4
+        saved += settings.warmup.decoder_layers * layer.saved + units * shape.hidden * shape.element + pixels * 4
         error = pixels * (3 * shape.element + (8 if shape.element == 4 else 12) - 4)
         moment = max(moment, error, layer.working - pixels * 4)
     return saved, moment

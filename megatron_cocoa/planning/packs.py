@@ -76,8 +76,9 @@ def expected_pack(
     side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
     limit = settings.data.max_length
     units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
-    # A picture stands between a start and an end token.
-    length = units + 2 + text_tokens if values.image_size is not None else limit
+    # A picture stands between a start and an end token, unless it stands bare.
+    marks = 2 if values.embedding_form.image_placeholder == "full" else 0
+    length = units + marks + text_tokens if values.image_size is not None else limit
     if length > limit:
         raise ValueError(
             f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
@@ -88,7 +89,11 @@ def expected_pack(
     supervised, masked_units = 0, 0
     if stage == "warmup":
         supervised = round(samples * text_tokens * settings.warmup.text_mask_ratio)
-        masked_units = round(samples * units * settings.warmup.unit_mask_ratio)
+        ratio = settings.warmup.unit_mask_ratio
+        if settings.warmup.masked_unit == "patch":
+            # A unit is predicted where any of its patches is hidden.
+            ratio = 1 - (1 - ratio) ** architecture.vision.merge_unit
+        masked_units = round(samples * units * ratio)
     elif stage == "bridge":
         supervised = round(samples * text_tokens * settings.bridge.target_mask_ratio)
     return PackShape(
