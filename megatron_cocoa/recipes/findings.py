@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.report import render_report, render_table
 from megatron_cocoa.evaluation.report_data import (
     TWEMOJI_CREDIT,
@@ -40,6 +41,7 @@ class Findings:
     bridge: list[BridgeEvidence] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     strips: list[RetrievalStrip] = field(default_factory=list)
+    maps: dict[str, EmbeddingMap] = field(default_factory=dict)
 
 
 def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, seconds: float) -> None:
@@ -94,6 +96,7 @@ def _report_data(
         bridge=tuple(findings.bridge),
         reconstructions=tuple(findings.reconstructions),
         strips=tuple(findings.strips),
+        maps=findings.maps,
         credits=(TWEMOJI_CREDIT,) if context.is_toy else (),
         environment=_environment(),
         notes=tuple(describe(summary) for summary in findings.stages),

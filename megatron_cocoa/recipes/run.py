@@ -209,4 +209,4 @@ class _Stages:
                 evidence = bridge_evidence(context, model, pool=pool, label=f"after {name}, {pictures}")
                 findings.bridge += [] if evidence is None else [evidence]
         if name == context.settings.stages[-1]:
-            findings.strips = self.probe.strips(model, Path(context.settings.data.path))
+            findings.strips, findings.maps = self.probe.examples(model)
