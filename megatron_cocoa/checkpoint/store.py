@@ -39,6 +39,8 @@ class CheckpointInfo:
     has_optimizer:  whether optimizer state is there.
     hf_config:      the Hugging Face ``config.json`` of the architecture.
     progress:       the trainer's counters, to resume from; empty where there is nothing to resume.
+    pictures:       ``image_size``, ``min_image_tokens`` and ``max_image_tokens`` of the stage; empty where no stage
+                    has trained the weights.
     """
 
     stage: str
@@ -49,6 +51,7 @@ class CheckpointInfo:
     loader: dict[str, Any] = field(default_factory=dict)
     has_optimizer: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, int | None] = field(default_factory=dict)
 
 
 def save_checkpoint(

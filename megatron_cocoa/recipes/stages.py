@@ -174,12 +174,14 @@ def run_stage(
 
 
 def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
+    sized = context.settings.stage(stage)
     return CheckpointInfo(
         stage=stage,
         step=0,
         mask_token_id=context.bundle.mask_token_id,
         bridge_token_id=context.bundle.bridge_token_id,
         hf_config=context.hf_config,
+        pictures={name: getattr(sized, name) for name in ("image_size", "min_image_tokens", "max_image_tokens")},
     )
 
 
