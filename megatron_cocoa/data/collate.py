@@ -191,26 +191,18 @@ def _vision_fields(
 def _floats(
     samples: list[PreparedSample], masked: np.ndarray, options: PackOptions, *, supervise_units: bool
 ) -> DeferredFloats:
-    noise = _noise(samples)
     is_read = options.needs_pixels or (supervise_units and options.needs_unit_targets)
     return DeferredFloats(
         cutter=options.pictures.cutter,
         grid_thw=tuple(grid for s in samples for grid in s.grid_thw),
         pictures=joined([picture for s in samples for picture in s.pictures]) if is_read else None,
         masked=masked,
-        noise=None if noise is None else torch.from_numpy(noise),
+        noise=tuple(s.unit_noise for s in samples if s.masked_units.size),
         is_supervised=supervise_units,
         needs_pixels=options.needs_pixels,
         needs_unit_targets=options.needs_unit_targets,
         normalize_unit_targets=options.normalize_unit_targets,
     )
-
-
-def _noise(samples: list[PreparedSample]) -> np.ndarray | None:
-    noises = [s.unit_noise for s in samples if s.masked_units.size]
-    if not noises or any(noise is None for noise in noises):
-        return None
-    return np.concatenate(noises)
 
 
 def _rows(local: list[np.ndarray], starts: list[int]) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_cocoa.data.corruption import NoiseKind
+from megatron_cocoa.data.corruption import NoiseKind, UnitNoise
 from megatron_cocoa.data.positions import Segment
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -47,7 +47,7 @@ class PreparedSample:
         feature_rows: int64 ``(units,)``: rows of the placeholders.
         text_rows, text_labels: int64 ``(supervised,)``: predicting row ``i - 1``, and the original id of ``i``.
         masked_units: int64 ``(masked_units,)``: indices among the sample's units.
-        unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
+        unit_noise: what hides them; None where none is hidden.
         num_eligible: text tokens that could have been masked.
         num_cut: text tokens cut to fit ``max_length``.
         role: what the sample is to its pair in stage ``contrastive``: ``query``, ``target`` or ``negative``.
@@ -64,7 +64,7 @@ class PreparedSample:
     text_rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
     text_labels: np.ndarray = field(default_factory=lambda: NO_ROWS)
     masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
-    unit_noise: np.ndarray | None = None
+    unit_noise: UnitNoise | None = None
     num_eligible: int = 0
     num_cut: int = 0
     role: str = ""
@@ -105,7 +105,7 @@ class BridgeBlocks:
         labels: int64 ``(supervised,)``: their original ids.
         num_eligible: places in block B that could have been masked.
         masked_units: units of block A's picture that are replaced by ``unit_noise``.
-        unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
+        unit_noise: what hides them; None where none is hidden.
         num_cut: text tokens cut to fit.
     """
 
@@ -116,7 +116,7 @@ class BridgeBlocks:
     labels: np.ndarray
     num_eligible: int
     masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
-    unit_noise: np.ndarray | None = None
+    unit_noise: UnitNoise | None = None
     num_cut: int = 0
 
 

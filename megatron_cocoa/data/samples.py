@@ -32,7 +32,6 @@ class SampleBuilder:
         vision: sizes of the tower.
         pictures: reads pictures below the data folder.
         max_length: tokens per sample; text is cut to it, picture tokens never are.
-        needs_noise: draw pixel noise (False on ranks that hold no tower).
 
     All methods raise ``PictureError`` for a picture that cannot be used or does not fit into ``max_length``.
     """
@@ -44,13 +43,11 @@ class SampleBuilder:
         vision: VisionGeometry,
         pictures: PictureLoader,
         max_length: int,
-        needs_noise: bool = True,
     ) -> None:
         self.bundle = bundle
         self.vision = vision
         self.pictures = pictures
         self._max_length = max_length
-        self._needs_noise = needs_noise
 
     @property
     def max_length(self) -> int:
@@ -231,20 +228,14 @@ class SampleBuilder:
 
     def _corrupt_units(
         self, num_units: int, settings: CorruptionSettings, sample_id: str, *, epoch: int, step: int
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> tuple[np.ndarray, corruption.UnitNoise | None]:
         if not num_units or not settings.unit_mask_ratio:
             return NO_ROWS, None
-        generator = corruption.seeded_generator(settings.seed, epoch, sample_id, "units")
-        masked = corruption.draw_unit_mask(num_units, ratio=settings.unit_mask_ratio, generator=generator)
-        if not self._needs_noise:
-            return masked, None
-        noise = corruption.draw_unit_noise(
-            masked.size,
-            self.vision.unit_dim,
-            kind=settings.mae_noise,
-            generator=generator,
-            step_key=(settings.seed, step),
+        key = (settings.seed, epoch, sample_id, "units")
+        masked = corruption.draw_unit_mask(
+            num_units, ratio=settings.unit_mask_ratio, generator=corruption.seeded_generator(*key)
         )
+        noise = corruption.UnitNoise(settings.mae_noise, key, num_units, masked.size, (settings.seed, step))
         return masked, noise
 
 
