@@ -114,10 +114,11 @@ def _negative_rows(roles: list[str], places: int) -> list[list[int]]:
 
 def _content_key(sample: PreparedSample) -> int:
     """The same for samples of the same tokens and pixels, on every rank; int64."""
-    digest = hashlib.blake2b(sample.input_ids.tobytes(), digest_size=8)
+    # Processors have instructions for SHA-256: twice as fast as BLAKE2 over a picture.
+    digest = hashlib.sha256(sample.input_ids.tobytes())
     for picture in sample.pictures:
-        digest.update(picture.tobytes())
-    return int.from_bytes(digest.digest(), "little", signed=True)
+        digest.update(picture)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
 def collate_embedding(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
