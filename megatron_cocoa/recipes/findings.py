@@ -68,7 +68,9 @@ def describe(summary: StageSummary) -> str:
     """One sentence on how a stage went; the counts are the first data-parallel rank's."""
     counts = ", ".join(f"{name} {value:.4g}" for name, value in summary.statistics.items())
     progress = summary.progress
-    return f"Stage {summary.name} took {progress.seconds:.0f} s, {progress.skipped} steps skipped; {counts}"
+    waited = 100 * progress.data_wait / progress.seconds if progress.seconds else 0.0
+    took = f"Stage {summary.name} took {progress.seconds:.0f} s, {waited:.1f}% of it waiting for data"
+    return f"{took}, {progress.skipped} steps skipped; {counts}"
 
 
 def _report_data(
