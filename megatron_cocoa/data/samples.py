@@ -19,7 +19,7 @@ from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import NO_ROWS, BridgeBlocks, CorruptionSettings, EncodedContent, PreparedSample
 from megatron_cocoa.data.preprocess import PictureLoader
-from megatron_cocoa.data.sources import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
+from megatron_cocoa.data.rows import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
 from megatron_cocoa.data.stored import PictureRef
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.data.decode import read_picture
-from megatron_cocoa.data.sources import IMAGE_TOKEN
+from megatron_cocoa.data.rows import IMAGE_TOKEN
 from megatron_cocoa.evaluation import markup
 from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.markup import text

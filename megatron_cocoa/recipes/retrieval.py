@@ -13,7 +13,8 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.config import StageSettings
 from megatron_cocoa.data.decode import read_picture
 from megatron_cocoa.data.evaluation_batches import embedding_batch
-from megatron_cocoa.data.sources import CaptionRow, Content, read_captions
+from megatron_cocoa.data.rows import CaptionRow, Content
+from megatron_cocoa.data.sources import read_captions
 from megatron_cocoa.data.stored import open_picture
 from megatron_cocoa.evaluation.embed import embed
 from megatron_cocoa.evaluation.embedding_map import EmbeddingMap, principal_axes

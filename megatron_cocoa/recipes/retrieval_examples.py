@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_cocoa.data.sources import CaptionRow
+from megatron_cocoa.data.rows import CaptionRow
 from megatron_cocoa.evaluation.metrics import retrieval_ranks, top_candidates
 from megatron_cocoa.evaluation.report_data import RetrievalStrip, StripCandidate, StripKind
 

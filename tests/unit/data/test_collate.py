@@ -12,7 +12,7 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.data.collate import collate_bridge, collate_contrastive, collate_embedding, collate_warmup
 from megatron_cocoa.data.evaluation_batches import bridge_batches, embedding_batch, evaluation_builder
 from megatron_cocoa.data.prepared import CorruptionSettings
-from megatron_cocoa.data.sources import CaptionRow, Content, PairRow
+from megatron_cocoa.data.rows import CaptionRow, Content, PairRow
 
 SETTINGS = CorruptionSettings(seed=5, text_mask_ratio=0.5, unit_mask_ratio=0.5)
 PICTURES = [Content("<|image_1|>", f"images/{i}.png") for i in range(4)]

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_cocoa.data.sources import CaptionRow
+from megatron_cocoa.data.rows import CaptionRow
 from megatron_cocoa.recipes.retrieval_examples import DEPTH, NUM_EXAMPLES, pool_examples
 
 
@@ -21,7 +21,7 @@ def pool(number: int, wrong: dict[int, int]):
 
 
 def test_hits_misses_and_worst_are_told_apart():
-    """Claim: a strip's kind follows from the rank of its right answer, no query is shown twice, the worst come first."""
+    """Claim: a strip's kind follows from the rank of its right answer, no query is shown twice, worst first."""
     wrong = {2: 1, 5: 9, 9: 3, 11: 1, 14: 6, 17: 2, 21: 1}
     rows, texts, pictures = pool(30, wrong)
     drawn: list[str] = []
