@@ -6,7 +6,6 @@ item's vector does not depend on what it is embedded with. The bridge token is a
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,36 +19,21 @@ from megatron.core import parallel_state
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
-from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import EmbeddingForm, ModelSettings, ParallelSettings, TrainSettings
-from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
-from megatron_cocoa.conversion.embedding_form import form_of_config
-from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
+from megatron_cocoa.config import EmbeddingForm, ParallelSettings
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
-from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.prepared import PreparedSample
+from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
 from megatron_cocoa.data.samples import SampleBuilder
-from megatron_cocoa.data.sources import IMAGE_TOKEN, Content
 from megatron_cocoa.evaluation.embed import embed_pack
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
-from megatron_cocoa.recipes.context import RunContext, prepare_context
-from megatron_cocoa.recipes.stages import build_with_weights
+from megatron_cocoa.recipes.embedding_model import load_embedding_model
 
 Item = dict[str, Any] | str | Path | Image.Image
 """A text, a picture (in memory or a ``Path``), or ``{"text": .., "image": ..}`` with either or both."""
 
 BATCH_TOKENS = 16384
-
-BRIDGE_KEY = "cocoa_bridge_token"
-"""Where the ``config.json`` of an exported folder names the token that carries the embedding."""
-
-IMAGE_SIZE_KEY = "cocoa_image_size"
-"""Where it gives the side in pixels of the square that pictures are resized to; absent where they keep their shape."""
 
 
 @dataclass
@@ -94,7 +78,8 @@ class CocoaEmbedder:
             dtype: ``fp32`` or ``bf16``, of parameters and activations.
             image_size: side of the square in pixels that pictures are resized to; None takes what an exported folder
                 says, where no limits of tokens are given, else keeps their shape.
-            min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for the processor's limits.
+            min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for those of the checkpoint's
+                training, else (and for an exported folder, which carries them there) the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and
                 a warning counts them.
             batch_tokens: upper bound on the tokens of one forward pass.
@@ -104,31 +89,20 @@ class CocoaEmbedder:
         Raises:
             ValueError: if the folder is neither, is incomplete, or does not fit the tokenizer's folder.
         """
-        path = Path(path)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
         start_alone()
-        settings, info = _settings_for(path, model_path, dtype, bridge_token)
-        form = form_of_config(_config_of_export(path)) if info is None else info.embedding_form
-        if info is None and image_size is min_image_tokens is max_image_tokens is None:
-            image_size = _config_of_export(path).get(IMAGE_SIZE_KEY)
-        context = prepare_context(settings)
-        if info is not None:
-            _check_fit(path, info, context)
-        model = build_with_weights(context, checkpoint=None, with_image_decoder=False)
-        model.train(False)
-        builder, options = evaluation_builder(
-            Path.cwd(),
-            model_path=context.settings.model.path,
-            bundle=context.bundle,
-            vision=context.geometry,
-            max_length=max_length or context.hf_config["text_config"]["max_position_embeddings"],
+        found = load_embedding_model(
+            path,
+            model_path=model_path,
+            dtype=dtype,
             image_size=image_size,
             min_image_tokens=min_image_tokens,
             max_image_tokens=max_image_tokens,
-            form=form,
+            max_length=max_length,
+            bridge_token=bridge_token,
         )
-        return cls(model, builder, options, batch_tokens)
+        return cls(found.model, found.builder, found.options, batch_tokens)
 
     @property
     def hidden_size(self) -> int:
@@ -264,63 +238,3 @@ def _text_and_image(item: Item) -> tuple[str, Image.Image | Path | None]:
 
 def _warn_cut(num_cut: int, num_items: int) -> None:
     warnings.warn(f"{num_cut} of {num_items} items were cut to max_length: raise it to embed them whole", stacklevel=3)
-
-
-def _settings_for(
-    path: Path, model_path: str | Path | None, dtype: str, bridge_token: str | None
-) -> tuple[TrainSettings, CheckpointInfo | None]:
-    if dtype not in ("fp32", "bf16"):
-        raise ValueError(f"dtype is {dtype!r}, needs fp32 or bf16")
-    if (path / INFO_FILE).is_file():
-        info = read_info(path)
-        chosen, tokens = _folder_of_checkpoint(path, model_path)
-        more: dict[str, Any] = {"load": str(path)} | tokens
-        with TorchDistReader(path) as reader:
-            more["vision_ffn_multiple"] = StackedTensors(reader).vision_ffn_multiple
-    elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        info, chosen, content = None, Path(model_path or path), _config_of_export(path)
-        more = {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
-        if chosen != path:
-            raise ValueError(f"{path} is a Hugging Face folder, which brings its own tokenizer: leave model_path out")
-    else:
-        raise ValueError(
-            f"{path} is neither a Hugging Face folder with config.json and safetensors, nor a Megatron checkpoint with "
-            f"{INFO_FILE}"
-        )
-    if bridge_token is not None:
-        more["bridge_token"] = bridge_token
-    return TrainSettings(model=ModelSettings(path=str(chosen), dtype=dtype, **more)), info
-
-
-def _config_of_export(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is not readable JSON: {error}") from error
-
-
-def _folder_of_checkpoint(path: Path, model_path: str | Path | None) -> tuple[Path, dict[str, str]]:
-    """Where a checkpoint's tokenizer is, and the names of its tokens where a run's settings say them."""
-    saved = run_settings(path).get("model") or {}
-    tokens = {name: saved[name] for name in ("mask_token", "bridge_token") if saved.get(name)}
-    if model_path is not None:
-        return Path(model_path), tokens
-    found = find_companions(path)
-    if found is not None and (found / "tokenizer.json").is_file():
-        return found, tokens
-    named = saved.get("path")
-    why = f"its run's {SETTINGS_FILE} names {named}, which has none here" if named else f"there is no {SETTINGS_FILE}"
-    raise ValueError(f"{path} carries no tokenizer, and {why}: name the Hugging Face folder as model_path")
-
-
-def _check_fit(path: Path, info: CheckpointInfo, context: RunContext) -> None:
-    """Refuse a tokenizer's folder of another model than the checkpoint's: every vector would be wrong."""
-    folder = context.settings.model.path
-    own = QwenVLArchitecture.from_huggingface(config_of(info.hf_config, origin=f"the hf_config of {path}"))
-    if own != context.architecture:
-        raise ValueError(f"{path} was written by a model of other sizes than {folder} describes: name its own folder")
-    if info.bridge_token_id not in (UNKNOWN_TOKEN, context.bundle.bridge_token_id):
-        raise ValueError(
-            f"{path} was trained with the bridge token's id {info.bridge_token_id}, the tokenizer in {folder} gives "
-            f"{context.bundle.bridge_token_id}: name the run's own folder, or its bridge_token"
-        )

@@ -96,6 +96,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="resize pictures to a square of this side, as a stage with image_size does (hf only: "
         "sentence-transformers cannot; default: pictures keep their shape)",
     )
+    for end, what in (("min", "fewest"), ("max", "most")):
+        embedding.add_argument(
+            f"--{end}-image-tokens",
+            type=int,
+            metavar="N",
+            help=f"{what} merged units of a picture that keeps its shape, written into preprocessor_config.json "
+            f"(default: the training's, else the model folder's own)",
+        )
     embedding.add_argument(
         "--no-golden", action="store_true", help="leave golden.json out, where there is no memory for an fp32 model"
     )
@@ -126,13 +134,26 @@ def _export(args: argparse.Namespace, conversion: dict):
 
     chosen = default_format(args.mcore_path) if args.format == "auto" else args.format
     if chosen == "plain":
-        given = {"--bridge-token": args.bridge_token, "--image-size": args.image_size, "--no-golden": args.no_golden}
+        given = {
+            "--bridge-token": args.bridge_token,
+            "--image-size": args.image_size,
+            "--min-image-tokens": args.min_image_tokens,
+            "--max-image-tokens": args.max_image_tokens,
+            "--no-golden": args.no_golden,
+        }
         useless = [name for name, value in given.items() if value]
         if useless:
             raise ValueError(f"{', '.join(useless)} has no effect in format plain: name --format hf, or leave it out")
         return convert_mcore_to_hf(args.mcore_path, args.hf_path, **conversion)
     print(f"format: {chosen}")
-    options = EmbedderOptions(chosen, args.bridge_token, args.image_size, golden=not args.no_golden)
+    options = EmbedderOptions(
+        chosen,
+        args.bridge_token,
+        args.image_size,
+        golden=not args.no_golden,
+        min_image_tokens=args.min_image_tokens,
+        max_image_tokens=args.max_image_tokens,
+    )
     return export_embedder(args.mcore_path, args.hf_path, options=options, **conversion)
 
 

@@ -5,11 +5,14 @@ examples:
       --output-path scores --image-size 672
   torchrun --nproc-per-node 8 tools/evaluate_mmeb.py --model-path outputs/run/contrastive/checkpoint \\
       --processor-path Qwen2.5-VL-3B --data-path MMEB-eval --image-root MMEB-eval/images --output-path scores
+  torchrun --nproc-per-node 8 tools/evaluate_mmeb.py --model-path embedder-72b --dtype bf16 \\
+      --parallel.tensor_model_parallel_size 8 --data-path MMEB-eval --image-root MMEB-eval/images --output-path scores
   python tools/evaluate_mmeb.py --summarize scores
 
 what is written: {task}_score.json (acc and whatever moves it), {task}_pred.txt (the candidate chosen for each row),
 {task}_evidence.json (examples), summary.json, report.html. Started again with the same arguments, on any number of
-ranks, it keeps the tasks that are scored. Each rank holds the whole model. See docs/evaluation.md.
+ranks, it keeps the tasks that are scored. Each rank holds the whole model, unless --parallel.* divides it.
+See docs/evaluation.md.
 
 exit status: 0 done, 1 done, but all queries of a task tie and its score says nothing of the model, 2 bad input
 (finished tasks stay).
@@ -27,6 +30,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+LAYOUT = {
+    "tensor_model_parallel_size": "ranks that share each layer",
+    "pipeline_model_parallel_size": "stages of layers, each on other ranks",
+    "context_parallel_size": "ranks that share each pack's sequence",
+}
+"""Degrees of a model that does not fit on one rank; what remains of the ranks are replicas."""
+
 EXIT_MEANINGLESS = 1
 EXIT_BAD_INPUT = 2
 
@@ -42,6 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", metavar="NAME", help="these tasks alone (default: all of the benchmark)")
     add("--image-size", type=_image_size, default=None, metavar="PIXELS",
         help="native (default), or the side of a square such as 336, 448, 672")  # fmt: skip
+    add("--min-image-tokens", type=int, metavar="N", help="of a picture that keeps its shape (default: the model's)")
+    add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default %(default)s)")
     add("--bridge-token", metavar="TOKEN", help="carries the embedding (default: the run's or the export's own)")
@@ -49,6 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=2, metavar="N", help="threads that decode pictures (default %(default)s)")
     add("--baselines", action="store_true", help="also score queries without their picture, and without their text")
     add("--overwrite", action="store_true", help="score again what was scored with other settings, model or data")
+    for name, what in LAYOUT.items():
+        add(f"--parallel.{name}", type=int, default=1, metavar="N", help=f"{what} (default %(default)s)")
+    add("--parallel.sequence_parallel", action="store_true", help="tensor parallel ranks share norms and residuals")
     add("--summarize", metavar="DIR", help="print the table of a folder of score files as JSON, and do nothing else")
     args = parser.parse_args(argv)
     needed = ("model_path", "data_path", "image_root", "output_path")
@@ -74,20 +89,26 @@ def summarize(folder: str) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     # Imported late: --help and a mistyped option must not wait for torch.
     from megatron_cocoa.config import EvaluationSettings, ParallelSettings
+    from megatron_cocoa.embedder import start_alone
     from megatron_cocoa.evaluation import mmeb_run
     from megatron_cocoa.evaluation.mmeb_tasks import read_benchmark
     from megatron_cocoa.parallel import topology
 
-    names = ("image_size", "max_length", "dtype", "bridge_token", "batch_size", "num_workers", "baselines")
+    sizes = ("image_size", "min_image_tokens", "max_image_tokens", "max_length")
+    names = (*sizes, "dtype", "bridge_token", "batch_size", "num_workers", "baselines")
     settings = EvaluationSettings(**{name: getattr(args, name) for name in names})
     benchmark = read_benchmark(args.data_path)
     tasks = benchmark.select(args.tasks)
     launch = topology.LaunchInfo.from_environment()
+    parallel = ParallelSettings(**{name: getattr(args, f"parallel.{name}") for name in (*LAYOUT, "sequence_parallel")})
+    parallel.data_parallel_size(launch.world_size)
     say = _say if launch.rank == 0 else _keep_silent
     if launch.world_size > 1:
-        topology.initialize(ParallelSettings(), launch, seed=0)
+        topology.initialize(parallel, launch, seed=0)
+    else:
+        start_alone()
     try:
-        encode, identity, versions = _load(args, settings, benchmark)
+        encode, identity, versions = _load(args, settings, parallel, benchmark)
         mmeb_run.evaluate(
             tasks,
             data_path=args.data_path,
@@ -105,30 +126,33 @@ def evaluate(args: argparse.Namespace) -> int:
         topology.shutdown()
 
 
-def _load(args: argparse.Namespace, settings, benchmark):
-    from megatron_cocoa.embedder import CocoaEmbedder
+def _load(args: argparse.Namespace, settings, parallel, benchmark):
     from megatron_cocoa.evaluation.mmeb_encode import ItemEncoder
     from megatron_cocoa.evaluation.mmeb_identity import identity_of, versions
+    from megatron_cocoa.recipes.embedding_model import load_embedding_model
 
     identity = identity_of(settings, model_path=args.model_path, processor_path=args.processor_path)
-    embedder = CocoaEmbedder.from_pretrained(
+    found = load_embedding_model(
         args.model_path,
         model_path=args.processor_path,
         dtype=settings.dtype,
         image_size=settings.image_size,
+        min_image_tokens=settings.min_image_tokens,
+        max_image_tokens=settings.max_image_tokens,
         max_length=settings.max_length,
         bridge_token=settings.bridge_token,
+        parallel=parallel,
     )
     encoder = ItemEncoder(
-        model=embedder.model,
-        builder=embedder.builder,
-        options=embedder.options,
+        model=found.model,
+        builder=found.builder,
+        options=found.options,
         image_root=Path(args.image_root),
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
         show_progress=sys.stderr.isatty(),
     )
-    return encoder, identity(embedder.builder, embedder.options, benchmark), versions()
+    return encoder, identity(found.builder, found.options, benchmark), versions()
 
 
 def _finish(args: argparse.Namespace, say) -> int:

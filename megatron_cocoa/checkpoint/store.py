@@ -41,6 +41,8 @@ class CheckpointInfo:
     hf_config:      the Hugging Face ``config.json`` of the architecture.
     progress:       the trainer's counters, to resume from; empty where there is nothing to resume.
     attention, image_placeholder: the form that it embeds in, see ``config.EmbeddingForm``.
+    pictures:       ``image_size``, ``min_image_tokens`` and ``max_image_tokens`` of the stage; empty where no stage
+                    has trained the weights.
     """
 
     stage: str
@@ -53,6 +55,7 @@ class CheckpointInfo:
     progress: dict[str, Any] = field(default_factory=dict)
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     image_placeholder: Literal["full", "bare"] = "full"
+    pictures: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def embedding_form(self) -> EmbeddingForm:

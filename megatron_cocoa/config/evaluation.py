@@ -14,7 +14,9 @@ class EvaluationSettings:
 
     Args:
         image_size: side in pixels of the square that every picture is resized to (CoCoA evaluates at 672; 336 and
-            448 are its training sizes); None keeps their shape within the processor's limits (``native``).
+            448 are its training sizes); None keeps their shape within the limits below (``native``).
+        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape; None for those that the
+            model was trained with, else the processor's.
         max_length: tokens per item, longer texts are cut and counted, image tokens never are; None for the model's
             ``max_position_embeddings``.
         dtype: of parameters and activations.
@@ -25,6 +27,8 @@ class EvaluationSettings:
     """
 
     image_size: int | None = None
+    min_image_tokens: int | None = None
+    max_image_tokens: int | None = None
     max_length: int | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     bridge_token: str | None = None
@@ -33,7 +37,7 @@ class EvaluationSettings:
     baselines: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "max_length", "batch_size"):
+        for name in ("image_size", "min_image_tokens", "max_image_tokens", "max_length", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}, needs 1 or more")
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}, must not be negative")

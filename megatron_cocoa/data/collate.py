@@ -117,10 +117,11 @@ def _negative_rows(roles: list[str], places: int) -> list[list[int]]:
 
 def _content_key(sample: PreparedSample) -> int:
     """The same for samples of the same tokens and pixels, on every rank; int64."""
-    digest = hashlib.blake2b(sample.input_ids.tobytes(), digest_size=8)
+    # Processors have instructions for SHA-256: twice as fast as BLAKE2 over a picture.
+    digest = hashlib.sha256(sample.input_ids.tobytes())
     for picture in sample.pictures:
-        digest.update(picture.tobytes())
-    return int.from_bytes(digest.digest(), "little", signed=True)
+        digest.update(picture)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 
 def collate_embedding(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
@@ -214,7 +215,6 @@ def _floats(
     *,
     supervise_units: bool,
 ) -> DeferredFloats:
-    noise = _noise(samples)
     is_read = options.needs_pixels or (supervise_units and options.needs_unit_targets)
     return DeferredFloats(
         cutter=options.pictures.cutter,
@@ -222,19 +222,12 @@ def _floats(
         pictures=joined([picture for s in samples for picture in s.pictures]) if is_read else None,
         masked=masked,
         masked_patches=masked_patches,
-        noise=None if noise is None else torch.from_numpy(noise),
+        noise=tuple(s.unit_noise for s in samples if s.masked_units.size),
         is_supervised=supervise_units,
         needs_pixels=options.needs_pixels,
         needs_unit_targets=options.needs_unit_targets,
         normalize_unit_targets=options.normalize_unit_targets,
     )
-
-
-def _noise(samples: list[PreparedSample]) -> np.ndarray | None:
-    noises = [s.unit_noise for s in samples if s.masked_units.size]
-    if not noises or any(noise is None for noise in noises):
-        return None
-    return np.concatenate(noises)
 
 
 def _rows(local: list[np.ndarray], starts: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ masks stay the same when the share of masked image units is changed.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -90,6 +91,39 @@ def draw_unit_noise(
     if kind == "mean":
         return None
     raise ValueError(f"mae_noise is {kind!r}, needs one of normal, shared, zero, mean")
+
+
+@dataclass(frozen=True)
+class UnitNoise:
+    """What stands over a sample's masked units, as the seeds it is drawn from: a few bytes for thousands of values.
+
+    Args:
+        kind: as of ``draw_unit_noise``.
+        key: of the sample's own source, which drew ``num_units`` numbers for the mask before.
+        num_units: merged units of the sample, or its patches where those are masked.
+        num_masked: how many of them are masked.
+        step_key: names the global batch.
+    """
+
+    kind: NoiseKind
+    key: tuple[object, ...]
+    num_units: int
+    num_masked: int
+    step_key: tuple[object, ...]
+
+    def draw(self, unit_dim: int) -> np.ndarray | None:
+        """``unit_dim`` values for each masked unit, or ``patch_dim`` for each masked patch.
+
+        The same as ``draw_unit_noise`` right after the sample's mask, on any rank and at any time.
+
+        Raises:
+            ValueError: as ``draw_unit_noise``.
+        """
+        generator = seeded_generator(*self.key)
+        generator.random(self.num_units)
+        return draw_unit_noise(
+            self.num_masked, unit_dim, kind=self.kind, generator=generator, step_key=self.step_key
+        )
 
 
 def replace_units(

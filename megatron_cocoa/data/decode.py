@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_SOURCE_PIXELS = 64_000_000
 """A file that announces more pixels is refused."""
@@ -73,12 +73,14 @@ def picture_size(
 def accept_picture(image: Image.Image, name: str | Path, *, max_pixels: int = MAX_SOURCE_PIXELS) -> Image.Image:
     """8-bit RGB of an opened picture, upright, at its own size; what is too large is refused before it is decoded.
 
+    Where nothing has to change that is ``image`` itself.
+
     Raises:
         PictureError: naming ``name``, with a reason and the numbers, for whatever cannot be decoded to that.
     """
     check_size(image, name, max_pixels)
     with _decoding(name, max_pixels):
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+        return _to_rgb(_upright(image), name)
 
 
 def check_size(image: Image.Image, name: str | Path, max_pixels: int) -> None:
@@ -131,6 +133,12 @@ def _raster_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """``image`` turned as its EXIF data say; itself where they say nothing, for ``exif_transpose`` would copy it."""
+    image.load()
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
+
+
 def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)
@@ -144,4 +152,4 @@ def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,7 +1,7 @@
 """The floats of a pack before they are made: 8-bit pictures, and which of their units are hidden by what.
 
-An eighth of the bytes of the pixels, in two tensors, so that a pack crosses from a worker process, and from the reading
-rank of a replica to the others, in this form.
+An eighth of the bytes of the pixels, in one tensor, and the seeds of the noise over them, so that a pack crosses from a
+worker process, and from the reading rank of a replica to the others, in this form.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cocoa.data.corruption import normalize_targets, replace_units
+from megatron_cocoa.data.corruption import UnitNoise, normalize_targets, replace_units
 from megatron_cocoa.data.patches import PatchCutter
 
 
@@ -29,8 +29,7 @@ class DeferredFloats:
         masked: int64 ``(masked_units,)``: which units of the pack are hidden.
         masked_patches: int64 ``(masked_patches,)``: which patches of the pack are hidden, where not whole units are;
             those of ``masked``. None where units are hidden.
-        noise: float32 ``(masked_units, unit_dim)``, or ``(masked_patches, patch_dim)``, that hides them, or None for
-            each one's own mean.
+        noise: of each sample that has hidden units, in order: what hides them, all of one kind.
         is_supervised: the hidden units are to be predicted: ``unit_targets`` is one of the fields.
         needs_pixels, needs_unit_targets, normalize_unit_targets: as in ``PackOptions``.
     """
@@ -39,7 +38,7 @@ class DeferredFloats:
     grid_thw: tuple[tuple[int, int, int], ...]
     pictures: Tensor | None
     masked: np.ndarray
-    noise: Tensor | None
+    noise: tuple[UnitNoise, ...]
     is_supervised: bool
     needs_pixels: bool = True
     needs_unit_targets: bool = True
@@ -57,13 +56,6 @@ class DeferredFloats:
         vision = self.cutter.vision
         return sum(h * w for _, h, w in self.grid_thw) * vision.channels * vision.patch_size**2
 
-    @property
-    def noise_shape(self) -> tuple[int, int]:
-        vision = self.cutter.vision
-        if self.masked_patches is not None:
-            return self.masked_patches.size, vision.patch_dim
-        return self.masked.size, vision.unit_dim
-
     def __call__(self) -> dict[str, Tensor]:
         """Pixels with noise over the hidden units, and what those units showed, each as far as it is needed."""
         vision = self.cutter.vision
@@ -71,11 +63,10 @@ class DeferredFloats:
         fields: dict[str, Tensor] = {}
         if self.grid_thw and (self.needs_pixels or self.makes_targets):
             pixels = self.cutter(self._cut_apart())
-            noise = None if self.noise is None else self.noise.numpy()
             originals = pixels.reshape(-1, vision.unit_dim)[self.masked]
             by_patch = self.masked_patches is not None
             hidden = self.masked_patches if by_patch else self.masked
-            replace_units(pixels, hidden, noise, vision=vision, by_patch=by_patch)
+            replace_units(pixels, hidden, self._drawn(), vision=vision, by_patch=by_patch)
             if self.makes_targets:
                 targets = normalize_targets(originals, vision=vision) if self.normalize_unit_targets else originals
             if self.needs_pixels:
@@ -83,6 +74,17 @@ class DeferredFloats:
         if self.is_supervised:
             fields["unit_targets"] = torch.from_numpy(targets)
         return fields
+
+    def _drawn(self) -> np.ndarray | None:
+        """float32 ``(masked_units, unit_dim)`` or ``(masked_patches, patch_dim)``; None for each one's own mean,
+        or where nobody sees it.
+        """
+        if not self.needs_pixels:
+            return None
+        vision = self.cutter.vision
+        width = vision.unit_dim if self.masked_patches is None else vision.patch_dim
+        drawn = [noise.draw(width) for noise in self.noise]
+        return None if not drawn or drawn[0] is None else np.concatenate(drawn)
 
     def _cut_apart(self) -> list[np.ndarray]:
         side, channels = self.cutter.vision.patch_size, self.cutter.vision.channels

@@ -85,7 +85,6 @@ class StageLoader:
                 vision=vision,
                 pictures=pictures,
                 max_length=settings.data.max_length,
-                needs_noise=needs_pixels,
                 image_placeholder=self._stage_settings.embedding_form.image_placeholder,
             ),
             options=PackOptions(

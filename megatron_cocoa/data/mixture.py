@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_cocoa.data.corruption import seeded_generator
 from megatron_cocoa.data.order import SampleOrder
-from megatron_cocoa.data.sources import RowSet
+from megatron_cocoa.data.rows import RowSet
 
 BLOCK = 4096
 """Positions of a block: over every aligned block, shares are exact to one row."""

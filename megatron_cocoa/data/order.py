@@ -62,7 +62,9 @@ class SampleOrder:
 
 
 def numbered(keys: Iterable[Hashable]) -> np.ndarray:
-    """Each key as the number of its first occurrence among distinct keys, int64."""
+    """Keys as numbers that are equal where they are, int64: an array of such as it is, else by first occurrence."""
+    if isinstance(keys, np.ndarray) and keys.dtype == np.int64:
+        return keys
     numbers: dict[Hashable, int] = {}
     return np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), dtype=np.int64)
 

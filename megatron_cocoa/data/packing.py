@@ -140,7 +140,8 @@ def _budget_packs(
 def _fit(own: list[int], sizes: np.ndarray, weights: np.ndarray, budget: int, number: int) -> list[list[int]] | None:
     """``own`` in ``number`` packs within ``budget``, none of them empty; or None.
 
-    Evenly by cost if that fits, else by the fullest pack that still has room, which fits more often.
+    Evenly by cost if that fits, else by the fullest pack that still has room, which fits more often, else pack by pack
+    with what fills it best.
     """
     for key, choose in ((weights, _emptiest), (sizes, _fullest)):
         packs: list[list[int]] = [[] for _ in range(number)]
@@ -156,7 +157,44 @@ def _fit(own: list[int], sizes: np.ndarray, weights: np.ndarray, budget: int, nu
         else:
             if all(packs):
                 return packs
-    return None
+    return _filled_one_by_one(own, sizes, budget, number)
+
+
+def _filled_one_by_one(own: list[int], sizes: np.ndarray, budget: int, number: int) -> list[list[int]] | None:
+    """Each pack gets the largest sample that is left and those that fill the rest of it best (minimum bin slack:
+    Gupta and Ho, "A new heuristic algorithm for the one-dimensional bin-packing problem", 1999); or None."""
+    left = [(int(sizes[index]), index) for index in sorted(own, key=lambda i: (-sizes[i], i))]
+    packs: list[list[int]] = []
+    while left and len(packs) < number:
+        (size, first), *others = left
+        chosen = _best_sum([size for size, _ in others], budget - size)
+        packs.append([first, *(others[place][1] for place in chosen)])
+        left = [other for place, other in enumerate(others) if place not in chosen]
+    if left:
+        return None
+    while len(packs) < number:
+        # There are at least as many samples as packs, so that a pack of several is left.
+        packs.append([max(packs, key=len).pop()])
+    return packs
+
+
+def _best_sum(sizes: list[int], room: int) -> set[int]:
+    """Places in ``sizes`` whose sum is the largest that is at most ``room``.
+
+    Bit ``n`` of ``reached`` says that ``n`` is the sum of some of the sizes seen so far.
+    """
+    reached, before = 1, []
+    for size in sizes:
+        before.append(reached)
+        reached |= (reached << size) & ((1 << (room + 1)) - 1)
+        if reached >> room:
+            break
+    total, chosen = reached.bit_length() - 1, set()
+    for place in range(len(before) - 1, -1, -1):
+        if not before[place] >> total & 1:
+            chosen.add(place)
+            total -= sizes[place]
+    return chosen
 
 
 def _emptiest(fits: np.ndarray, room: np.ndarray, load: np.ndarray) -> int:

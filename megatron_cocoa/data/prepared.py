@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_cocoa.data.corruption import NoiseKind
+from megatron_cocoa.data.corruption import NoiseKind, UnitNoise
 from megatron_cocoa.data.positions import Segment
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -54,8 +54,7 @@ class PreparedSample:
         masked_units: int64 ``(masked_units,)``: indices among the sample's units.
         masked_patches: int64 ``(masked_patches,)``: indices among the sample's patches where patches are hidden and not
             whole units; those of ``masked_units`` then. None where units are hidden.
-        unit_noise: float32 ``(masked_units, unit_dim)`` or ``(masked_patches, patch_dim)``, or None for each one's own
-            mean.
+        unit_noise: what hides them; None where none is hidden.
         num_eligible: text tokens that could have been masked.
         num_cut: text tokens cut to fit ``max_length``.
         role: what the sample is to its pair in stage ``contrastive``: ``query``, ``target`` or ``negative``.
@@ -73,7 +72,7 @@ class PreparedSample:
     text_labels: np.ndarray = field(default_factory=lambda: NO_ROWS)
     masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
     masked_patches: np.ndarray | None = None
-    unit_noise: np.ndarray | None = None
+    unit_noise: UnitNoise | None = None
     num_eligible: int = 0
     num_cut: int = 0
     role: str = ""
@@ -85,7 +84,7 @@ class HiddenUnits:
 
     units: np.ndarray
     patches: np.ndarray | None = None
-    noise: np.ndarray | None = None
+    noise: UnitNoise | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class BridgeBlocks:
         labels: int64 ``(supervised,)``: their original ids.
         num_eligible: places in block B that could have been masked.
         masked_units: units of block A's picture that are replaced by ``unit_noise``.
-        unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
+        unit_noise: what hides them; None where none is hidden.
         num_cut: text tokens cut to fit.
     """
 
@@ -134,7 +133,7 @@ class BridgeBlocks:
     labels: np.ndarray
     num_eligible: int
     masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
-    unit_noise: np.ndarray | None = None
+    unit_noise: UnitNoise | None = None
     num_cut: int = 0
 
 

@@ -89,6 +89,11 @@ class PictureLoader:
         self.num_decoded = 0
         self.cutter = PatchCutter.of_processor(processor, vision)
 
+    @property
+    def pixel_limits(self) -> tuple[int, int] | None:
+        """Fewest and most pixels of a prepared picture; None where all are resized to one square."""
+        return None if self._image_size is not None else self._pixel_limits
+
     def load(self, image_path: PictureRef) -> np.ndarray:
         """The picture at ``image_path`` (relative to the root, or stored elsewhere), resized.
 

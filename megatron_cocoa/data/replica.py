@@ -16,17 +16,15 @@ from megatron_cocoa.parallel.replica import ReplicaLink
 
 @dataclass(frozen=True)
 class _Handed:
-    """What crosses a replica with each step, but for pictures and noise.
+    """What crosses a replica with each step, but for pictures.
 
     Args:
-        batches: all of whose floats are deferred, and whose deferred parts hold neither pictures nor noise.
-        has_noise: whether there is noise, for each batch.
+        batches: all of whose floats are deferred, and whose deferred parts hold no pictures.
         state, statistics: of the reader after the step.
         error: why the reader could not go on.
     """
 
     batches: tuple[PackedBatch, ...] = ()
-    has_noise: tuple[bool, ...] = ()
     state: dict | None = None
     statistics: dict[str, float] | None = None
     error: str | None = None
@@ -141,8 +139,7 @@ class ReplicaLoader:
             read, handed = self._read()
         handed = self._link.share(handed)
         batches = tuple(
-            self._complete(batch, has_noise, read[index] if read else None)
-            for index, (batch, has_noise) in enumerate(zip(handed.batches, handed.has_noise))
+            self._complete(batch, read[index] if read else None) for index, batch in enumerate(handed.batches)
         )
         return replace(handed, batches=(*(batch.materialized() for batch in batches[:1]), *batches[1:]))
 
@@ -152,13 +149,12 @@ class ReplicaLoader:
         except ValueError as error:
             return [], _Handed(error=str(error))
         return read, _Handed(
-            batches=tuple(replace(b, deferred=replace(b.deferred, pictures=None, noise=None)) for b in read),
-            has_noise=tuple(batch.deferred.noise is not None for batch in read),
+            batches=tuple(replace(b, deferred=replace(b.deferred, pictures=None)) for b in read),
             state=self._reader.state_dict(),
             statistics=self._reader.statistics(),
         )
 
-    def _complete(self, batch: PackedBatch, has_noise: bool, read: PackedBatch | None) -> PackedBatch:
+    def _complete(self, batch: PackedBatch, read: PackedBatch | None) -> PackedBatch:
         """``batch`` with what this rank makes floats of; ``read`` is the reader's own."""
         made: DeferredFloats = batch.deferred
         own = None if read is None else read.deferred
@@ -168,14 +164,9 @@ class ReplicaLoader:
             torch.uint8,
             to="ends" if made.makes_targets else "tower",
         )
-        noise = None
-        if has_noise:
-            value = None if own is None else own.noise
-            noise = self._link.share_tensor(value, made.noise_shape, torch.float32, to="tower")
         made = replace(
             made,
             pictures=pictures,
-            noise=noise,
             needs_pixels=self._needs_pixels,
             needs_unit_targets=self._needs_unit_targets,
         )

@@ -27,7 +27,7 @@ from megatron_cocoa.data.prepared import (
     PreparedSample,
 )
 from megatron_cocoa.data.preprocess import PictureLoader
-from megatron_cocoa.data.sources import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
+from megatron_cocoa.data.rows import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
 from megatron_cocoa.data.stored import PictureRef
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 
@@ -40,7 +40,6 @@ class SampleBuilder:
         vision: sizes of the tower.
         pictures: reads pictures below the data folder.
         max_length: tokens per sample; text is cut to it, picture tokens never are.
-        needs_noise: draw pixel noise (False on ranks that hold no tower).
         image_placeholder: ``full`` or ``bare``, the pads without the marks around them. Positions of a bare one count
             like text's: ``get_rope_index`` as the authors ran it looks for ``<|vision_start|>``.
 
@@ -54,14 +53,12 @@ class SampleBuilder:
         vision: VisionGeometry,
         pictures: PictureLoader,
         max_length: int,
-        needs_noise: bool = True,
         image_placeholder: Literal["full", "bare"] = "full",
     ) -> None:
         self.bundle = bundle
         self.vision = vision
         self.pictures = pictures
         self._max_length = max_length
-        self._needs_noise = needs_noise
         self.image_placeholder = image_placeholder
         self._has_marks = image_placeholder == "full"
         self._num_marks = 2 if self._has_marks else 0
@@ -265,18 +262,14 @@ class SampleBuilder:
     ) -> HiddenUnits:
         if not num_units or not settings.unit_mask_ratio:
             return HiddenUnits(NO_ROWS, NO_ROWS if settings.by_patch else None)
-        generator = corruption.seeded_generator(settings.seed, epoch, sample_id, "units")
         per_unit = self.vision.patches_per_unit if settings.by_patch else 1
-        masked = corruption.draw_unit_mask(num_units * per_unit, ratio=settings.unit_mask_ratio, generator=generator)
-        noise = None
-        if self._needs_noise:
-            noise = corruption.draw_unit_noise(
-                masked.size,
-                self.vision.patch_dim if settings.by_patch else self.vision.unit_dim,
-                kind=settings.mae_noise,
-                generator=generator,
-                step_key=(settings.seed, step),
-            )
+        key = (settings.seed, epoch, sample_id, "units")
+        masked = corruption.draw_unit_mask(
+            num_units * per_unit, ratio=settings.unit_mask_ratio, generator=corruption.seeded_generator(*key)
+        )
+        noise = corruption.UnitNoise(
+            settings.mae_noise, key, num_units * per_unit, masked.size, (settings.seed, step)
+        )
         if settings.by_patch:
             return HiddenUnits(np.unique(masked // per_unit), masked, noise)
         return HiddenUnits(masked, None, noise)

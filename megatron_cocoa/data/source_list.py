@@ -12,7 +12,9 @@ from megatron_cocoa.config import DataSettings, SourceSettings
 from megatron_cocoa.data.corruption import seeded_generator
 from megatron_cocoa.data.mmeb_train import SPLITS
 from megatron_cocoa.data.readers import Record, jsonl_records, parquet_records, saved_dataset_records
-from megatron_cocoa.data.sources import OnDrop, RowSet, bridge_pairs_from, captions_from, pairs_from
+from megatron_cocoa.data.row_store import RowStore
+from megatron_cocoa.data.rows import RowSet
+from megatron_cocoa.data.sources import OnDrop, bridge_pairs_from, captions_from, pairs_from
 from megatron_cocoa.data.stored import StoredPicture
 from megatron_cocoa.data.webdataset import shard_records
 
@@ -49,7 +51,7 @@ def stage_rows(stage: str, data: DataSettings, *, seed: int, with_negatives: boo
     for source, row_set in zip(sources, row_sets):
         dropped.update({f"{source.name}/{reason}": number for reason, number in row_set.dropped.items()})
     return RowSet(
-        rows=[row for row_set in row_sets for row in row_set.rows],
+        rows=RowStore(row for row_set in row_sets for row in row_set.rows),
         dropped=dict(dropped),
         flipped=sum(row_set.flipped for row_set in row_sets),
         parts=tuple((source.name, len(found.rows), source.weight) for source, found in zip(sources, row_sets)),
@@ -88,12 +90,14 @@ def source_rows(
             on_drop(f"{source.name}/{row_id}", reason)
 
     found = _parser(stage, with_negatives)(source_records(source, stage), name, on_drop=dropped)
-    rows = [replace(row, row_id=f"{source.name}/{row.row_id}", source=row.source or source.name) for row in found.rows]
+    rows = RowStore(
+        replace(row, row_id=f"{source.name}/{row.row_id}", source=row.source or source.name) for row in found.rows
+    )
     if source.max_rows is None or len(rows) <= source.max_rows:
         return replace(found, rows=rows)
     drawn = seeded_generator(seed, stage, source.name, "max_rows").permutation(len(rows))[: source.max_rows]
     dropped = found.dropped | {"over_max_rows": len(rows) - source.max_rows}
-    return replace(found, rows=[rows[index] for index in sorted(drawn.tolist())], dropped=dropped)
+    return replace(found, rows=rows.chosen(sorted(drawn.tolist())), dropped=dropped)
 
 
 def source_records(source: SourceSettings, stage: str) -> Iterator[Record]:

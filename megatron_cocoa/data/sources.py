@@ -7,93 +7,20 @@ turned round, and rows whose target is an image or a constant phrase are left ou
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megatron_cocoa.data.mmeb_train import is_constant_target, without_instruction
 from megatron_cocoa.data.readers import BadRow, Record, jsonl_records
-from megatron_cocoa.data.stored import PictureRef, StoredPicture
-
-IMAGE_TOKEN = "<|image_1|>"
-"""Where the picture goes in a text of MMEB-train; a second one goes where ``<|image_2|>`` stands, and so on."""
+from megatron_cocoa.data.row_parsing import caption_or_pair, pair_row, plain
+from megatron_cocoa.data.row_store import RowStore
+from megatron_cocoa.data.rows import CaptionRow, Content, PairRow, RowSet
 
 OnDrop = Callable[[str, str], None]
 
-PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
-
 MAX_BAD_SHARE = 0.05
 """A file with more malformed rows than this is refused: it is probably not the file that was meant."""
-
-_IMAGE_COLUMNS = ("qry_image_path", "pos_image_path")
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionRow:
-    """A picture and its caption."""
-
-    row_id: str
-    image_path: PictureRef
-    caption: str
-    concept: str = ""
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """One side of a pair: text in which ``<|image_1|>`` marks the picture's place.
-
-    Args:
-        text: as it stands in the data.
-        image_path: the picture; empty for none.
-        further_images: those of ``<|image_2|>`` and on.
-    """
-
-    text: str
-    image_path: PictureRef = ""
-    further_images: tuple[PictureRef, ...] = ()
-
-    @property
-    def images(self) -> tuple[PictureRef, ...]:
-        """All pictures by number; the text may show them in another order."""
-        return (self.image_path, *self.further_images) if self.image_path else ()
-
-
-@dataclass(frozen=True, slots=True)
-class PairRow:
-    """A query and its target, as in MMEB-train.
-
-    Args:
-        row_id: name for seeds and messages.
-        query, target: the two sides.
-        negatives: explicit hard negatives of the query, any number; see ``checked_negatives``.
-        source: name of the data set that the row comes from; empty where nobody said.
-    """
-
-    row_id: str
-    query: Content
-    target: Content
-    negatives: tuple[Content, ...] = ()
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class RowSet:
-    """The rows of a source, or of several, that can serve, and why others cannot.
-
-    Args:
-        rows: in the order of the files.
-        dropped: rows left out on purpose or as malformed, by reason.
-        flipped: text-to-image rows that were turned round.
-        parts: ``(source, number of rows, weight)`` in the order of ``rows``, where there are several sources.
-    """
-
-    rows: list
-    dropped: dict[str, int]
-    flipped: int = 0
-    parts: tuple[tuple[str, int, float | None], ...] = ()
 
 
 def read_captions(path: str | Path) -> RowSet:
@@ -141,9 +68,9 @@ def captions_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | Non
     Raises:
         ValueError: if no row is left, or more than ``MAX_BAD_SHARE`` are malformed.
     """
-    rows, flipped = [], 0
+    rows, flipped = RowStore(), 0
     dropped = _Dropped(on_drop)
-    parsed = _parse(records, name, _caption_or_pair, dropped)
+    parsed = _parse(records, name, caption_or_pair, dropped)
     for row in parsed.rows:
         if isinstance(row, CaptionRow):
             rows.append(row)
@@ -177,7 +104,7 @@ def pairs_from(
     Raises:
         ValueError: as ``captions_from``.
     """
-    return _parse(records, name, functools.partial(_pair_row, with_negatives=with_negatives), _Dropped(on_drop))
+    return _parse(records, name, functools.partial(pair_row, with_negatives=with_negatives), _Dropped(on_drop))
 
 
 def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
@@ -191,8 +118,8 @@ def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop |
         ValueError: as ``captions_from``.
     """
     dropped = _Dropped(on_drop)
-    pairs = _parse(records, name, _pair_row, dropped)
-    kept: list[PairRow] = []
+    pairs = _parse(records, name, pair_row, dropped)
+    kept = RowStore()
     flipped = 0
     for pair in pairs.rows:
         if pair.query.images and pair.target.images:
@@ -212,11 +139,6 @@ def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop |
     return RowSet(kept, dict(dropped), flipped)
 
 
-def plain(text: str) -> str:
-    """``text`` without the marks of pictures."""
-    return PLACEHOLDER.sub(" ", text).strip()
-
-
 class _Dropped(Counter):
     """Rows left out, by reason."""
 
@@ -231,7 +153,7 @@ class _Dropped(Counter):
 
 
 def _parse(records: Iterable[Record], name: str, parse: Callable[[dict, str], object], bad: _Dropped) -> RowSet:
-    rows: list = []
+    rows = RowStore()
     first_bad = ""
     for default_id, record in records:
         try:
@@ -248,145 +170,3 @@ def _parse(records: Iterable[Record], name: str, parse: Callable[[dict, str], ob
             f"{MAX_BAD_SHARE:.0%} may be, and one row at least must be left: see docs/data.md for the columns"
         )
     return RowSet(rows, dict(bad))
-
-
-def _text(record: dict, column: str, *, required: bool = True) -> str:
-    value = record.get(column)
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str):
-        raise BadRow(f"{column}_missing" if value is None else f"{column}_not_text")
-    _check_unicode(value, column)
-    return value
-
-
-def _check_unicode(value: object, column: str) -> None:
-    """Refuse half of a surrogate pair: JSON can write it, UTF-8 and the tokenizer cannot."""
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRow(f"{column}_not_unicode")
-
-
-def _row_id(record: dict, default: str) -> str:
-    value = record.get("id", default)
-    if not isinstance(value, (str, int)):
-        raise BadRow("id_not_text")
-    return str(value)
-
-
-def _images(record: dict, column: str) -> tuple[PictureRef, ...]:
-    """The pictures of a column: none, one, or a list of them."""
-    value = record.get(column)
-    values = value if isinstance(value, (list, tuple)) else [value]
-    found = [item for item in values if item not in (None, "")]
-    if any(not isinstance(item, (str, StoredPicture)) for item in found):
-        raise BadRow(f"{column}_not_text")
-    if len(values) > 1 and len(found) != len(values):
-        raise BadRow(f"{column}_has_gaps")
-    return tuple(found)
-
-
-def _caption_or_pair(record: dict, default_id: str) -> CaptionRow | PairRow:
-    is_pair = "qry" in record and "caption" not in record
-    return _pair_row(record, default_id) if is_pair else _caption_row(record, default_id)
-
-
-def _caption_row(record: dict, default_id: str) -> CaptionRow:
-    pictures = _images(record, "image_path")
-    if len(pictures) > 1:
-        raise BadRow("image_path_several")
-    if "image_path" not in record:
-        raise BadRow("image_path_missing")
-    row = CaptionRow(
-        _row_id(record, default_id),
-        pictures[0] if pictures else "",
-        _text(record, "caption").strip(),
-        _text(record, "concept", required=False),
-        _text(record, "source", required=False),
-    )
-    if not row.image_path:
-        raise BadRow("image_path_empty")
-    if not row.caption:
-        raise BadRow("caption_empty")
-    return row
-
-
-def _pair_row(record: dict, default_id: str, *, with_negatives: bool = False) -> PairRow:
-    if "qry" not in record and "caption" in record:
-        row = _caption_row(record, default_id)
-        query, target, source = Content(IMAGE_TOKEN, row.image_path), Content(row.caption), row.source
-    else:
-        query_images, target_images = (_images(record, column) for column in _IMAGE_COLUMNS)
-        query = checked_content(_text(record, "qry"), query_images)
-        target = checked_content(_text(record, "pos_text"), target_images)
-        source = _text(record, "source", required=False)
-    negatives: tuple[Content, ...] = ()
-    if with_negatives:
-        negatives = checked_negatives(record.get("neg_text"), record.get("neg_image_path"))
-    return PairRow(_row_id(record, default_id), query, target, negatives, source)
-
-
-def checked_negatives(texts: object, images: object) -> tuple[Content, ...]:
-    """Hard negatives from MMEB-train's columns ``neg_text`` and ``neg_image_path``.
-
-    Args:
-        texts, images: each one entry, a list of them, or None; texts are strings, images paths or references, one to
-            an entry. Two lists go together entry by entry; a column that is missing or empty goes with every entry of
-            the other. An entry with neither text nor picture is none: rows without a negative carry empty strings.
-
-    Raises:
-        BadRow: for columns that are neither, lists of different lengths, or an entry that ``checked_content`` refuses.
-    """
-    columns = [
-        _entries(texts, "neg_text", str),
-        _entries(images, "neg_image_path", (str, StoredPicture)),
-    ]
-    length = max(len(column) for column in columns)
-    columns = [[""] * length if column == [""] else column for column in columns]
-    if any(len(column) != length for column in columns):
-        raise BadRow("neg_columns_differ_in_length")
-    try:
-        return tuple(checked_content(text, image) for text, image in zip(*columns) if plain(text) or image)
-    except BadRow as error:
-        raise BadRow(f"neg_{error}") from error
-
-
-def _entries(value: object, column: str, kinds: type | tuple[type, ...]) -> list:
-    """A column as a list; what is missing or empty becomes one empty string."""
-    entries = value if isinstance(value, (list, tuple)) else [value]
-    entries = ["" if entry is None else entry for entry in entries] or [""]
-    if not all(isinstance(entry, kinds) for entry in entries):
-        raise BadRow(f"{column}_not_text")
-    for entry in entries:
-        _check_unicode(entry, column)
-    return entries
-
-
-def checked_content(text: str, images: PictureRef | Sequence[PictureRef]) -> Content:
-    """One side of a pair, with its placeholders and its pictures in agreement.
-
-    Marks that are left over in a text without pictures go. Pictures without any text stand in their order.
-
-    Args:
-        text: with ``<|image_1|>`` where the first picture goes, and so on.
-        images: path of the picture, or all of them; empty for none.
-
-    Raises:
-        BadRow: for a picture without a place in the text, more places than one, places without a picture, or neither
-            text nor picture.
-    """
-    pictures = (images,) if isinstance(images, (str, StoredPicture)) else tuple(images)
-    pictures = tuple(picture for picture in pictures if picture)
-    if not pictures:
-        text = plain(text) if PLACEHOLDER.search(text) else text
-        if not text.strip():
-            raise BadRow("neither_text_nor_image")
-        return Content(text)
-    text = text if text.strip() else "".join(f"<|image_{number}|>" for number in range(1, len(pictures) + 1))
-    places = [int(number) for number in PLACEHOLDER.findall(text)]
-    if set(range(1, len(pictures) + 1)) - set(places):
-        raise BadRow("image_without_placeholder")
-    if len(set(places)) != len(places):
-        raise BadRow("several_placeholders")
-    if len(places) != len(pictures):
-        raise BadRow("placeholder_without_image")
-    return Content(text, pictures[0], pictures[1:])

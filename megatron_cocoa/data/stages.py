@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Protocol
+
+import numpy as np
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import TrainSettings
@@ -13,10 +16,10 @@ from megatron_cocoa.data.cost import SampleSize
 from megatron_cocoa.data.mixture import MixedOrder, stream_of
 from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.prepared import CorruptionSettings, PreparedSample
+from megatron_cocoa.data.rows import IMAGE_TOKEN, CaptionRow, Content, PairRow, RowSet
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.source_list import stage_rows
 from megatron_cocoa.data.source_order import SourceOrder
-from megatron_cocoa.data.sources import IMAGE_TOKEN, CaptionRow, Content, PairRow, RowSet
 
 Order = SampleOrder | MixedOrder | SourceOrder
 
@@ -135,7 +138,7 @@ class ContrastiveData:
     def order(self) -> Order:
         rows = self.row_set.rows
         # A pair and the same pair turned round: in one step, the text of one is a negative for itself in the other.
-        groups = [frozenset((row.query, row.target)) for row in rows]
+        groups = np.fromiter(map(_pair_key, rows), dtype=np.int64, count=len(rows))
         if not self.per_source:
             return stream_of(self.row_set, seed=self.seed, stage="contrastive", groups=groups)
         sources = [row.source for row in rows]
@@ -163,6 +166,12 @@ class ContrastiveData:
 
     def collate(self, samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
         return collate_contrastive(samples, options, num_hard_negatives=self.num_hard_negatives)
+
+
+def _pair_key(row: PairRow) -> int:
+    """The same for a pair and the same pair turned round; a number, since millions of rows have one."""
+    sides = sorted(repr(side).encode("utf-8") for side in (row.query, row.target))
+    return int.from_bytes(hashlib.blake2b(b"\x1f".join(sides), digest_size=8).digest(), "little", signed=True)
 
 
 STAGE_DATA: dict[str, type] = {"warmup": WarmupData, "bridge": BridgeData, "contrastive": ContrastiveData}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from itertools import chain
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.collate import PackOptions
@@ -186,9 +187,9 @@ class StepPlanner:
         counts["rows"] += 1
         counts.update(f"skipped/{reason}" for _, reason in planned.skipped)
         tried = {row for row, _ in planned.skipped}
-        candidates = [(planned.epoch, planned.row), *self._candidates(planned.place, plan.taken)]
         last: Exception | None = None
-        for epoch, row in candidates:
+        # Substitutes are drawn only where the first cannot be used.
+        for epoch, row in chain([(planned.epoch, planned.row)], self._candidates(planned.place, plan.taken)):
             if row in tried:
                 continue
             tried.add(row)

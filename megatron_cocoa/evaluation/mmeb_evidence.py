@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from megatron_cocoa.evaluation.embedding_map import principal_axes
 from megatron_cocoa.evaluation.mmeb_data import TaskData
 from megatron_cocoa.evaluation.mmeb_scores import TaskScore, unit_rows
 
 NUM_EXAMPLES = 3
 DEPTH = 5
-MAP_POINTS = 150
 
 
 def task_evidence(task: TaskData, vectors: np.ndarray, score: TaskScore) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def task_evidence(task: TaskData, vectors: np.ndarray, score: TaskScore) -> dict
     worst = worst[score.ranks[worst] > 1]
     misses = np.setdiff1d(_spread(np.flatnonzero(~answered)), worst)
     unit = unit_rows(vectors, "things to embed")
+    answers = np.array([offered[0] for offered in task.candidates])
 
     def examples(rows: np.ndarray) -> list[dict[str, Any]]:
         return [_example(task, unit, score, int(row)) for row in rows]
@@ -39,7 +41,7 @@ def task_evidence(task: TaskData, vectors: np.ndarray, score: TaskScore) -> dict
         "hits": examples(_spread(np.flatnonzero(answered))),
         "misses": examples(misses),
         "worst": examples(worst),
-        "map": _principal_axes(task, unit),
+        "map": asdict(principal_axes(unit[task.queries], unit[answers])),
     }
 
 
@@ -69,22 +71,4 @@ def _example(task: TaskData, unit: np.ndarray, score: TaskScore, row: int) -> di
             }
             for place in best
         ],
-    }
-
-
-def _principal_axes(task: TaskData, unit: np.ndarray) -> dict[str, Any]:
-    rows = np.linspace(0, len(task.queries) - 1, min(MAP_POINTS, len(task.queries))).astype(int)
-    queries, targets = unit[task.queries[rows]], unit[[task.candidates[row][0] for row in rows]]
-    both = np.concatenate([queries, targets])
-    centred = both - both.mean(axis=0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    places = (left[:, :2] * sizes[:2]).round(4)
-    if places.shape[1] < 2:
-        places = np.pad(places, ((0, 0), (0, 2 - places.shape[1])))
-    total = float((sizes**2).sum())
-    explained = float((sizes[:2] ** 2).sum()) / total if total else 0.0
-    return {
-        "queries": places[: len(rows)].tolist(),
-        "targets": places[len(rows) :].tolist(),
-        "explained": round(explained, 4),
     }

@@ -37,9 +37,10 @@ def identity_of(
         hashes["processor_sha256"] = folder_sha256(processor_path)
 
     def complete(builder: SampleBuilder, options: PackOptions, benchmark: Benchmark) -> Identity:
-        bundle = builder.bundle
+        bundle, limits = builder.bundle, builder.pictures.pixel_limits
         recorded: dict[str, Any] = {
             "image_size": settings.image_size or "native",
+            "pixel_limits": None if limits is None else list(limits),
             "max_length": builder.max_length,
             "dtype": settings.dtype,
             "prompts": "as in the files",

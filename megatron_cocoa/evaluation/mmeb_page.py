@@ -7,25 +7,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from megatron_cocoa.data.decode import read_picture
-from megatron_cocoa.data.sources import IMAGE_TOKEN
+from megatron_cocoa.data.rows import IMAGE_TOKEN
 from megatron_cocoa.evaluation import markup
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.markup import text
 from megatron_cocoa.evaluation.metrics import wilson_interval
 from megatron_cocoa.evaluation.mmeb_data import picture_file
 from megatron_cocoa.evaluation.mmeb_files import EVIDENCE_SUFFIX
 from megatron_cocoa.evaluation.mmeb_summary import BASELINES, GROUPS, Summary
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, SPLITS
-from megatron_cocoa.evaluation.pictures import picture_png
+from megatron_cocoa.evaluation.pictures import thumbnail_png
 from megatron_cocoa.evaluation.report_data import StripCandidate
 from megatron_cocoa.evaluation.report_page import page
-from megatron_cocoa.evaluation.report_pictures import query_with_candidates
-from megatron_cocoa.evaluation.scatter import scatter_chart
+from megatron_cocoa.evaluation.report_pictures import map_section, query_with_candidates
 from megatron_cocoa.evaluation.svg import DotRow, Mark, dot_chart
 
-THUMBNAIL = 112
 _METHOD = (
     "Precision@1 in percent with Wilson's 95% interval: the share of queries whose nearest candidate is the right one, "
     "the first of equal ones counting as nearest. 'Ties lost' counts a query that ties as wrong. Chance is a candidate "
@@ -50,7 +47,7 @@ def render_page(summary: Summary, *, output: str | Path, image_root: str | Path)
         ("scores", "Scores beside baselines", _scores(summary)),
         ("examples", "Hits and misses", _strips(examples, evidence, ("hits", "misses"))),
         ("worst", "Worst queries", _strips(examples, evidence, ("worst",))),
-        ("map", "Embedding map", _maps(evidence)),
+        ("map", "Embedding map", map_section(_maps(evidence))),
         ("settings", "Settings and versions", _settings(summary)),
         ("credits", "Credits", _credits(summary)),
     ]
@@ -154,14 +151,8 @@ class _Examples:
             return None
         if path not in self._thumbnails:
             file = picture_file(self.root, path)
-            self._thumbnails[path] = _thumbnail(file) if file.is_file() else None
+            self._thumbnails[path] = thumbnail_png(read_picture(file)) if file.is_file() else None
         return self._thumbnails[path]
-
-
-def _thumbnail(file: Path) -> bytes:
-    image = read_picture(file)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return picture_png(image)
 
 
 def _words(item: list[str]) -> str:
@@ -179,23 +170,8 @@ def _strips(examples: _Examples, evidence: dict[str, dict[str, Any] | None], kin
     return parts if len(parts) > 1 else [markup.missing("No examples were recorded.")]
 
 
-def _maps(evidence: dict[str, dict[str, Any] | None]) -> list[str]:
-    charts = [
-        scatter_chart(
-            {"queries": found["map"]["queries"], "right answers": found["map"]["targets"]},
-            title=f"{task} ({100 * found['map']['explained']:.0f}%)",
-        )
-        for task, found in evidence.items()
-        if found
-    ]
-    if not charts:
-        return [markup.missing("No vectors were recorded.")]
-    told = (
-        "Queries and their right answers on the two principal axes of both together, in brackets the share of the "
-        "variance that these show. Two clouds apart show a gap between query and target side, one point a model that "
-        "gives every input the same vector."
-    )
-    return [markup.note(told), f'<div class="maps">{"".join(charts)}</div>']
+def _maps(evidence: dict[str, dict[str, Any] | None]) -> dict[str, EmbeddingMap]:
+    return {task: EmbeddingMap(**found["map"]) for task, found in evidence.items() if found}
 
 
 def _settings(summary: Summary) -> list[str]:

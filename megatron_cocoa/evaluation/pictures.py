@@ -13,6 +13,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+THUMBNAIL = 112
+"""Pixels: more would make a page of many examples large."""
+
 
 def patches_to_picture(
     patches: Tensor,
@@ -72,3 +75,9 @@ def picture_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def thumbnail_png(image: Image.Image) -> bytes:
+    """A PNG file of a picture, shrunk to ``THUMBNAIL`` pixels a side at most; ``image`` itself is shrunk."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return picture_png(image)

@@ -23,7 +23,7 @@ from megatron_cocoa.evaluation.report_data import (
     StageCurve,
 )
 from megatron_cocoa.evaluation.report_page import page
-from megatron_cocoa.evaluation.report_pictures import reconstruction_section, strip_section
+from megatron_cocoa.evaluation.report_pictures import map_section, reconstruction_section, strip_section
 from megatron_cocoa.evaluation.report_table import (
     METHOD_NOTE,
     group_rows,
@@ -54,7 +54,9 @@ def render_report(data: ReportData) -> str:
         ("bridge", "What the bridge carries", _bridge(data.bridge)),
         ("losses", "Losses by stage", _curves(data.curves)),
         ("reconstructions", "Masked, reconstructed, original", reconstruction_section(data.reconstructions)),
-        ("nearest", "Nearest candidates", strip_section(data.strips)),
+        ("examples", "Hits and misses", strip_section([s for s in data.strips if s.kind != "worst"])),
+        ("worst", "Worst queries", strip_section([s for s in data.strips if s.kind == "worst"])),
+        ("map", "Embedding map", map_section(data.maps)),
         ("environment", "Settings and environment", _environment(data)),
         ("credits", "Credits", _credits(data.credits)),
     )

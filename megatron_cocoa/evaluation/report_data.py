@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.metrics import RetrievalResult
 
 Direction = Literal["text_to_image", "image_to_text"]
 Pool = Literal["heldout", "training"]
+StripKind = Literal["hit", "miss", "worst"]
 
 DIRECTION_NAMES: dict[str, str] = {"text_to_image": "text to image", "image_to_text": "image to text"}
 POOL_NAMES: dict[str, str] = {"heldout": "Held-out concepts", "training": "Training concepts"}
@@ -193,6 +195,7 @@ class RetrievalStrip:
     """A query and its nearest candidates, best first.
 
     rank: expected rank of the best right candidate among ``num_candidates``, from 1.
+    kind: ``hit`` where a right candidate is first, ``miss`` where none is, ``worst`` for the misses of highest rank.
     """
 
     pool: Pool
@@ -202,6 +205,7 @@ class RetrievalStrip:
     num_candidates: int
     query_text: str = ""
     query_png: bytes | None = None
+    kind: StripKind = "hit"
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,7 @@ class ReportData:
     curves:        see ``StageCurve``.
     bridge:        see ``BridgeEvidence``.
     reconstructions, strips: pictures.
+    maps:          title to the map of a pool's embeddings.
     credits:       works shown on the page.
     environment:   versions, kernels and hardware, label to value.
     notes:         sentences to show under the summary, such as counts of skipped rows.
@@ -250,6 +255,7 @@ class ReportData:
     bridge: tuple[BridgeEvidence, ...] = ()
     reconstructions: tuple[Reconstruction, ...] = ()
     strips: tuple[RetrievalStrip, ...] = ()
+    maps: Mapping[str, EmbeddingMap] = field(default_factory=dict)
     credits: tuple[Credit, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

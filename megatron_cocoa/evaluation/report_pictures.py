@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from megatron_cocoa.evaluation.embedding_map import MAP_NOTE, EmbeddingMap
 from megatron_cocoa.evaluation.markup import missing, note, picture, text
 from megatron_cocoa.evaluation.report_data import (
     DIRECTION_NAMES,
@@ -12,6 +13,7 @@ from megatron_cocoa.evaluation.report_data import (
     RetrievalStrip,
     StripCandidate,
 )
+from megatron_cocoa.evaluation.scatter import scatter_chart
 
 
 def reconstruction_section(items: Sequence[Reconstruction]) -> list[str]:
@@ -34,6 +36,19 @@ def strip_section(strips: Sequence[RetrievalStrip]) -> list[str]:
         parts.append(f"<h3>{POOL_NAMES[pool]}, {DIRECTION_NAMES[direction]}</h3>")
         parts += [_strip(strip) for strip in members]
     return parts
+
+
+def map_section(maps: Mapping[str, EmbeddingMap]) -> list[str]:
+    """A chart of each map, under its title, as HTML parts."""
+    if not maps:
+        return [missing("No vectors were recorded.")]
+    charts = [
+        scatter_chart(
+            {"queries": found.queries, "right answers": found.targets}, title=f"{title} ({100 * found.explained:.0f}%)"
+        )
+        for title, found in maps.items()
+    ]
+    return [note(MAP_NOTE), f'<div class="maps">{"".join(charts)}</div>']
 
 
 def _trio(item: Reconstruction) -> str:

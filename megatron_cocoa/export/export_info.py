@@ -10,9 +10,11 @@ from typing import Any
 from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.embedding_form import PLACEHOLDER_KEY, form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import config_of
-from megatron_cocoa.embedder import BRIDGE_KEY, IMAGE_SIZE_KEY
+from megatron_cocoa.data.preprocess import load_processor
+from megatron_cocoa.recipes.embedding_model import BRIDGE_KEY, IMAGE_SIZE_KEY
 
 DEFAULT_BRIDGE = "<|im_end|>"
+PROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,34 @@ def make_embedding_config(folder: Path, info: ExportInfo) -> dict[str, Any]:
         config[PLACEHOLDER_KEY] = info.form.image_placeholder
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return config
+
+
+def write_image_limits(folder: Path, *, min_tokens: int | None, max_tokens: int | None) -> None:
+    """Write limits of a picture's merged units into ``preprocessor_config.json``, as pixels; None keeps its own.
+
+    transformers, sentence-transformers and this project read them there, so that no library needs to be told.
+
+    Raises:
+        ValueError: if the smallest picture would be larger than the largest.
+    """
+    if min_tokens is max_tokens is None:
+        return
+    processor = load_processor(folder)
+    per_token = (processor.patch_size * processor.merge_size) ** 2
+    low = processor.size["shortest_edge"] if min_tokens is None else min_tokens * per_token
+    high = processor.size["longest_edge"] if max_tokens is None else max_tokens * per_token
+    if not 0 < low <= high:
+        raise ValueError(
+            f"pictures would have at least {low} and at most {high} pixels ({per_token} make one image token): the "
+            f"limits are min_image_tokens {min_tokens} and max_image_tokens {max_tokens}, where None stands for those "
+            f"of {PROCESSOR_FILE}"
+        )
+    file = folder / PROCESSOR_FILE
+    content = json.loads(file.read_text(encoding="utf-8"))
+    # Published files name the same limits twice, and the older names win where transformers finds them.
+    older = {name: value for name, value in (("min_pixels", low), ("max_pixels", high)) if name in content}
+    content |= {"size": {"shortest_edge": low, "longest_edge": high}, **older}
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _text_fields(config: dict[str, Any]) -> dict[str, Any]:

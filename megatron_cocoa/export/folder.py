@@ -19,12 +19,18 @@ from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
 from megatron_cocoa.embedder import CocoaEmbedder
-from megatron_cocoa.export.export_info import DEFAULT_BRIDGE, ExportInfo, make_embedding_config
+from megatron_cocoa.export.export_info import (
+    DEFAULT_BRIDGE,
+    PROCESSOR_FILE,
+    ExportInfo,
+    make_embedding_config,
+    write_image_limits,
+)
 from megatron_cocoa.export.golden import write_golden
 from megatron_cocoa.export.model_card import model_card
 from megatron_cocoa.export.sentence_transformers_files import write_modules
 
-_NEEDED = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+_NEEDED = ("tokenizer.json", "tokenizer_config.json", PROCESSOR_FILE)
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,21 @@ class EmbedderOptions:
         format: ``hf``, or ``sentence-transformers`` for the same folder with that library's modules.
         bridge_token: token that carries the embedding; None for the run's, else ``<|im_end|>``.
         image_size: side in pixels of the square that pictures are resized to; None keeps their shape.
+        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape, written as pixel limits into
+            ``preprocessor_config.json``, which every library reads; None for those of the training, and where it had
+            none, for those of the model's own folder.
         golden: compute ``golden.json``, in fp32 by this project's model, which takes the memory of one such model.
 
     Raises:
-        ValueError: for an unknown format, or a fixed picture size in one that cannot express it.
+        ValueError: for an unknown format, a fixed picture size in one that cannot express it, or limits beside it.
     """
 
     format: Literal["hf", "sentence-transformers"] = "hf"
     bridge_token: str | None = None
     image_size: int | None = None
     golden: bool = True
+    min_image_tokens: int | None = None
+    max_image_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.format not in ("hf", "sentence-transformers"):
@@ -55,6 +66,12 @@ class EmbedderOptions:
                 f"transformers' Qwen2VLImageProcessor, which keeps a picture's shape under every setting "
                 f"(shortest_edge and longest_edge bound the area), and a folder may carry no code. Leave the size out "
                 f"and resize pictures before encode, or export with --format hf"
+            )
+        limits = self.min_image_tokens, self.max_image_tokens
+        if self.image_size is not None and limits != (None, None):
+            raise ValueError(
+                f"image_size {self.image_size} fixes the size of every picture: min_image_tokens and max_image_tokens "
+                f"{limits} would have no effect; leave out the one or the others"
             )
 
 
@@ -115,7 +132,11 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     info = read_info(source) if (source / INFO_FILE).is_file() else None
     settings = run_settings(source)
     bridge_token = options.bridge_token or (settings.get("model") or {}).get("bridge_token") or DEFAULT_BRIDGE
+    stage = "" if info is None else info.stage
+    trained = (info and info.pictures) or settings.get(stage) or {}
     _check_image_size(options.image_size, folder)
+    if options.image_size is None and (folder / PROCESSOR_FILE).is_file():
+        _write_limits(folder, options, trained)
     form = EmbeddingForm() if info is None else info.embedding_form
     if form.image_placeholder == "bare" and options.format == "sentence-transformers":
         raise ValueError(
@@ -147,8 +168,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
         _check_bridge(folder, bridge_token, info.bridge_token_id)
     if with_golden:
         _golden(folder)
-    stage = "" if info is None else info.stage
-    return _lines(options, missing, stage, (settings.get(stage) or {}).get("image_size"))
+    return _lines(options, missing, stage, trained.get("image_size"))
 
 
 def _lines(options: EmbedderOptions, missing: list[str], stage: str, trained_size: int | None) -> list[str]:
@@ -163,6 +183,13 @@ def _lines(options: EmbedderOptions, missing: list[str], stage: str, trained_siz
             f"folder keeps their shape; --format hf --image-size {trained_size} resizes them"
         )
     return lines
+
+
+def _write_limits(folder: Path, options: EmbedderOptions, trained: dict[str, Any]) -> None:
+    asked = options.min_image_tokens, options.max_image_tokens
+    if asked == (None, None):
+        asked = trained.get("min_image_tokens"), trained.get("max_image_tokens")
+    write_image_limits(folder, min_tokens=asked[0], max_tokens=asked[1])
 
 
 def _check_image_size(image_size: int | None, folder: Path) -> None:

@@ -20,8 +20,8 @@ tags:
 # Multimodal embedding model
 
 A {model_type} whose attention is {attention} (`text_config.is_causal` is `{is_causal}` in `config.json`), trained by
-the method of CoCoA (arXiv 2603.01471). The embedding of a text, a picture or both is the final hidden state, after the last
-norm, at the bridge token `{bridge_token}` that follows the input, divided by its length: {hidden_size} numbers.
+the method of CoCoA (arXiv 2603.01471). The embedding of a text, a picture or both is the final hidden state, after the
+last norm, at the bridge token `{bridge_token}` that follows the input, divided by its length: {hidden_size} numbers.
 
 There is no chat template between the input and the bridge. The input is
 `{placeholder}` for a picture, then the text as it stands (an instruction is put in

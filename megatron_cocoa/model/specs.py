@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
 from megatron_cocoa.config import ModelSettings
 from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention

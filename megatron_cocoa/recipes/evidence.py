@@ -12,7 +12,8 @@ from megatron_cocoa.data.collate import collate_warmup
 from megatron_cocoa.data.evaluation_batches import bridge_batches
 from megatron_cocoa.data.prepared import CorruptionSettings
 from megatron_cocoa.data.preprocess import load_processor
-from megatron_cocoa.data.sources import CaptionRow, Content, PairRow, read_captions
+from megatron_cocoa.data.rows import CaptionRow, Content, PairRow
+from megatron_cocoa.data.sources import read_captions
 from megatron_cocoa.evaluation.pictures import encode_png, patches_to_picture
 from megatron_cocoa.evaluation.probes import predict_units, sample_losses
 from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction

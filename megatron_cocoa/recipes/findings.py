@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.report import render_report, render_table
 from megatron_cocoa.evaluation.report_data import (
     TWEMOJI_CREDIT,
@@ -40,6 +41,7 @@ class Findings:
     bridge: list[BridgeEvidence] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     strips: list[RetrievalStrip] = field(default_factory=list)
+    maps: dict[str, EmbeddingMap] = field(default_factory=dict)
 
 
 def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, seconds: float) -> None:
@@ -66,7 +68,9 @@ def describe(summary: StageSummary) -> str:
     """One sentence on how a stage went; the counts are the first data-parallel rank's."""
     counts = ", ".join(f"{name} {value:.4g}" for name, value in summary.statistics.items())
     progress = summary.progress
-    return f"Stage {summary.name} took {progress.seconds:.0f} s, {progress.skipped} steps skipped; {counts}"
+    waited = 100 * progress.data_wait / progress.seconds if progress.seconds else 0.0
+    took = f"Stage {summary.name} took {progress.seconds:.0f} s, {waited:.1f}% of it waiting for data"
+    return f"{took}, {progress.skipped} steps skipped; {counts}"
 
 
 def _report_data(
@@ -94,6 +98,7 @@ def _report_data(
         bridge=tuple(findings.bridge),
         reconstructions=tuple(findings.reconstructions),
         strips=tuple(findings.strips),
+        maps=findings.maps,
         credits=(TWEMOJI_CREDIT,) if context.is_toy else (),
         environment=_environment(),
         notes=tuple(describe(summary) for summary in findings.stages),

@@ -1,4 +1,4 @@
-"""Retrieval on the run's own pictures: recall between captions and pictures, and strips to look at."""
+"""Retrieval on the run's own pictures: recall between captions and pictures, and examples to look at."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.config import EmbeddingForm, StageSettings
+from megatron_cocoa.data.decode import read_picture
 from megatron_cocoa.data.evaluation_batches import embedding_batch
-from megatron_cocoa.data.sources import CaptionRow, Content, read_captions
+from megatron_cocoa.data.rows import CaptionRow, Content
+from megatron_cocoa.data.sources import read_captions
+from megatron_cocoa.data.stored import open_picture
 from megatron_cocoa.evaluation.embed import embed
-from megatron_cocoa.evaluation.metrics import evaluate_pairs, top_candidates
-from megatron_cocoa.evaluation.report_data import RecallRow, RetrievalStrip, StripCandidate
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap, principal_axes
+from megatron_cocoa.evaluation.metrics import evaluate_pairs
+from megatron_cocoa.evaluation.pictures import thumbnail_png
+from megatron_cocoa.evaluation.report_data import POOL_NAMES, RecallRow, RetrievalStrip
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext, evaluation_parts
+from megatron_cocoa.recipes.retrieval_examples import pool_examples
 
 POOLS = {"heldout": "eval_heldout.jsonl", "training": "eval_train.jsonl"}
 PICTURE = "<|image_1|>"
@@ -39,7 +44,9 @@ class Pool:
 
 
 def read_pools(context: RunContext) -> list[Pool]:
-    """The evaluation pools that the data folder has."""
+    """The evaluation pools that the data folder has; none where a run reads ``data.sources`` alone."""
+    if context.settings.data.path is None:
+        return []
     folder = Path(context.settings.data.path)
     found = [(name, folder / file) for name, file in POOLS.items() if (folder / file).is_file()]
     return [Pool(name, tuple(read_captions(path).rows)) for name, path in found]
@@ -64,6 +71,7 @@ class RetrievalProbe:
 
     def __init__(self, context: RunContext, stage: StageSettings, *, batch_size: int = 64):
         self.pools = read_pools(context)
+        self.folder = Path(context.settings.data.path or ".").resolve()
         self.batch_size = batch_size
         self._context, self._stage = context, stage
         self.form = stage.embedding_form
@@ -103,46 +111,19 @@ class RetrievalProbe:
                 rows.append(RecallRow(label, pool.name, direction, result, kind))
         return rows
 
-    def strips(self, model: Model, folder: Path, *, per_direction: int = 5, depth: int = 5) -> list[RetrievalStrip]:
-        """Queries spread over the held-out pool with their nearest candidates."""
-        pool = next((p for p in self.pools if p.name == "heldout"), None)
-        if pool is None:
-            return []
-        found, keys = self.embed(model, pool), pool.keys
-        chosen = torch.linspace(0, len(pool.rows) - 1, per_direction + 2).long()[1:-1]
-        strips = []
-        for direction, queries, candidates in (
-            ("text_to_image", found.texts, found.pictures),
-            ("image_to_text", found.pictures, found.texts),
-        ):
-            nearest, cosines = top_candidates(queries[chosen], candidates, k=depth)
-            for place, item in enumerate(chosen.tolist()):
-                right = torch.tensor([key == keys[item] for key in keys])
-                scores = candidates @ queries[item]
-                answers = [
-                    _candidate(pool.rows[c], folder, direction, float(cosine), bool(right[c]))
-                    for c, cosine in zip(nearest[place].tolist(), cosines[place].tolist())
-                ]
-                row = pool.rows[item]
-                by_text = direction == "text_to_image"
-                strips.append(
-                    RetrievalStrip(
-                        pool="heldout",
-                        direction=direction,
-                        candidates=tuple(answers),
-                        rank=1.0 + float((scores > scores[right].max()).sum()),
-                        num_candidates=len(pool.rows),
-                        query_text=row.caption if by_text else "",
-                        query_png=None if by_text else (folder / row.image_path).read_bytes(),
-                    )
-                )
-        return strips
+    def examples(self, model: Model) -> tuple[list[RetrievalStrip], dict[str, EmbeddingMap]]:
+        """Hits, misses and worst queries of the held-out pool, and the map of each pool; the same on every rank."""
+        strips: list[RetrievalStrip] = []
+        maps: dict[str, EmbeddingMap] = {}
+        for pool in self.pools:
+            found = self.embed(model, pool)
+            maps[POOL_NAMES[pool.name]] = principal_axes(found.texts.numpy(), found.pictures.numpy())
+            if pool.name == "heldout":
+                strips = pool_examples(pool.rows, found.texts, found.pictures, thumbnail=self._thumbnail)
+        return strips, maps
 
-
-def _candidate(row: CaptionRow, folder: Path, direction: str, cosine: float, right: bool) -> StripCandidate:
-    if direction == "text_to_image":
-        return StripCandidate(cosine, right, png=(folder / row.image_path).read_bytes())
-    return StripCandidate(cosine, right, text=row.caption)
+    def _thumbnail(self, row: CaptionRow) -> bytes:
+        return thumbnail_png(read_picture(open_picture(row.image_path, self.folder), name=str(row.image_path)))
 
 
 def recall_as_json(rows: list[RecallRow]) -> str:

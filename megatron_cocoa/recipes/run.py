@@ -218,4 +218,4 @@ class _Stages:
                 evidence = bridge_evidence(context, model, pool=pool, label=f"after {name}, {pictures}")
                 findings.bridge += [] if evidence is None else [evidence]
         if name == context.settings.stages[-1]:
-            findings.strips = probe.strips(model, Path(context.settings.data.path))
+            findings.strips, findings.maps = probe.examples(model)

@@ -174,13 +174,15 @@ def run_stage(
 
 
 def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
+    sized = context.settings.stage(stage)
     return CheckpointInfo(
         stage=stage,
         step=0,
         mask_token_id=context.bundle.mask_token_id,
         bridge_token_id=context.bundle.bridge_token_id,
         hf_config=context.hf_config,
-        **asdict(context.settings.stage(stage).embedding_form),
+        pictures={name: getattr(sized, name) for name in ("image_size", "min_image_tokens", "max_image_tokens")},
+        **asdict(sized.embedding_form),
     )
 
 

@@ -15,6 +15,7 @@ class Progress:
     skipped_in_a_row: of them, up to the last step.
     samples, tokens: of all ranks.
     seconds:        wall time of the steps, over all processes that have worked on the stage.
+    data_wait:      what of it the first rank spent waiting for its loader.
     best_value, best_step: of the validation's metric; None before the first.
     """
 
@@ -24,6 +25,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    data_wait: float = 0.0
     best_value: float | None = None
     best_step: int | None = None
 

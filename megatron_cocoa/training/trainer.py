@@ -180,6 +180,7 @@ class _StageTrainer:
         workload, skipped_samples = self._whole_step(batches)
         seconds = time.perf_counter() - begun
         self._count(applied, tokens=workload.tokens, seconds=seconds)
+        progress.data_wait += waited
         if progress.skipped_in_a_row >= self.settings.optimizer.max_skipped_steps:
             raise FloatingPointError(_not_finite(progress, metrics, grad_norm, batches))
         return metrics | {

@@ -55,6 +55,43 @@ def test_scores_from_the_command_line(folders, tmp_path):
     assert "settings.image_size (was 'native', is now 56)" in refused and "--overwrite" in refused
 
 
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        ["tensor_model_parallel_size=2", "sequence_parallel"],
+        pytest.param(["pipeline_model_parallel_size=2"], marks=pytest.mark.slow),
+        pytest.param(["context_parallel_size=2"], marks=pytest.mark.slow),
+    ],
+    ids=lambda degrees: degrees[0],
+)
+@pytest.mark.parametrize("form", ["checkpoint", pytest.param("exported", marks=pytest.mark.slow)])
+def test_a_model_divided_over_ranks_scores_the_same(folders, tmp_path, form, degrees):
+    """Claim: a model that no rank holds whole has the score files of one rank, from an export and from a checkpoint."""
+    model = getattr(folders, form)
+    for output, more, ranks in (
+        (tmp_path / "whole", [], 1),
+        (tmp_path / "divided", [f"--parallel.{degree}" for degree in degrees], 2),
+    ):
+        run(command(folders, output, *more, model=model, ranks=ranks))
+    assert scores(tmp_path / "divided") == scores(tmp_path / "whole")
+    for name in ("i2t", "t2i"):
+        first, second = ((tmp_path / form / f"{name}_pred.txt").read_text() for form in ("whole", "divided"))
+        assert first == second
+        cosines = [
+            [c["cosine"] for kind in ("hits", "misses", "worst") for e in evidence[kind] for c in e["candidates"]]
+            for evidence in (
+                json.loads((tmp_path / form / f"{name}_evidence.json").read_text()) for form in ("whole", "divided")
+            )
+        ]
+        # Rounded to four places there; sums over ranks move a cosine by 1e-6.
+        assert cosines[0] and cosines[1] == pytest.approx(cosines[0], abs=2e-4)
+
+
+def test_a_layout_that_does_not_fit_is_refused(folders, tmp_path):
+    refused = run(command(folders, tmp_path / "x", "--parallel.tensor_model_parallel_size", "2"), status=2)
+    assert "1 rank(s) cannot be divided into replicas of 2" in refused and not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_ranks_change_nothing(folders, tmp_path):
     """Claim: torchrun with 1, 2 and 4 ranks writes the same files, to the last bit."""

@@ -1,6 +1,7 @@
 """A whole run on a tiny model through the launch script: what it leaves behind, and how it refuses to go wrong."""
 
 import json
+import re
 import resource
 import subprocess
 from pathlib import Path
@@ -57,6 +58,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     report = (output / "report.html").read_text()
     assert "<svg" in report and "data:image/png" in report
     assert "Kernels: no Transformer Engine" in done.stdout
+    assert re.search(r"Stage bridge took \d+ s, \d+\.\d% of it waiting for data, 0 steps skipped", done.stdout)
     for label in ("untrained", "after warmup", "after bridge", "after contrastive", "contrastive alone"):
         assert label in done.stdout
     assert "nats per token with its own A" in done.stdout

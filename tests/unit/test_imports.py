@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "evaluation": BELOW | set(SAME_LAYER),
     "conversion": BELOW | set(SAME_LAYER),
     "planning": BELOW | {"model"},
-    "recipes": BELOW | set(SAME_LAYER) | {"training", "evaluation", "planning"},
+    "recipes": BELOW | set(SAME_LAYER) | {"training", "evaluation", "conversion", "planning"},
     "embedder": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes"},
     "export": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes", "embedder"},
 }

@@ -123,3 +123,60 @@ def test_mteb_runs_a_picture_task(encoder, tmp_path):
     wanted = spearmanr(cosines.numpy(), scores).statistic
     # A correlation of ranks: equal but for ties that rounding may break.
     assert found.task_results[0].scores["test"][0]["main_score"] == pytest.approx(wanted, abs=0.05)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is not installed")
+@pytest.mark.parametrize("category", ["t2i", "i2t", "it2it"])
+def test_mteb_runs_a_retrieval_task(encoder, category):
+    """Claim: mteb's retrieval between captions and pictures, and of both together, scores our own cosines: its
+    nDCG is that of the order in which the embedder puts the candidates, and prompts reach the queries alone."""
+    import mteb
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    captions = [f"picture number {i} of twelve" for i in range(12)]
+    pictures = [picture(i) for i in range(12)]
+    columns = {"t": {"text": captions}, "i": {"image": pictures}, "it": {"text": captions, "image": pictures}}
+    asked, offered = (columns[side] for side in category.split("2"))
+
+    def side(kind: str, found: dict) -> Dataset:
+        made = Dataset.from_dict({"id": [f"{kind}{i}" for i in range(12)], **found})
+        return made.cast_column("image", ImageFeature()) if "image" in found else made
+
+    class Local(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=f"Local{category.upper()}",
+            description="Captions and pictures.",
+            dataset={"path": "local/retrieval", "revision": "1"},
+            type="Any2AnyRetrieval",
+            category=category,
+            modalities=["text", "image"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+        def load_data(self, **kwargs):
+            split = {
+                "corpus": side("c", offered),
+                "queries": side("q", asked),
+                "relevant_docs": {f"q{i}": {f"c{i}": 1} for i in range(12)},
+                "top_ranked": None,
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    found = mteb.evaluate(encoder, Local(), cache=None, show_progress_bar=False, co2_tracker=False)
+    queries = [dict(zip(asked, values)) for values in zip(*asked.values())]
+    candidates = [dict(zip(offered, values)) for values in zip(*offered.values())]
+    prompt = encoder.prompts["query"]
+    vectors = encoder.embedder.encode(queries, instruction=prompt), encoder.embedder.encode(candidates)
+    cosines = vectors[0] @ vectors[1].T
+    ranks = 1 + (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
+    # One right candidate a query: the gain is that of its rank alone.
+    wanted = float(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0).mean())
+    # mteb rounds to five places.
+    assert found.task_results[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(wanted, abs=2e-5)
+    assert wanted < 1 or category == "it2it", "random weights: captions and pictures do not find each other"

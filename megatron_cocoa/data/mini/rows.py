@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from megatron_cocoa.data.sources import IMAGE_TOKEN
+from megatron_cocoa.data.rows import IMAGE_TOKEN
 
 SEED = 1234
 

@@ -12,7 +12,7 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.data.collate import collate_bridge, collate_contrastive, collate_embedding, collate_warmup
 from megatron_cocoa.data.evaluation_batches import bridge_batches, embedding_batch, evaluation_builder
 from megatron_cocoa.data.prepared import CorruptionSettings
-from megatron_cocoa.data.sources import CaptionRow, Content, PairRow
+from megatron_cocoa.data.rows import CaptionRow, Content, PairRow
 
 SETTINGS = CorruptionSettings(seed=5, text_mask_ratio=0.5, unit_mask_ratio=0.5)
 PICTURES = [Content("<|image_1|>", f"images/{i}.png") for i in range(4)]
@@ -41,7 +41,8 @@ def test_warmup_pack_masks_pixels_before_the_tower_and_keeps_them_as_targets(par
     masked = np.concatenate([25 * i + s.masked_units for i, s in enumerate(samples)])
     kept = np.setdiff1d(np.arange(75), masked)
     assert torch.equal(units[kept], clean[kept]) and torch.equal(batch.unit_targets, clean[masked])
-    assert torch.equal(units[masked], torch.from_numpy(np.concatenate([s.unit_noise for s in samples])))
+    noise = np.concatenate([s.unit_noise.draw(vision.unit_dim) for s in samples])
+    assert torch.equal(units[masked], torch.from_numpy(noise))
     assert torch.equal(batch.unit_positions, batch.feature_positions[masked])
     assert batch.mask_kind is MaskKind.BIDIRECTIONAL and batch.bridge_positions == (None, None, None)
 

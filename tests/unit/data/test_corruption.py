@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,23 @@ def test_kinds_of_noise():
     assert (unit_noise("zero") == 0).all() and unit_noise("mean") is None
     with pytest.raises(ValueError, match="'grey'"):
         unit_noise("grey")
+
+
+@pytest.mark.parametrize("kind", ["normal", "shared", "zero", "mean"])
+def test_noise_from_seeds_is_what_the_source_of_the_mask_goes_on_with(kind):
+    """Claim: drawn later, in another process, noise has the bits that one generator gives mask and noise in a row."""
+    key, step = (5, 2, "row 7", "units"), (5, 64)
+    generator = corruption.seeded_generator(*key)
+    masked = corruption.draw_unit_mask(23, ratio=0.5, generator=generator)
+    wanted = corruption.draw_unit_noise(
+        masked.size, VISION.unit_dim, kind=kind, generator=generator, step_key=step
+    )
+    later = pickle.loads(pickle.dumps(corruption.UnitNoise(kind, key, 23, masked.size, step)))
+    found = later.draw(VISION.unit_dim)
+    assert (found is None) == (wanted is None)
+    if wanted is not None:
+        np.testing.assert_array_equal(found, wanted)
+    assert len(pickle.dumps(later)) < 400, "a few bytes cross, not the values"
 
 
 def test_shared_noise_is_one_vector_per_global_batch():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.data.cost import CostModel, SampleSize
 from megatron_cocoa.data.loader import StageLoader
-from megatron_cocoa.data.packing import assign_samples
+from megatron_cocoa.data.packing import _best_sum, assign_samples
 
 QWEN_3B = dict(
     text_config=dict(
@@ -82,6 +85,54 @@ def test_a_published_step_is_even_over_four_ranks_and_fills_its_packs(seed):
 def worst(found, costs) -> float:
     ranks = [sum(costs[i] for pack in rank for i in pack) for rank in found.packs]
     return max(ranks) / np.mean(ranks) - 1
+
+
+def mini_benchmark_pairs() -> list[list[SampleSize]]:
+    """The mini benchmark's training pairs by size, as ``benchmarks/packing.py --lengths`` writes them."""
+    table = json.loads((Path(__file__).parent / "mini_lengths.json").read_text(encoding="utf-8"))
+    return [
+        [SampleSize(tokens, (patches,) if patches else (), pairs, labels) for tokens, patches, pairs, labels in row]
+        for row, count in table
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("budget", [384, 512, 1024])
+def test_the_mini_benchmarks_steps_fill_their_packs(budget):
+    """Claim: on the mini benchmark's own lengths, steps of 1,024 pairs over four ranks fill 95% of the budget, and the
+    worst rank is within 5% of the mean. All 19 whole steps of an epoch count."""
+    pairs = mini_benchmark_pairs()
+    assert len(pairs) == 19_770
+    order = np.random.default_rng(0).permutation(len(pairs))
+    filled = capacity = 0
+    for step in range(19):
+        tokens, costs = measured([pairs[i] for i in order[step * 1024 : (step + 1) * 1024]])
+        found = assign_samples(tokens, costs, num_ranks=4, samples_per_pack=1, budget=budget)
+        check_whole(found, 1024, 4)
+        packs = [pack for rank in found.packs for pack in rank]
+        assert max(sum(tokens[i] for i in pack) for pack in packs) <= budget
+        assert found.rank_imbalance < 0.05
+        filled, capacity = filled + sum(tokens), capacity + budget * len(packs)
+    assert filled / capacity >= 0.95, filled / capacity
+
+
+def test_a_pack_is_filled_where_any_choice_fills_it():
+    """Claim: against all subsets: the chosen sizes have the largest sum that still fits."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        sizes = rng.integers(1, 40, size=int(rng.integers(0, 9))).tolist()
+        room = int(rng.integers(0, 120))
+        chosen = _best_sum(sizes, room)
+        sums = [sum(part) for n in range(len(sizes) + 1) for part in combinations(sizes, n)]
+        assert sum(sizes[place] for place in chosen) == max(total for total in sums if total <= room)
+
+
+def test_packs_that_no_greedy_choice_fills_are_found():
+    """Claim: a step that fits exactly is packed exactly; the fullest pack first would need one pack more."""
+    tokens = [6, 5, 4, 3, 3, 3, 2, 2, 2, 2, 4, 4]
+    found = assign_samples(tokens, [1.0] * 12, num_ranks=1, samples_per_pack=1, budget=10)
+    assert sum(tokens) == 40 and len(found.packs[0]) == 4
+    check_whole(found, 12, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_cocoa.data.sources import Content
+from megatron_cocoa.data.rows import Content
 from megatron_cocoa.evaluation.mmeb_data import EvalItem, missing_pictures, picture_file, read_task, task_files
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, MMEB_V1, Task, read_benchmark
 from tests.unit.mmeb_folders import write_benchmark, write_pictures, write_task

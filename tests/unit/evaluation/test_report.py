@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.metrics import evaluate_pairs
 from megatron_cocoa.evaluation.pictures import encode_png
 from megatron_cocoa.evaluation.report import render_report
@@ -65,8 +66,10 @@ def full_report() -> ReportData:
         reconstructions=(Reconstruction(HOSTILE, PNG, PNG, PNG, mae=0.25),),
         strips=(
             RetrievalStrip("heldout", "text_to_image", candidates, 2.0, 30, query_text=HOSTILE),
-            RetrievalStrip("heldout", "image_to_text", candidates[:1], 17.0, 30, query_png=PNG),
+            RetrievalStrip("heldout", "image_to_text", candidates[:1], 17.0, 30, query_png=PNG, kind="miss"),
+            RetrievalStrip("heldout", "text_to_image", candidates[:1], 29.0, 30, query_text="last", kind="worst"),
         ),
+        maps={HOSTILE: EmbeddingMap([[0.0, 1.0]], [[1.0, 0.5]], 0.75)},
         credits=(TWEMOJI_CREDIT, Credit("x", "y", "z", url="javascript:alert(1)")),
         environment={"torch": "2.13.0"},
         notes=(HOSTILE,),
@@ -125,7 +128,7 @@ def test_pictures_charts_and_tables_are_described():
     page = Page(html)
     assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert len(charts) == 2 + 1 + 3
+    assert len(charts) == 2 + 1 + 3 + 1
     for chart in charts:
         root = ElementTree.fromstring(chart)
         assert root.get("role") == "img" and root.get("aria-label")
@@ -153,6 +156,9 @@ def test_results_are_shown_as_measured():
     assert "+1.333" in html  # (3 + 4 - 1 - 2) nats over 3 tokens
     assert "right answer: rank 2 of 30" in html and "right answer: not shown; rank 17 of 30" in html
     assert html.count("\u2713 right") == 1
+    misses, worst = (html.index(f'id="{anchor}"') for anchor in ("examples", "worst"))
+    assert misses < html.index("rank 17 of 30") < worst < html.index("rank 29 of 30"), "each under its own heading"
+    assert "(75%)" in html and html.count('<circle class="mark s0"') > 0
     assert "1 non-finite left out" in html and "none of 2 recorded values is finite" in html
     assert "CC-BY 4.0" in html
 
@@ -168,6 +174,7 @@ def test_missing_parts_are_named():
         "No losses were recorded",
         "No pictures were reconstructed",
         "No retrieval examples",
+        "No vectors were recorded",
         "Environment: none recorded",
         "No credits were given",
     ):

@@ -135,12 +135,46 @@ def test_what_an_embedding_model_lacks_is_said(run, tmp_path):
     assert not (tmp_path / "st").exists()
 
 
+@pytest.mark.parametrize("older_names", [False, True])
+def test_limits_of_pictures_travel_with_the_model(qwen2, run, tmp_path, older_names):
+    """Claim: image tokens that the training was bounded to are the checkpoint's and the export's own, for transformers
+    as for CocoaEmbedder, with nothing said at loading; asked for, others take their place."""
+    checkpoint = shutil.copytree(run, tmp_path / "checkpoint")
+    companions = shutil.copytree(qwen2.hf, tmp_path / "hf")
+    if older_names:
+        file = companions / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"min_pixels": 1, "max_pixels": 10**6}))
+    limits = {"min_image_tokens": 6, "max_image_tokens": 9}
+    info = json.loads((checkpoint / "cocoa.json").read_text()) | {"pictures": {"image_size": None, **limits}}
+    (checkpoint / "cocoa.json").write_text(json.dumps(info))
+    export_embedder(checkpoint, tmp_path / "exported", companions=companions, options=EmbedderOptions("hf"))
+    found = CocoaEmbedder.from_pretrained(tmp_path / "exported")
+    low, high = found.builder.pictures.pixel_limits
+    assert (low, high) == (6 * 14**2, 9 * 14**2), "a merged unit is 14 x 14 pixels here"
+    own = CocoaEmbedder.from_pretrained(checkpoint, model_path=companions)
+    assert own.builder.pictures.pixel_limits == (low, high)
+    vectors = found.encode(items())
+    assert np.array_equal(vectors, own.encode(items()))
+    wanted = plain_vectors(PlainEmbedder(tmp_path / "exported"))
+    assert distances(vectors, wanted).max() < 1e-6
+    unbounded = CocoaEmbedder.from_pretrained(run).encode(items())
+    assert distances(unbounded[3:], wanted[3:]).max() > 1e-4, "the limits are not without effect"
+    asked = EmbedderOptions("sentence-transformers", max_image_tokens=20, golden=False)
+    export_embedder(checkpoint, tmp_path / "asked", companions=companions, options=asked)
+    assert CocoaEmbedder.from_pretrained(tmp_path / "asked").builder.pictures.pixel_limits[1] == 20 * 14**2
+
+
 def test_sizes_that_cannot_be_expressed_are_refused(run, tmp_path):
     """Claim: a fixed size is refused where the image processor cannot be told so, or patches do not fit, with why."""
     with pytest.raises(ValueError, match=re.escape("keeps a picture's shape under every setting")):
         EmbedderOptions("sentence-transformers", image_size=SIDE)
     with pytest.raises(ValueError, match="image_size 60 is not a multiple of 14 pixels"):
         export_embedder(run, tmp_path / "x", options=EmbedderOptions("hf", image_size=60, golden=False))
+    with pytest.raises(ValueError, match="would have no effect"):
+        EmbedderOptions("hf", image_size=SIDE, max_image_tokens=9)
+    with pytest.raises(ValueError, match="would have at least 3920 and at most 196 pixels"):
+        options = EmbedderOptions("hf", min_image_tokens=20, max_image_tokens=1, golden=False)
+        export_embedder(run, tmp_path / "x", options=options)
     with pytest.raises(ValueError, match="format is 'onnx'"):
         replace(EmbedderOptions(), format="onnx")
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from megatron_cocoa.checkpoint.random_weights import RandomWeights
 from megatron_cocoa.data.collate import collate_embedding
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.geometry import VisionGeometry
-from megatron_cocoa.data.sources import Content
+from megatron_cocoa.data.rows import Content
 from megatron_cocoa.data.tokenizer import load_tokenizer
 from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder
 from megatron_cocoa.model.build import build_model

@@ -83,11 +83,11 @@ def test_mae_by_patch_is_the_mean_over_hidden_patches_with_its_analytic_gradient
     torch.testing.assert_close(predicted.grad, analytic, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(metrics["mae"] / 7, loss.detach())
     # Two micro-batches, or context-parallel ranks, of one step: their shares add up.
-    parts = [
-        objective.loss(ModelOutput(predicted_units=predicted[rows], unit_targets=targets[rows], unit_patches=masked[rows]),
-                       batch, {"mae": 7})[0]
+    outputs = [
+        ModelOutput(predicted_units=predicted[rows], unit_targets=targets[rows], unit_patches=masked[rows])
         for rows in (slice(0, 1), slice(1, 4))
-    ]  # fmt: skip
+    ]
+    parts = [objective.loss(output, batch, {"mae": 7})[0] for output in outputs]
     torch.testing.assert_close(sum(parts), loss, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="unit_patches of 4 predicted units has shape None"):
         objective.loss(ModelOutput(predicted_units=predicted, unit_targets=targets), batch, {"mae": 7})

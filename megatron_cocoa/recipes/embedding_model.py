@@ -1,0 +1,161 @@
+"""A model that embeds, loaded from whatever holds one, at any layout: an exported folder or a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.checkpoint.stacked import StackedTensors
+from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
+from megatron_cocoa.conversion.embedding_form import form_of_config
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
+from megatron_cocoa.data.collate import PackOptions
+from megatron_cocoa.data.evaluation_batches import evaluation_builder
+from megatron_cocoa.data.samples import SampleBuilder
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.recipes.context import RunContext, prepare_context
+from megatron_cocoa.recipes.stages import build_with_weights
+
+BRIDGE_KEY = "cocoa_bridge_token"
+"""Where the ``config.json`` of an exported folder names the token that carries the embedding."""
+
+IMAGE_SIZE_KEY = "cocoa_image_size"
+"""Where it gives the side in pixels of the square that pictures are resized to; absent where they keep their shape."""
+
+
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """A model and what its inputs are made with.
+
+    model:   in evaluation mode: this rank's part of it.
+    builder: lays items out as tokens.
+    options: how packs are filled at the layout that is initialised.
+    """
+
+    model: Model
+    builder: SampleBuilder
+    options: PackOptions
+
+
+def load_embedding_model(
+    path: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    dtype: str = "fp32",
+    image_size: int | None = None,
+    min_image_tokens: int | None = None,
+    max_image_tokens: int | None = None,
+    max_length: int | None = None,
+    bridge_token: str | None = None,
+    parallel: ParallelSettings = ParallelSettings(),
+) -> EmbeddingModel:
+    """Load a model at the layout that is initialised; every rank calls it.
+
+    Args:
+        path, model_path, dtype, max_length, bridge_token: as for ``CocoaEmbedder.from_pretrained``.
+        image_size: side of the square in pixels that pictures are resized to; None takes what an exported folder
+            says, where no limits of tokens are given, else keeps their shape.
+        min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for those of the checkpoint's
+            training, and where it had none, or the folder is an export, for those of ``preprocessor_config.json``.
+        parallel: the layout that is initialised.
+
+    Raises:
+        ValueError: as ``CocoaEmbedder.from_pretrained``.
+    """
+    path = Path(path)
+    settings, info = _settings_for(path, model_path, dtype, bridge_token, parallel)
+    sizes = {"image_size": image_size, "min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
+    if all(value is None for value in sizes.values()):
+        sizes |= _sizes_of(path, info)
+    form = form_of_config(_config_of_export(path)) if info is None else info.embedding_form
+    context = prepare_context(settings)
+    if info is not None:
+        _check_fit(path, info, context)
+    model = build_with_weights(context, checkpoint=None, with_image_decoder=False)
+    model.train(False)
+    builder, options = evaluation_builder(
+        Path.cwd(),
+        model_path=context.settings.model.path,
+        bundle=context.bundle,
+        vision=context.geometry,
+        max_length=max_length or context.hf_config["text_config"]["max_position_embeddings"],
+        pad_to_multiple_of=context.pad_to_multiple_of,
+        needs_pixels=topology.is_pipeline_first_stage(),
+        form=form,
+        **sizes,
+    )
+    return EmbeddingModel(model, builder, options)
+
+
+def _sizes_of(path: Path, info: CheckpointInfo | None) -> dict[str, int | None]:
+    """What a model says of its pictures. A square is taken from exports alone, which were asked for it."""
+    if info is None:
+        return {"image_size": _config_of_export(path).get(IMAGE_SIZE_KEY)}
+    return {name: info.pictures.get(name) for name in ("min_image_tokens", "max_image_tokens")}
+
+
+def _settings_for(
+    path: Path, model_path: str | Path | None, dtype: str, bridge_token: str | None, parallel: ParallelSettings
+) -> tuple[TrainSettings, CheckpointInfo | None]:
+    if dtype not in ("fp32", "bf16"):
+        raise ValueError(f"dtype is {dtype!r}, needs fp32 or bf16")
+    if (path / INFO_FILE).is_file():
+        info = read_info(path)
+        chosen, tokens = _folder_of_checkpoint(path, model_path)
+        more: dict[str, Any] = {"load": str(path)} | tokens
+        with TorchDistReader(path) as reader:
+            more["vision_ffn_multiple"] = StackedTensors(reader).vision_ffn_multiple
+    elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        info, chosen, content = None, Path(model_path or path), _config_of_export(path)
+        more = {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
+        if chosen != path:
+            raise ValueError(f"{path} is a Hugging Face folder, which brings its own tokenizer: leave model_path out")
+    else:
+        raise ValueError(
+            f"{path} is neither a Hugging Face folder with config.json and safetensors, nor a Megatron checkpoint with "
+            f"{INFO_FILE}"
+        )
+    if bridge_token is not None:
+        more["bridge_token"] = bridge_token
+    return TrainSettings(model=ModelSettings(path=str(chosen), dtype=dtype, **more), parallel=parallel), info
+
+
+def _config_of_export(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not readable JSON: {error}") from error
+
+
+def _folder_of_checkpoint(path: Path, model_path: str | Path | None) -> tuple[Path, dict[str, str]]:
+    """Where a checkpoint's tokenizer is, and the names of its tokens where a run's settings say them."""
+    saved = run_settings(path).get("model") or {}
+    tokens = {name: saved[name] for name in ("mask_token", "bridge_token") if saved.get(name)}
+    if model_path is not None:
+        return Path(model_path), tokens
+    found = find_companions(path)
+    if found is not None and (found / "tokenizer.json").is_file():
+        return found, tokens
+    named = saved.get("path")
+    why = f"its run's {SETTINGS_FILE} names {named}, which has none here" if named else f"there is no {SETTINGS_FILE}"
+    raise ValueError(f"{path} carries no tokenizer, and {why}: name the Hugging Face folder as model_path")
+
+
+def _check_fit(path: Path, info: CheckpointInfo, context: RunContext) -> None:
+    """Refuse a tokenizer's folder of another model than the checkpoint's: every vector would be wrong."""
+    folder = context.settings.model.path
+    own = QwenVLArchitecture.from_huggingface(config_of(info.hf_config, origin=f"the hf_config of {path}"))
+    if own != context.architecture:
+        raise ValueError(f"{path} was written by a model of other sizes than {folder} describes: name its own folder")
+    if info.bridge_token_id not in (UNKNOWN_TOKEN, context.bundle.bridge_token_id):
+        raise ValueError(
+            f"{path} was trained with the bridge token's id {info.bridge_token_id}, the tokenizer in {folder} gives "
+            f"{context.bundle.bridge_token_id}: name the run's own folder, or its bridge_token"
+        )
