@@ -9,7 +9,7 @@ examples:
   python -m megatron_cocoa.export.check_golden exported
 
 formats, all with the same weights, bit for bit:
-  hf                     the embedding model, for transformers: text_config.is_causal is false, README.md has the code
+  hf                     the embedding model, for transformers: text_config.is_causal as trained, README.md has the code
                          that gives an embedding, golden.json inputs and their vectors to check an installation with
   sentence-transformers  the same folder with modules.json, pooling on the bridge and normalisation, for
                          SentenceTransformer(path).encode(texts, pictures or both)

@@ -72,17 +72,27 @@ class StageSettings:
         """How embeddings of the stage's model are computed: reconstruction trains in both directions."""
         return EmbeddingForm()
 
-    def samples_per_microbatch(self, data_parallel_size: int) -> int:
-        """``micro_batch_size``, or a rank's whole share of the global batch where that is less.
+    def samples_per_rank(self, data_parallel_size: int) -> int:
+        """A rank's share of the global batch.
 
         Raises:
-            ValueError: if the global batch does not divide over the ranks, or a share over packs.
+            ValueError: if the global batch does not divide over the ranks.
         """
         require(
             self.global_batch_size % data_parallel_size == 0,
             f"global_batch_size {self.global_batch_size} is not divisible by data parallel size {data_parallel_size}",
         )
-        share = self.global_batch_size // data_parallel_size
+        return self.global_batch_size // data_parallel_size
+
+    def samples_per_microbatch(self, data_parallel_size: int) -> int:
+        """``micro_batch_size``, or a rank's whole share of the global batch where that is less.
+
+        Under ``data.tokens_per_microbatch`` neither counts: packs then hold what fits.
+
+        Raises:
+            ValueError: if the global batch does not divide over the ranks, or a share over packs.
+        """
+        share = self.samples_per_rank(data_parallel_size)
         size = min(self.micro_batch_size, share)
         require(
             share % size == 0,

@@ -59,12 +59,14 @@ class StageLoader:
         defers_all: bool = False,
     ) -> None:
         self._stage_settings = settings.stage(stage)
+        budget = settings.data.tokens_per_microbatch
+        share = self._stage_settings.samples_per_rank(data_parallel_size)
         shape = StepShape(
             global_batch_size=self._stage_settings.global_batch_size,
             rank=data_parallel_rank,
             num_ranks=data_parallel_size,
-            samples_per_pack=self._stage_settings.samples_per_microbatch(data_parallel_size),
-            budget=settings.data.tokens_per_microbatch,
+            samples_per_pack=self._stage_settings.samples_per_microbatch(data_parallel_size) if not budget else share,
+            budget=budget,
             packs_multiple_of=packs_multiple_of,
         )
         if not 0 <= data_parallel_rank < data_parallel_size:

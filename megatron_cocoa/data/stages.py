@@ -121,6 +121,7 @@ class ContrastiveData:
             "contrastive", settings.data, seed=settings.seed, with_negatives=self.num_hard_negatives > 0
         )
         self.seed = settings.seed
+        self.is_causal = stage.attention == "causal"
         self.batch_size = stage.global_batch_size
         self.per_source = stage.per_source_batches
         found = len(self.row_set.rows)
@@ -151,7 +152,8 @@ class ContrastiveData:
         return {"rows_with_fewer_hard_negatives": fewer}
 
     def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
-        return [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]
+        sizes = [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]
+        return [replace(size, pairs=size.tokens * (size.tokens + 1) // 2) for size in sizes] if self.is_causal else sizes
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         return builder.pair(row, self._negatives(row, epoch))

@@ -28,15 +28,17 @@ class Kernels:
     attention_copies: attention leaves its output in another order than the pack's, and it is copied (SDPA over
                       buckets of segments); variable-length kernels write it in place.
     releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``).
+    copies_reductions: a reduce-scatter works on a copy of its input (gloo; NCCL writes where it reads).
     """
 
     remakes_inputs: bool
     attention_copies: bool
     releases_outputs: bool
+    copies_reductions: bool
 
 
-GPU_KERNELS = Kernels(remakes_inputs=False, attention_copies=False, releases_outputs=True)
-CPU_KERNELS = Kernels(remakes_inputs=True, attention_copies=True, releases_outputs=False)
+GPU_KERNELS = Kernels(remakes_inputs=False, attention_copies=False, releases_outputs=True, copies_reductions=False)
+CPU_KERNELS = Kernels(remakes_inputs=True, attention_copies=True, releases_outputs=False, copies_reductions=True)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,16 @@ from megatron_cocoa.planning.activations import (
     norm_saved,
     tower_shape,
 )
-from megatron_cocoa.planning.packs import PackShape
+from megatron_cocoa.planning.packs import PackShape, expected_microbatches
 from megatron_cocoa.planning.parameters import layers_of_stage, rank_parameters
 from megatron_cocoa.planning.schedule import in_flight
 
 HEADROOM = 0.12
 """Share of a GPU's memory that a plan leaves free, for what is not counted."""
+
+
+_BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
+"""Elements of a bucket of Megatron's DDP under ``overlap_grad_reduce``: at least so many, and so many for each rank."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def stage_memory(
         ValueError: if ranks or batch sizes do not divide.
     """
     replicas = settings.parallel.data_parallel_size(world_size)
-    number = settings.stage(stage).num_microbatches(replicas)
+    number = expected_microbatches(architecture, settings, stage, data_parallel_size=replicas)
     exchange = _exchange(architecture, settings, stage)
     found = []
     for rank in range(settings.parallel.pipeline_model_parallel_size):
@@ -124,6 +128,8 @@ def stage_memory(
             # With one micro-batch the graph is still there while the global loss is differentiated.
             beside = activations if number == 1 else 0
             transient = max(activations + transient, beside + exchange) - activations
+        # Gradients are reduced when the last backward pass is over and activations are gone.
+        transient = max(activations + transient, _reduction(settings, kernels, held.trainable, sharers)) - activations
         found.append(
             RankMemory(
                 pipeline_rank=rank,
@@ -137,6 +143,19 @@ def stage_memory(
             )
         )
     return found
+
+
+def _reduction(settings: TrainSettings, kernels: Kernels, trainable: int, sharers: int) -> int:
+    """Bytes that reducing the gradients takes beside their buffer.
+
+    Gloo's reduce-scatter, which the distributed optimizer asks for, works on a copy of its input: the whole buffer at
+    once, or one bucket where reductions overlap the backward pass. Its all-reduce and NCCL's operations work in place.
+    """
+    parallel = settings.parallel
+    if not (kernels.copies_reductions and parallel.use_distributed_optimizer and sharers > 1):
+        return 0
+    bucket = max(_BUCKET, _BUCKET_PER_RANK * sharers) if parallel.overlap_grad_reduce else trainable
+    return min(bucket, trainable) * 4
 
 
 def _exchange(architecture: QwenVLArchitecture, settings: TrainSettings, stage: str) -> int:

@@ -71,21 +71,13 @@ def expected_pack(
         ValueError: if a sample would be longer than ``data.max_length``, or batch sizes do not divide.
     """
     values = settings.stage(stage)
-    rows = 2 + settings.contrastive.num_hard_negatives if stage == "contrastive" else 1
-    samples = values.samples_per_microbatch(data_parallel_size) * rows
-    side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
-    limit = settings.data.max_length
-    units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
-    # A picture stands between a start and an end token, unless it stands bare.
-    marks = 2 if values.embedding_form.image_placeholder == "full" else 0
-    length = units + marks + text_tokens if values.image_size is not None else limit
-    if length > limit:
-        raise ValueError(
-            f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
-        )
+    rows = _samples_per_row(settings, stage)
+    units, length = _expected_sample(architecture, settings, stage, text_tokens)
     budget = settings.data.tokens_per_microbatch
-    if budget is not None:
-        samples = max(1, budget // length)
+    if budget is None:
+        samples = values.samples_per_microbatch(data_parallel_size) * rows
+    else:
+        samples = min(max(1, budget // length), values.samples_per_rank(data_parallel_size) * rows)
     supervised, masked_units = 0, 0
     if stage == "warmup":
         supervised = round(samples * text_tokens * settings.warmup.text_mask_ratio)
@@ -105,6 +97,56 @@ def expected_pack(
         embeddings=samples if stage == "contrastive" else 0,
         reorders=architecture.vision.window_size is not None,
     )
+
+
+def expected_microbatches(
+    architecture: QwenVLArchitecture,
+    settings: TrainSettings,
+    stage: str,
+    *,
+    data_parallel_size: int,
+    text_tokens: int = TEXT_TOKENS,
+) -> int:
+    """Packs that a rank is expected to run in a step.
+
+    Under ``data.tokens_per_microbatch`` as many as samples of the size that ``expected_pack`` takes fill, rounded up to
+    a multiple of an interleaved pipeline's stages; shorter samples make them fewer.
+
+    Raises:
+        ValueError: as ``expected_pack``.
+    """
+    values, budget = settings.stage(stage), settings.data.tokens_per_microbatch
+    if budget is None:
+        return values.num_microbatches(data_parallel_size)
+    _, length = _expected_sample(architecture, settings, stage, text_tokens)
+    per_pack = max(1, budget // (length * _samples_per_row(settings, stage)))
+    number = -(-values.samples_per_rank(data_parallel_size) // per_pack)
+    parallel = settings.parallel
+    multiple = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
+    return -(-number // multiple) * multiple
+
+
+def _samples_per_row(settings: TrainSettings, stage: str) -> int:
+    """Of a pair both sides and its hard negatives."""
+    return 2 + settings.contrastive.num_hard_negatives if stage == "contrastive" else 1
+
+
+def _expected_sample(
+    architecture: QwenVLArchitecture, settings: TrainSettings, stage: str, text_tokens: int
+) -> tuple[int, int]:
+    """Merged units of a sample's picture, and its tokens."""
+    values = settings.stage(stage)
+    side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
+    limit = settings.data.max_length
+    units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
+    # A picture stands between a start and an end token, unless it stands bare.
+    marks = 2 if values.embedding_form.image_placeholder == "full" else 0
+    length = units + marks + text_tokens if values.image_size is not None else limit
+    if length > limit:
+        raise ValueError(
+            f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
+        )
+    return units, length
 
 
 def largest(packs: Sequence[PackShape]) -> PackShape:

@@ -17,7 +17,7 @@ from megatron_cocoa.config import ParallelSettings, RecomputeSettings, TrainSett
 from megatron_cocoa.model.flops import Workload, step_flops
 from megatron_cocoa.model.transformer_configs import check_layout
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
-from megatron_cocoa.planning.packs import PackShape, expected_pack
+from megatron_cocoa.planning.packs import PackShape, expected_microbatches, expected_pack
 
 GPUS_PER_NODE = 8
 TENSOR_SIZES, PIPELINE_SIZES = (1, 2, 4, 8), (1, 2, 4, 8, 16)
@@ -69,7 +69,7 @@ def suggest(
         for changed in _variants(settings, parallel, stage, world_size):
             replicas = parallel.data_parallel_size(world_size)
             pack = expected_pack(architecture, changed, stage, data_parallel_size=replicas)
-            candidates.append((_cost(changed, stage, pack, replicas), len(candidates), changed, pack))
+            candidates.append((_cost(architecture, changed, stage, pack, replicas), len(candidates), changed, pack))
     for _, _, changed, pack in sorted(candidates, key=lambda candidate: candidate[:2]):
         if changed.parallel.pipeline_model_parallel_size > 1:
             changed = _balanced(architecture, changed, pack)
@@ -131,10 +131,12 @@ def _variants(
                 )
 
 
-def _cost(settings: TrainSettings, stage: str, pack: PackShape, replicas: int) -> float:
+def _cost(
+    architecture: QwenVLArchitecture, settings: TrainSettings, stage: str, pack: PackShape, replicas: int
+) -> float:
     """Relative time of a step."""
     parallel, recompute = settings.parallel, settings.recompute
-    number = settings.stage(stage).num_microbatches(replicas)
+    number = expected_microbatches(architecture, settings, stage, data_parallel_size=replicas)
     repeated = RECOMPUTE_COST[recompute.language] + RECOMPUTE_COST[recompute.vision] / 4
     caching = 0.3 if stage == "contrastive" and number > 1 else 0.0
     exchange = 1 + 0.06 * math.log2(parallel.tensor_model_parallel_size)

@@ -8,7 +8,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.model.transformer_configs import check_layout
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
-from megatron_cocoa.planning.packs import expected_pack
+from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
 from megatron_cocoa.planning.published import published_architecture
 from megatron_cocoa.planning.suggest import Suggestion, fits, suggest
 
@@ -93,9 +93,10 @@ def plan_lines(
     pack = expected_pack(architecture, settings, stage, data_parallel_size=replicas)
     memory = stage_memory(architecture, settings, stage, world_size=world_size, pack=pack)
     is_fine = fits(memory, gpu_bytes)
+    number = expected_microbatches(architecture, settings, stage, data_parallel_size=replicas)
     lines = [
         f"stage {stage}: {replicas} replica(s), packs of {pack.tokens} tokens and {pack.patches} patches, "
-        f"{settings.stage(stage).num_microbatches(replicas)} micro-batch(es)"
+        f"{number} micro-batch(es)"
     ]
     if settings.adapter.is_used:
         lines.append("  adapters are not counted: the figures are those of full training, which needs more")

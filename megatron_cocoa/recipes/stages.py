@@ -266,6 +266,10 @@ def check_microbatches(context: RunContext, stage: str) -> None:
         ValueError: if the global batch does not divide, or an interleaved pipeline gets too few micro-batches.
     """
     parallel = context.settings.parallel
+    if context.settings.data.tokens_per_microbatch is not None:
+        # How many packs a step takes is found when it is planned, in multiples of what a pipeline needs.
+        context.settings.stage(stage).samples_per_rank(topology.data_parallel_size())
+        return
     number = context.settings.stage(stage).num_microbatches(topology.data_parallel_size())
     stages = parallel.pipeline_model_parallel_size
     if parallel.virtual_pipeline_model_parallel_size and number % stages:

@@ -132,7 +132,8 @@ def every_objective(packs: tuple[int, ...], degrees: dict) -> dict[str, dict]:
     models: dict = {}
     for objective, (stage, _) in OBJECTIVES.items():
         context = uneven_context(objective, parallel)
-        kind = (stage == "warmup", context.settings.learned_temperature(stage))
+        settings = context.settings
+        kind = (stage == "warmup" and settings.warmup.decoder_init, settings.learned_temperature(stage))
         if kind not in models:
             models[kind] = wrap_data_parallel(bare_model(context, stage), parallel)
         model, (loss, gradients) = models[kind], wanted[objective]

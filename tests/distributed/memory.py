@@ -257,6 +257,8 @@ TWO_RANKS: dict[str, dict] = {
     ),
     "memory-cp2": dict(dtype="bf16", recompute="selective", context_parallel_size=2),
     "memory-dp2-distributed-optimizer": dict(stage="bridge", dtype="bf16", use_distributed_optimizer=True),
+    "memory-dp2-distributed-optimizer-full": dict(dtype="bf16", recompute="full", use_distributed_optimizer=True),
+    "memory-dp2-full": dict(dtype="bf16", recompute="full"),
 }
 
 DEFAULT = (

@@ -162,6 +162,13 @@ def test_mask_kinds_follow_the_settings(make, settings):
     assert make("contrastive").next_step()[0].mask_kind is MaskKind.BIDIRECTIONAL
     causal = replace(settings, contrastive=replace(settings.contrastive, attention="causal"))
     assert make("contrastive", changed=causal).next_step()[0].mask_kind is MaskKind.CAUSAL
+    sizes = [
+        make("contrastive", changed=changed)._planner._data for changed in (settings, causal)
+    ]  # fmt: skip
+    builder = make("contrastive")._planner._builder
+    for both, seen_before in zip(*(data.measure(data.row_set.rows[0], builder, epoch=0) for data in sizes)):
+        n = both.tokens
+        assert (both.pairs, seen_before.pairs) == (n * n, n * (n + 1) // 2)
     assert make("warmup", changed=causal).next_step()[0].mask_kind is MaskKind.BIDIRECTIONAL
 
 

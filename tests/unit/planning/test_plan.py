@@ -11,9 +11,9 @@ import pytest
 
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.model.transformer_configs import check_layout
-from megatron_cocoa.planning.activations import GPU_KERNELS, language_shape, layer_memory
+from megatron_cocoa.planning.activations import CPU_KERNELS, GPU_KERNELS, language_shape, layer_memory
 from megatron_cocoa.planning.memory import HEADROOM, stage_memory
-from megatron_cocoa.planning.packs import expected_pack
+from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
 from megatron_cocoa.planning.published import published_architecture
 from megatron_cocoa.planning.schedule import in_flight
 from megatron_cocoa.planning.suggest import suggest
@@ -124,6 +124,55 @@ def test_packs_are_expected_as_the_loader_fills_them():
     assert pack("--contrastive.num_hard_negatives=3").tokens == 20 * (144 + 2 + 128)
     filled = pack("--data.tokens_per_microbatch=8192")
     assert filled.tokens == 8192 and filled.embeddings == 8192 // 274 and filled.patches == 4 * 144 * (8192 // 274)
+
+
+@pytest.mark.parametrize("size", [4, 24])
+def test_packs_under_a_budget_are_counted_by_what_fits(size):
+    """Claim: with a budget the number of micro-batches, and the memory in flight, follow it and not micro_batch_size,
+    which need not even divide; an interleaved pipeline gets a multiple of its stages."""
+    architecture = published_architecture("qwen2.5-vl-3b")
+    plain = ["--bridge.image_size=336", "--bridge.global_batch_size=1024", f"--bridge.micro_batch_size={size}"]
+
+    def number(*more):
+        settings = settings_of("qwen2.5-vl-3b", *plain, *more)
+        return expected_microbatches(architecture, settings, "bridge", data_parallel_size=2)
+
+    # 274 tokens a sample, 29 in a pack of 8,192, 512 samples a rank.
+    assert number("--data.tokens_per_microbatch=8192") == -(-512 // 29) == 18
+    interleaved = [
+        "--parallel.pipeline_model_parallel_size=4", "--parallel.virtual_pipeline_model_parallel_size=3",
+    ]  # fmt: skip
+    assert number("--data.tokens_per_microbatch=8192", *interleaved) == 20
+    if size == 4:
+        assert number() == 128
+    settings = settings_of("qwen2.5-vl-3b", *plain, "--data.tokens_per_microbatch=8192",
+                           "--parallel.pipeline_model_parallel_size=4")  # fmt: skip
+    pack = expected_pack(architecture, settings, "bridge", data_parallel_size=2)
+    first = stage_memory(architecture, settings, "bridge", world_size=8, pack=pack)[0]
+    one = replace(settings, bridge=replace(settings.bridge, global_batch_size=2 * 29))
+    alone = stage_memory(architecture, one, "bridge", world_size=8, pack=pack)[0]
+    assert first.activations == 4 * alone.activations
+
+
+def test_a_gathered_reduction_is_counted_on_gloo_alone():
+    """Claim: gloo's copy of the gradients counts under the distributed optimizer of several replicas, where it is more
+    than the activations; a GPU's plan, and an optimizer of one replica, know none."""
+    architecture = published_architecture("qwen2.5-vl-3b")
+    settings = settings_of("qwen2.5-vl-3b", "--bridge.micro_batch_size=1", "--recompute.language=full",
+                           "--recompute.vision=full", "--parallel.overlap_grad_reduce=false",
+                           "--parallel.overlap_param_gather=false")  # fmt: skip
+    assert settings.parallel.use_distributed_optimizer
+    pack = expected_pack(architecture, settings, "bridge", data_parallel_size=2)
+
+    def moment(kernels, world_size=2, **changed):
+        layout = replace(settings, parallel=replace(settings.parallel, **changed))
+        (found,) = stage_memory(architecture, layout, "bridge", world_size=world_size, pack=pack, kernels=kernels)
+        return found.activations + found.transient, found.gradients
+
+    copied, gradients = moment(CPU_KERNELS)
+    assert copied == gradients > moment(CPU_KERNELS, use_distributed_optimizer=False)[0]
+    assert moment(CPU_KERNELS, world_size=1)[0] == moment(CPU_KERNELS, use_distributed_optimizer=False)[0]
+    assert moment(GPU_KERNELS)[0] < gradients
 
 
 def test_the_tool_refuses_28_heads_on_8_ranks(monkeypatch, capsys):
