@@ -20,7 +20,13 @@ class ModelSettings:
         transformer_impl: ``local`` is torch and Megatron-Core alone, ``transformer_engine`` needs the package
             and a GPU, ``auto`` takes Transformer Engine where both are present.
         attention_backend: ``auto`` takes the fastest that is present and can serve.
-        fp8: recipe for the language model's linear layers under Transformer Engine.
+        vision_attention_backend: of the tower; None is the same as ``attention_backend``.
+        fp8: recipe for the language model's linear layers under Transformer Engine. ``delayed`` and ``tensorwise``
+            (current scaling) serve from Ada and Hopper on, ``blockwise`` from Hopper, ``mxfp8`` from Blackwell.
+        fp8_vision: the tower's layers as well; its packs are padded inside of the tower, its ffn by
+            ``vision_ffn_multiple``. Otherwise the tower stays in ``dtype``.
+        fp8_param: keep the weights of those layers in FP8 and gather them so; the master weights stay FP32 in the
+            distributed optimizer.
         vision_ffn_multiple: zero-pad the tower's ffn width to a multiple of this (exact; the published 3420
             needs 128 for FP8 or for tensor parallel degrees that do not divide it). 1 pads nothing.
         make_vocab_size_divisible_by: vocabulary rows are padded to a multiple of this times the tensor
@@ -34,7 +40,10 @@ class ModelSettings:
     dtype: Literal["fp32", "bf16"] = "bf16"
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine", "flex"] = "auto"
-    fp8: Literal["delayed", "tensorwise"] | None = None
+    vision_attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine", "flex"] | None = None
+    fp8: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] | None = None
+    fp8_vision: bool = False
+    fp8_param: bool = False
     vision_ffn_multiple: int = 1
     make_vocab_size_divisible_by: int = 128
     mask_token: str = "<|mask|>"
@@ -49,6 +58,15 @@ class ModelSettings:
         require(
             self.fp8 is None or self.transformer_impl != "local",
             "fp8 needs Transformer Engine: set model.transformer_impl to transformer_engine, or model.fp8 to null",
+        )
+        for name in ("fp8_vision", "fp8_param"):
+            require(
+                self.fp8 is not None or not getattr(self, name),
+                f"model.{name} needs a recipe: set model.fp8 (delayed or tensorwise on Hopper), or {name} to false",
+            )
+        require(
+            not self.fp8_param or self.dtype == "bf16",
+            f"model.fp8_param needs model.dtype bf16, found {self.dtype}",
         )
 
 
@@ -72,7 +90,8 @@ class RecomputeSettings:
     """Activation recompute, separately for tower and language model.
 
     Args:
-        vision, language: ``selective`` recomputes core attention, ``full`` whole layers.
+        vision, language: ``full`` recomputes whole layers; ``selective`` core attention alone, which frees nothing
+            beside kernels that keep no scores, as all of this project's do.
         language_num_layers, vision_num_layers: layers per recomputed block under ``full``.
     """
 

@@ -65,6 +65,10 @@ class TrainSettings:
             not (self.resume and self.overwrite),
             "resume goes on with the run in output_dir and overwrite removes it: choose one of the two",
         )
+        require(
+            not self.model.fp8_param or self.parallel.use_distributed_optimizer,
+            "model.fp8_param needs master weights elsewhere: set parallel.use_distributed_optimizer to true",
+        )
         if self.data.sources:
             self._check_sources()
         if self.adapter.is_used:

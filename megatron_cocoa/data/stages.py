@@ -153,7 +153,9 @@ class ContrastiveData:
 
     def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
         sizes = [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]
-        return [replace(size, pairs=size.tokens * (size.tokens + 1) // 2) for size in sizes] if self.is_causal else sizes
+        if not self.is_causal:
+            return sizes
+        return [replace(size, pairs=size.tokens * (size.tokens + 1) // 2) for size in sizes]
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         return builder.pair(row, self._negatives(row, epoch))

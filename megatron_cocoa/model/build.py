@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.model.fp8 import fp8_multiple, pad_rows
 from megatron_cocoa.model.qwen_vl import QwenVL
 from megatron_cocoa.model.specs import build_provider
 from megatron_cocoa.model.transformer_configs import build_configs
@@ -75,6 +76,7 @@ def build_model(
     )
     # An adapter reads what its projection reads, which a norm fused into the projection would hide.
     provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used)
+    tower_provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used, tower=True)
     num_chunks = settings.parallel.virtual_pipeline_model_parallel_size or 1
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), settings.parallel.pipeline_model_parallel_size
     chunks = [
@@ -82,6 +84,7 @@ def build_model(
             architecture,
             configs,
             provider,
+            tower_provider=tower_provider,
             vocab_multiple=settings.model.make_vocab_size_divisible_by,
             pre_process=rank == 0 and index == 0,
             post_process=rank == size - 1 and index == num_chunks - 1,
@@ -94,6 +97,8 @@ def build_model(
     for chunk in chunks:
         mark_tensor_parallel(chunk)
         freeze(chunk, settings, mask_token_id)
+        if settings.model.fp8_vision and chunk.pre_process:
+            pad_rows(chunk.vision_model.decoder, fp8_multiple(settings.model.fp8))
     return Model(chunks, configs.language, architecture)
 
 

@@ -30,6 +30,7 @@ class QwenVL(MegatronModule):
         architecture: all of the model's numbers.
         configs: Megatron configs at the layout at hand.
         provider: local or Transformer Engine modules.
+        tower_provider: the tower's, where its attention runs on another backend.
         vocab_multiple: padding of the vocabulary.
         pre_process: this chunk holds tower and embedding.
         post_process: this chunk holds final norm and heads.
@@ -50,6 +51,7 @@ class QwenVL(MegatronModule):
         with_image_decoder: bool = False,
         learned_temperature: float | None = None,
         vp_stage: int | None = None,
+        tower_provider: BackendSpecProvider | None = None,
     ):
         super().__init__(config=configs.language)
         self.model_type = ModelType.encoder_or_decoder
@@ -58,7 +60,7 @@ class QwenVL(MegatronModule):
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
         self.context_group = ProcessGroupCollection.use_mpu_process_groups().cp
         if pre_process:
-            self.vision_model = VisionModel(architecture.vision, configs, provider)
+            self.vision_model = VisionModel(architecture.vision, configs, tower_provider or provider)
         self.language_model = LanguageModel(
             architecture.text,
             configs,

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_cocoa.config import ModelSettings
 from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention
+from megatron_cocoa.model.fp8 import check_capability
 from megatron_cocoa.model.norms import Norm
 from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
 from megatron_cocoa.parallel import device
@@ -81,21 +82,27 @@ def resolve_implementation(settings: ModelSettings) -> str:
         raise ValueError(f"transformer_impl transformer_engine needs {missing}; choose local")
     if settings.fp8 and not usable:
         raise ValueError("fp8 needs Transformer Engine and a GPU that has it; set model.fp8 to null")
+    if settings.fp8:
+        check_capability(settings.fp8, device.compute_capability())
     if settings.transformer_impl == "auto":
         return "transformer_engine" if usable else "local"
     return settings.transformer_impl
 
 
-def build_provider(settings: ModelSettings, *, fuse_norms: bool = True) -> BackendSpecProvider:
+def build_provider(settings: ModelSettings, *, fuse_norms: bool = True, tower: bool = False) -> BackendSpecProvider:
     """The provider of a run's settings.
 
     Args:
         settings: of the model.
         fuse_norms: let Transformer Engine compute a norm inside of the projection after it.
+        tower: for the tower, which may have an attention backend of its own.
     """
+    backend = settings.attention_backend
+    if tower and settings.vision_attention_backend is not None:
+        backend = settings.vision_attention_backend
     if resolve_implementation(settings) == "transformer_engine":
-        return transformer_engine_provider(settings.attention_backend, fuse_norms=fuse_norms)
-    return LocalProvider(settings.attention_backend)
+        return transformer_engine_provider(backend, fuse_norms=fuse_norms)
+    return LocalProvider(backend)
 
 
 def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

@@ -18,6 +18,7 @@ from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
 from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
 from megatron_cocoa.model.activations import quick_gelu
 from megatron_cocoa.model.attention import check_head_split
+from megatron_cocoa.model.fp8 import check_fp8_widths, fp8_fields
 from megatron_cocoa.parallel import device
 
 INITIALIZER_RANGE = 0.02
@@ -58,6 +59,8 @@ def build_configs(
     check_layout(architecture, model=model, parallel=parallel)
     common = _common(model, parallel)
     tower = {**common, **_recompute(recompute.vision, recompute.vision_num_layers)}
+    if model.fp8_vision:
+        tower |= fp8_fields(model)
     return ModelConfigs(
         vision=_vision(architecture, model, tower),
         projection=_projection(architecture, common),
@@ -107,6 +110,7 @@ def check_layout(architecture: QwenVLArchitecture, *, model: ModelSettings, para
     ffn = padded_vision_ffn(architecture, model.vision_ffn_multiple)
     _check_divides(ffn, tp, "ffn width of the tower", "set model.vision_ffn_multiple (128 serves the published sizes)")
     _check_divides(text.hidden_size, tp, "hidden_size of the language model")
+    check_fp8_widths(architecture, model, ffn=ffn, tensor_parallel=tp)
     _check_pipeline(text.num_hidden_layers, pp, parallel)
 
 
@@ -229,12 +233,11 @@ def _language(
     fixed_sequence_length: bool,
 ) -> TransformerConfig:
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    fp8 = {} if model.fp8 is None else dict(fp8="hybrid", fp8_recipe=model.fp8)
     return TransformerConfig(
         **common,
         **_decoder_layer(architecture, parallel),
         **_recompute(recompute.language, recompute.language_num_layers),
-        **fp8,
+        **fp8_fields(model),
         num_layers=architecture.text.num_hidden_layers,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,

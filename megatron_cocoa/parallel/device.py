@@ -58,6 +58,11 @@ def device_name() -> str | None:
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of this rank's GPU, such as ``(9, 0)`` for Hopper; None on the CPU route."""
+    return torch.cuda.get_device_capability() if has_gpu() else None
+
+
 def setup_device(local_rank: int) -> torch.device:
     """Bind this rank to its GPU, or activate the CPU route.
 

@@ -19,6 +19,7 @@ from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
+from megatron_cocoa.model.fp8 import fp8_multiple
 from megatron_cocoa.model.language import padded_vocab_size
 from megatron_cocoa.recipes.resume import SETTINGS_FILE, holds_run
 
@@ -58,11 +59,11 @@ class RunContext:
     def pad_to_multiple_of(self) -> int:
         """Packs must be divisible by this: context-parallel shares, each by tensor parallel under its sequence form.
 
-        FP8 kernels take rows in multiples of 16 on each rank.
+        FP8 kernels take rows in multiples of 16 or more on each rank.
         """
         parallel = self.settings.parallel
         tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        return tensor * parallel.context_parallel_size * (16 if self.settings.model.fp8 else 1)
+        return tensor * parallel.context_parallel_size * fp8_multiple(self.settings.model.fp8)
 
 
 def evaluation_parts(

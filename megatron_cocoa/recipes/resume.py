@@ -22,8 +22,8 @@ STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
 MAY_CHANGE = (
     "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
     "recompute. data.path data.num_workers data.tokens_per_microbatch model.path model.transformer_impl "
-    "model.attention_backend model.make_vocab_size_divisible_by warmup.micro_batch_size bridge.micro_batch_size "
-    "contrastive.micro_batch_size"
+    "model.attention_backend model.vision_attention_backend model.make_vocab_size_divisible_by "
+    "warmup.micro_batch_size bridge.micro_batch_size contrastive.micro_batch_size"
 ).split()
 """Settings, or groups of them, that change how a run computes but not what."""
 

@@ -25,6 +25,7 @@ def wrap_data_parallel(model: Model, parallel: ParallelSettings) -> Model:
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
+        fp8_param_gather=model.config.fp8_param,
     )
     config = model.config
     wrapped = [

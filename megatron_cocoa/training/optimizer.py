@@ -39,7 +39,9 @@ def build_optimizer(
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
+    _forget_initial_values(model)
     built = get_megatron_optimizer(
         config,
         model.chunks,
@@ -60,3 +62,15 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return built, schedule
+
+
+def _forget_initial_values(model: Model) -> None:
+    """Master weights start from the weights that were loaded.
+
+    Transformer Engine keeps, beside an FP8 parameter, the numbers that it was made of, and Megatron prefers those; here
+    they are from before loading.
+    """
+    for chunk in model.chunks:
+        for parameter in chunk.parameters():
+            if hasattr(parameter, "clear_high_precision_init_val"):
+                parameter.clear_high_precision_init_val()

@@ -19,6 +19,7 @@ import torch
 
 from tests.unit.exported_folders import write_exported
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "SENTENCE_TRANSFORMERS_FOLDER"
 PACKAGES = (
     "sentence-transformers==6.2.0", "torchvision==0.28.0", "scikit-learn", "scipy", "joblib", "threadpoolctl",
@@ -62,3 +63,15 @@ def test_sentence_transformers_gives_the_same_vectors(library, tmp_path, family,
     # Padding to the longest of a batch: the same sums in another order, about 1e-6 in FP32.
     assert len(result["changes"]) == 9 and max(result["changes"].values()) < 1e-5, result
     assert result["golden"]
+
+
+@pytest.mark.slow
+def test_embed_benchmark_compares_before_it_times(library):
+    """Claim: the benchmark runs against the real library and reports the same vectors for each kind of item."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "embed.py"), "--site", str(library)]
+    command += ["--items", "3", "--layers", "2", "--repeats", "1", "--batch-sizes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert [result["kind"] for result in results] == ["texts", "images", "both"]
+    assert all(result["ratio"] > 0 and result["least_cosine"] > 0.9999 for result in results)

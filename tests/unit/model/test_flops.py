@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import FreezeSettings, RecomputeSettings
-from megatron_cocoa.model import sdpa
+from megatron_cocoa.model import sdpa_plan
 from megatron_cocoa.model.flops import Workload, grid_pairs, step_flops
 from megatron_cocoa.model.vision_layout import build_layout
 from tests.parity import reference
@@ -80,7 +80,7 @@ def test_hugging_faces_model_runs_what_is_counted(family, samples):
 @pytest.mark.parametrize("with_units", [True, False], ids=["image-decoder", "no-units"])
 def test_our_model_runs_what_is_counted(tiny_with_decoder, monkeypatch, kind, with_units):
     """Claim: every mask kind costs its segments and not a pair more, and each head its own rows alone."""
-    monkeypatch.setattr(sdpa, "CALL_COST", 0)  # no segment is padded to another's size
+    monkeypatch.setattr(sdpa_plan, "CALL_COST", 0)  # no segment is padded to another's size
     batch, architecture = _pack(tiny_with_decoder, kind, with_units), tiny_with_decoder.chunk.architecture
     workload = Workload.of(batch, architecture.vision)
     if kind is MaskKind.CAUSAL:
@@ -98,7 +98,7 @@ def test_our_model_runs_what_is_counted(tiny_with_decoder, monkeypatch, kind, wi
 @pytest.mark.parametrize("frozen", [("vision",), ("merger",), ("vision", "merger"), ("language",)])
 def test_frozen_parts_run_what_is_counted(tiny_with_decoder, monkeypatch, frozen):
     """Claim: a frozen part has no weight gradient, and below the lowest trainable part there is no backward."""
-    monkeypatch.setattr(sdpa, "CALL_COST", 0)
+    monkeypatch.setattr(sdpa_plan, "CALL_COST", 0)
     chunk, kind = tiny_with_decoder.chunk, MaskKind.BIDIRECTIONAL
     batch = _pack(tiny_with_decoder, kind, True)
     tower = chunk.vision_model
