@@ -128,7 +128,9 @@ def compare(folder: Path, config, stage: str, distribution: str, args: argparse.
         step_flops(ours.architecture, w, extra_forward_passes=extra).hardware
         for w in (work, reference.workload(padded, work))
     ]
-    measured = measure_pairs(lambda: ours.step(batches), lambda: reference.step(padded), repeats=args.repeats)
+    measured = measure_pairs(
+        lambda: ours.step(batches), lambda: reference.step(padded), repeats=args.repeats, warmup=0
+    )
     analytic = flops[1] / flops[0]
     found = {
         "stage": stage,
