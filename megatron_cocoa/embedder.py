@@ -23,8 +23,8 @@ from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
-from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
+from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.evaluation.embed import embed_pack
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology

@@ -95,7 +95,7 @@ def draw_unit_noise(
 
 @dataclass(frozen=True)
 class UnitNoise:
-    """What stands over a sample's masked units, as the seeds that it is drawn from: a few bytes for thousands of values.
+    """What stands over a sample's masked units, as the seeds it is drawn from: a few bytes for thousands of values.
 
     Args:
         kind: as of ``draw_unit_noise``.
@@ -119,9 +119,7 @@ class UnitNoise:
         """
         generator = seeded_generator(*self.key)
         generator.random(self.num_units)
-        return draw_unit_noise(
-            self.num_masked, unit_dim, kind=self.kind, generator=generator, step_key=self.step_key
-        )
+        return draw_unit_noise(self.num_masked, unit_dim, kind=self.kind, generator=generator, step_key=self.step_key)
 
 
 def replace_units(

@@ -10,9 +10,9 @@ from megatron_cocoa.data.collate import PackOptions, collate_bridge, collate_emb
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.prepared import CorruptionSettings, swap_blocks
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
-from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content, PairRow
+from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from megatron_cocoa.config import SourceSettings
 from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.data.decode import PictureError, picture_size, read_picture
-from megatron_cocoa.data.source_list import source_rows
 from megatron_cocoa.data.rows import CaptionRow, Content, PairRow
+from megatron_cocoa.data.source_list import source_rows
 from megatron_cocoa.data.stored import PictureRef, open_picture
 
 PictureCheck = Literal["none", "header", "decode"]

@@ -16,10 +16,10 @@ from megatron_cocoa.data.cost import SampleSize
 from megatron_cocoa.data.mixture import MixedOrder, stream_of
 from megatron_cocoa.data.order import SampleOrder
 from megatron_cocoa.data.prepared import CorruptionSettings, PreparedSample
+from megatron_cocoa.data.rows import IMAGE_TOKEN, CaptionRow, Content, PairRow, RowSet
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.source_list import stage_rows
 from megatron_cocoa.data.source_order import SourceOrder
-from megatron_cocoa.data.rows import IMAGE_TOKEN, CaptionRow, Content, PairRow, RowSet
 
 Order = SampleOrder | MixedOrder | SourceOrder
 

@@ -18,8 +18,8 @@ from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import ParallelSettings, TrainSettings
 from megatron_cocoa.data.collate import PackOptions, collate_bridge, collate_contrastive, collate_warmup
 from megatron_cocoa.data.prepared import NO_ROWS, CorruptionSettings, PreparedSample
-from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.rows import IMAGE_TOKEN, CaptionRow, Content, PairRow
+from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.recipes.context import RunContext, evaluation_parts, prepare_context
 from tests.distributed.tiny_run import tiny_settings, write_folders
 

@@ -13,9 +13,9 @@ import pytest
 
 from megatron_cocoa.config import SourceSettings
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
+from megatron_cocoa.data.rows import CaptionRow, Content
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.source_list import source_rows
-from megatron_cocoa.data.rows import CaptionRow, Content
 from megatron_cocoa.data.sources import read_bridge_pairs, read_captions, read_pairs
 from tests.unit.data.rows import pair, write_jsonl
 

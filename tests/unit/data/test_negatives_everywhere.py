@@ -17,8 +17,8 @@ import torch
 from megatron_cocoa.config import ContrastiveSettings, DataSettings, SourceSettings, TrainSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.prepare import Preparation, prepare
-from megatron_cocoa.data.source_list import source_rows, stage_rows
 from megatron_cocoa.data.row_parsing import checked_negatives
+from megatron_cocoa.data.source_list import source_rows, stage_rows
 from tests.unit.data.rows import pair, write_jsonl
 from tests.unit.data.test_readers import save_dataset
 

@@ -17,9 +17,9 @@ from megatron_cocoa.config import DataSettings, SourceSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.mixture import BLOCK, MixedOrder
 from megatron_cocoa.data.mmeb_train import SUBSETS, is_constant_target, without_instruction
-from megatron_cocoa.data.source_list import source_rows, stage_rows
 from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content
+from megatron_cocoa.data.source_list import source_rows, stage_rows
 from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, pair, write_jsonl
 
 MMEB_QUERY = "<|image_1|>\nFind an image caption describing the given everyday image.\n"

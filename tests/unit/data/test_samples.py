@@ -9,8 +9,8 @@ from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.positions import VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import CorruptionSettings, swap_blocks
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
-from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.rows import CaptionRow, Content
+from megatron_cocoa.data.samples import SampleBuilder
 
 HALF = CorruptionSettings(seed=5, text_mask_ratio=0.5, unit_mask_ratio=0.5)
 PICTURE = Content("look <|image_1|> here", "images/0.png")
