@@ -121,9 +121,7 @@ class UnitNoise:
         """
         generator = seeded_generator(*self.key)
         generator.random(self.num_units)
-        return draw_unit_noise(
-            self.num_masked, unit_dim, kind=self.kind, generator=generator, step_key=self.step_key
-        )
+        return draw_unit_noise(self.num_masked, unit_dim, kind=self.kind, generator=generator, step_key=self.step_key)
 
 
 def replace_units(

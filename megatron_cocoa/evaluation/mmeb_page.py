@@ -111,7 +111,7 @@ def _chart(summary: Summary, meta: str) -> str:
             values = [known[key] for key in keys if known.get(key) is not None]
             marks += [Mark(series, 100 * max(values))] if values else []
         rows.append(DotRow(task.name, tuple(marks)))
-    return dot_chart(rows, title=meta, unit="percent of queries", series=names)
+    return dot_chart(rows, title=f"{meta}: model and baselines", unit="percent of queries", series=names)
 
 
 def _percent(value: float | None) -> str:
@@ -131,19 +131,19 @@ class _Examples:
             StripCandidate(c["cosine"], c["right"], text=_words(c["item"]), png=self._png(c["item"]))
             for c in example["candidates"]
         ]
-        strip = query_with_candidates(
+        return query_with_candidates(
             shown,
             query_text=_words(example["query"]),
             query_png=self._png(example["query"]),
             rank=example["rank"],
             num_candidates=example["num_candidates"],
+            wanted="" if any(c.right for c in shown) else self._wanted(example["gold"]),
         )
-        if any(c.right for c in shown):
-            return strip
-        gold = example["gold"]
+
+    def _wanted(self, gold: list[str]) -> str:
         png = self._png(gold)
         image = markup.picture(png, "the right answer", css="wanted") if png else ""
-        return f'{strip}<div class="note">right would be: {image}<bdi dir="auto">{text(_words(gold))}</bdi></div>'
+        return f'{image}<bdi dir="auto">{text(_words(gold))}</bdi>'
 
     def _png(self, item: list[str]) -> bytes | None:
         path = item[1]

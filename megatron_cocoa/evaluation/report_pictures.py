@@ -78,8 +78,12 @@ def query_with_candidates(
     query_png: bytes | None,
     rank: float,
     num_candidates: int,
+    wanted: str = "",
 ) -> str:
-    """A query and its nearest candidates, best first, as HTML; ``rank`` is the right answer's, from 1."""
+    """A query and its nearest candidates, best first, as HTML.
+
+    ``rank`` is the right answer's, from 1; ``wanted`` is HTML that shows it, where it is not among the candidates.
+    """
     query = []
     if query_png is not None:
         query.append(picture(query_png, f"query picture {query_text}".strip()))
@@ -88,7 +92,8 @@ def query_with_candidates(
     found = "" if any(c.right for c in candidates) else "not shown; "
     query.append(note(f"right answer: {found}rank {rank:g} of {num_candidates}"))
     shown = "".join(_candidate(candidate) for candidate in candidates)
-    return f'<div class="strip"><div class="query">{"".join(query)}</div><ol>{shown}</ol></div>'
+    below = f'<p class="note">right would be: {wanted}</p>' if wanted else ""
+    return f'<div class="strip"><div class="query">{"".join(query)}</div><div><ol>{shown}</ol>{below}</div></div>'
 
 
 def _candidate(candidate: StripCandidate) -> str:

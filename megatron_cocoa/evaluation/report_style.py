@@ -44,6 +44,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(500px, 100%), 1fr)); gap: 22px 32px;
   margin: 14px 0 18px; }
 .scroll { overflow-x: auto; }
+section > .scroll { margin: 26px 0 12px; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
 th, td { padding: 6px 6px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
@@ -85,6 +86,7 @@ img { display: block; width: 100%; height: auto; background: var(--picture); bor
 img.wanted { display: inline-block; width: 56px; vertical-align: middle; }
 .query p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .query img { max-width: 104px; }
+.strip ol + .note { margin: 8px 0 0; }
 .strip ol { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px;
   grid-template-columns: repeat(5, minmax(0, 160px)); }
 .strip li { border: 2px solid transparent; border-radius: 8px; padding: 6px; font-size: .86rem; line-height: 1.35; }

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.data.loader import StageLoader
+from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.collectives import on_first_rank
@@ -52,12 +54,14 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     topology.initialize(settings.parallel, launch, seed=settings.seed)
     places = _find_places(context)
     _announce(context, launch, places or {})
-    _check_stages(context)
+    loaders = _checked_loaders(context, places or {})
     _claim_output(context, is_resumed=places is not None)
     minutes = settings.checkpoint.time_budget_minutes
     budget = None if minutes is None else minutes * 60
     with StopWatch(budget_seconds=budget, spent_seconds=seconds_since_start) as stop:
-        findings = _Stages(context, places or {}, stop).run()
+        findings = _Stages(context, places or {}, stop, loaders).run()
+    for loader in loaders.values():
+        loader.close()
     stopped = findings.stages[-1].stopped
     if stopped is not None:
         last = findings.stages[-1]
@@ -94,8 +98,11 @@ def _claim_output(context: RunContext, *, is_resumed: bool) -> None:
         save_settings(context.settings, context.output / SETTINGS_FILE)
 
 
-def _check_stages(context: RunContext) -> None:
+def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict[str, StageLoader | ReplicaLoader]:
     """Find what would stop a later stage before the first one starts: its rows, its batch sizes, its weights.
+
+    Returns:
+        The loaders of the stages that are still to be trained, so that no file is read twice.
 
     Raises:
         ValueError: as the stage would raise it.
@@ -103,10 +110,14 @@ def _check_stages(context: RunContext) -> None:
     settings = context.settings
     if settings.model.load is not None:
         read_info(settings.model.load)
+    loaders = {}
     # In the same order on every rank: ranks of a replica build their loaders together.
     for stage in dict.fromkeys([*settings.stages, *(["contrastive"] if settings.with_baseline else [])]):
         check_microbatches(context, stage)
-        build_loader(context, stage).close()
+        loaders[stage] = build_loader(context, stage)
+    for stage in [stage for stage in loaders if places.get(stage, StagePlace()).is_complete]:
+        loaders.pop(stage).close()
+    return loaders
 
 
 def say(*lines: str) -> None:
@@ -143,8 +154,14 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
 class _Stages:
     """The stages of one run, one after the other, and what is measured after each."""
 
-    def __init__(self, context: RunContext, places: dict[str, StagePlace], stop: StopWatch) -> None:
-        self.context, self.places, self.stop = context, places, stop
+    def __init__(
+        self,
+        context: RunContext,
+        places: dict[str, StagePlace],
+        stop: StopWatch,
+        loaders: dict[str, StageLoader | ReplicaLoader],
+    ) -> None:
+        self.context, self.places, self.stop, self.loaders = context, places, stop, loaders
         self.findings = Findings()
         self.probe = None
         if context.settings.evaluate:
@@ -173,6 +190,7 @@ class _Stages:
                 self.context,
                 stage,
                 checkpoint=checkpoint,
+                loader=self.loaders.pop(stage, None),
                 name=name,
                 resume_step=place.step,
                 stop=self.stop,

@@ -110,6 +110,7 @@ def run_stage(
     stage: str,
     *,
     checkpoint: Path | None,
+    loader: StageLoader | ReplicaLoader | None = None,
     name: str | None = None,
     resume_step: int | None = None,
     stop: StopWatch | None = None,
@@ -121,6 +122,7 @@ def run_stage(
         context: of the run.
         stage: one of ``config.STAGES``.
         checkpoint: the previous stage's weights; None starts where the run starts.
+        loader: of ``build_loader``, at its first step; closed at the end. None builds one.
         name: of its folder, the stage's own by default.
         resume_step: go on from the stage's own checkpoint of this step.
         stop: tells when to end before the last step.
@@ -129,7 +131,7 @@ def run_stage(
     settings, name = context.settings, name or stage
     stage_settings, folder = settings.stage(stage), context.output / name
     check_microbatches(context, stage)
-    loader = build_loader(context, stage)
+    loader = loader or build_loader(context, stage)
     parts = dict(with_image_decoder=stage == "warmup", learned_temperature=settings.learned_temperature(stage))
     if resume_step is None:
         bare = build_with_weights(context, checkpoint=checkpoint, **parts)

@@ -83,9 +83,7 @@ def test_noise_from_seeds_is_what_the_source_of_the_mask_goes_on_with(kind):
     key, step = (5, 2, "row 7", "units"), (5, 64)
     generator = corruption.seeded_generator(*key)
     masked = corruption.draw_unit_mask(23, ratio=0.5, generator=generator)
-    wanted = corruption.draw_unit_noise(
-        masked.size, VISION.unit_dim, kind=kind, generator=generator, step_key=step
-    )
+    wanted = corruption.draw_unit_noise(masked.size, VISION.unit_dim, kind=kind, generator=generator, step_key=step)
     later = pickle.loads(pickle.dumps(corruption.UnitNoise(kind, key, 23, masked.size, step)))
     found = later.draw(VISION.unit_dim)
     assert (found is None) == (wanted is None)

@@ -38,8 +38,9 @@ def pair(index: int) -> PairRow:
     """As MMEB-train has them: an instruction, a path, a short answer."""
     text = f"<|image_1|>\nFind a caption for the news in the given photo number {index}."
     picture = StoredPicture("/data/MMEB-train", f"images/VisualNews_i2t/Train/{index:08d}.jpg")
-    answer = Content(f"answer {index}")
-    return PairRow(f"VisualNews_i2t/original-00000:{index}", Content(text, picture), answer, (), "s")
+    return PairRow(
+        f"VisualNews_i2t/original-00000:{index}", Content(text, picture), Content(f"answer {index}"), (), "s"
+    )
 
 
 def test_memory_is_that_of_the_texts():
