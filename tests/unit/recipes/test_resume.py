@@ -62,3 +62,14 @@ def test_every_name_that_may_change_exists():
     for name in MAY_CHANGE:
         group, _, leaf = name.partition(".")
         assert group in tree and (not leaf or leaf in tree[group]), name
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_the_defaults(output):
+    """Claim: a setting that the run's version did not have is taken to have had its default, and no other value."""
+    path = output / "settings.yaml"
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("  attention:")]
+    path.write_text("\n".join(kept), encoding="utf-8")
+    check_same_run(BEFORE, output)
+    causal = replace(BEFORE, contrastive=replace(BEFORE.contrastive, attention="causal"))
+    with pytest.raises(ValueError, match="contrastive.attention was bidirectional, is causal"):
+        check_same_run(causal, output)
