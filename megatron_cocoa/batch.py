@@ -64,6 +64,8 @@ class PackedBatch:
     text_labels:         int64 ``(supervised,)``: the original token id.
     unit_positions:      int64 ``(masked_units,)``: row of each masked merged unit.
     unit_targets:        float ``(masked_units, spatial_merge_size**2 * patch_dim)``: its original pixels.
+    unit_patches:        bool ``(masked_units, spatial_merge_size**2)``: which of its patches are masked, in the order
+                         of its pixels; None where units are masked whole.
     embedding_positions: int64 ``(embeddings,)``: rows whose final hidden state is an embedding (bridges).
     query_rows, target_rows: int64 ``(pairs,)``: which embeddings are queries, and which their targets.
     target_keys:         int64 ``(pairs,)``: equal where two targets are the same text and pictures.
@@ -89,6 +91,7 @@ class PackedBatch:
     text_labels: Tensor | None = None
     unit_positions: Tensor | None = None
     unit_targets: Tensor | None = None
+    unit_patches: Tensor | None = None
     embedding_positions: Tensor | None = None
     query_rows: Tensor | None = None
     target_rows: Tensor | None = None
@@ -156,6 +159,11 @@ class PackedBatch:
             if (p is None) != (v is None) or (p is not None and p.shape[0] != v.shape[0]):
                 found = tuple(None if x is None else x.shape[0] for x in (p, v))
                 raise ValueError(f"{positions} and {values} must come together and in equal number, found {found}")
+        if self.unit_patches is not None:
+            units = 0 if self.unit_positions is None else self.unit_positions.shape[0]
+            needed, found = (units, spatial_merge_size**2), tuple(self.unit_patches.shape)
+            if found != needed:
+                raise ValueError(f"unit_patches has shape {found}, needed {needed}: a line for each masked unit")
         for name in ("feature_positions", "text_positions", "unit_positions", "embedding_positions"):
             rows = getattr(self, name)
             if rows is not None and rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < tokens):
@@ -221,7 +229,7 @@ class ModelOutput:
     token_nll:       float32 ``(supervised_local,)``: cross-entropy in nats at the supervised positions that lie
                      on this context-parallel rank; full (not sharded) over tensor parallel.
     predicted_units: ``(masked_units_local, unit_dim)``: the image decoder's pixels, rows as in ``token_nll``.
-    unit_targets:    the rows of ``PackedBatch.unit_targets`` that belong to ``predicted_units``.
+    unit_targets, unit_patches: the rows of ``PackedBatch``'s that belong to ``predicted_units``.
     embeddings:      ``(embeddings, hidden)``, *not* normalised, gathered over context parallel (every rank holds
                      all; its backward passes each rank the gradient of its own rows only).
     logit_scale:     float32 scalar, log(1 / temperature), where the model learns it; the same on every rank.
@@ -231,5 +239,6 @@ class ModelOutput:
     token_nll: Tensor | None = None
     predicted_units: Tensor | None = None
     unit_targets: Tensor | None = None
+    unit_patches: Tensor | None = None
     embeddings: Tensor | None = None
     logit_scale: Tensor | None = None

@@ -24,8 +24,9 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.config import EmbeddingForm, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
+from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
@@ -108,6 +109,7 @@ class CocoaEmbedder:
             raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
         start_alone()
         settings, info = _settings_for(path, model_path, dtype, bridge_token)
+        form = form_of_config(_config_of_export(path)) if info is None else info.embedding_form
         if info is None and image_size is min_image_tokens is max_image_tokens is None:
             image_size = _config_of_export(path).get(IMAGE_SIZE_KEY)
         context = prepare_context(settings)
@@ -124,6 +126,7 @@ class CocoaEmbedder:
             image_size=image_size,
             min_image_tokens=min_image_tokens,
             max_image_tokens=max_image_tokens,
+            form=form,
         )
         return cls(model, builder, options, batch_tokens)
 
@@ -131,6 +134,11 @@ class CocoaEmbedder:
     def hidden_size(self) -> int:
         """Length of a vector."""
         return self.model.config.hidden_size
+
+    @property
+    def form(self) -> EmbeddingForm:
+        """Attention and layout of pictures: those that the model was trained with, as its folder says."""
+        return EmbeddingForm(self.options.embedding_mask.value, self.builder.image_placeholder)
 
     @torch.no_grad()
     def encode(

@@ -1,8 +1,8 @@
 """From a command line to ``TrainSettings``.
 
-Sources, later wins: the dataclass defaults of ``config.py`` (the published recipe), a preset (``--preset NAME``,
-a YAML file in ``megatron_cocoa/presets``), each ``--config FILE`` in the order given, the command line
-(``--warmup.lr 1e-4``). jsonargparse converts and checks types and writes ``--help``; the dataclasses check
+Sources, later wins: the dataclass defaults of ``megatron_cocoa.config`` (the published recipe), a preset
+(``--preset NAME``, a YAML file in ``megatron_cocoa/presets``), each ``--config FILE`` in the order given, the command
+line (``--warmup.lr 1e-4``). jsonargparse converts and checks types and writes ``--help``; the dataclasses check
 relations. Whatever is wrong ends in a ``SettingsError`` of one line that says where the value came from.
 
 Nothing here reads the environment or imports torch, so that a mistyped key fails within a fraction of a second.
@@ -47,7 +47,7 @@ def parse_settings(argv: Sequence[str], *, preset_default: str = TOY_PRESET) -> 
 
     Raises:
         SettingsError: an unknown key (the nearest known one is named), a value of the wrong type, a file that
-            cannot be read, a relation between fields that ``config.py`` refuses, or a model or data folder that
+            cannot be read, a relation between fields that ``config`` refuses, or a model or data folder that
             the preset needs and nobody gave.
         SystemExit: with status 0 after ``--help``.
     """

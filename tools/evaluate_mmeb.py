@@ -128,7 +128,7 @@ def _load(args: argparse.Namespace, settings, benchmark):
         num_workers=settings.num_workers,
         show_progress=sys.stderr.isatty(),
     )
-    return encoder, identity(embedder.builder, benchmark), versions()
+    return encoder, identity(embedder.builder, embedder.options, benchmark), versions()
 
 
 def _finish(args: argparse.Namespace, say) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ class WeightSource:
     mask_token_id: embedding row that starts as the mean of the used rows, unless a checkpoint brings it.
     used_rows:     rows of the embedding that the tokenizer uses.
     initializer_range: spread of random weights.
+    decoder_init: where an image decoder that a checkpoint does not bring starts, see ``WarmupSettings``.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class WeightSource:
     mask_token_id: int
     used_rows: int
     initializer_range: float = 0.02
+    decoder_init: Literal["middle_layer", "random"] = "middle_layer"
 
     @property
     def has_safetensors(self) -> bool:
@@ -53,11 +56,12 @@ class WeightSource:
 def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: WeightSource) -> None:
     """Fill this rank's bare chunks; every rank calls it.
 
-    An image decoder that the source does not bring starts from the language model's middle layer, and its linear
-    map from N(0, 0.02), as in MoCa (arXiv 2506.23115). A learned temperature keeps the value it was built with.
+    An image decoder that the source does not bring starts from the language model's middle layer (several from
+    consecutive ones), and its linear map from N(0, 0.02), as in MoCa (arXiv 2506.23115), or from random layers. A
+    learned temperature keeps the value it was built with.
 
     Raises:
-        ValueError: if the source is incomplete or does not fit.
+        ValueError: if the source is incomplete or does not fit, or the image decoder has more layers than it can copy.
     """
     if source.checkpoint is not None:
         info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE))
@@ -71,18 +75,18 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
         if info.stage != "warmup":
             with TorchDistReader(source.checkpoint) as reader:
                 tensors = StackedTensors(reader)
-                _image_decoder_from_layers(chunks, table, lambda m: tensors(m.megatron_name), source.seed)
+                _start_image_decoder(chunks, table, lambda m: tensors(m.megatron_name), source)
         return
     place = _tensor_parallel_place()
     mean = dict(mean_row=source.mask_token_id, used_rows=source.used_rows)
     if source.has_safetensors:
         with HuggingFaceReader(source.folder) as reader:
             load_huggingface_weights(chunks, reader, table, **place, **mean)
-            _image_decoder_from_layers(chunks, table, reader.read, source.seed)
+            _start_image_decoder(chunks, table, reader.read, source)
     else:
         read = RandomWeights(seed=source.seed, initializer_range=source.initializer_range).read
         fill_parameters(chunks, read, table, **place, **mean)
-        _image_decoder_from_layers(chunks, table, read, source.seed)
+        _start_image_decoder(chunks, table, read, source)
 
 
 def _tensor_parallel_place() -> dict[str, int]:
@@ -116,17 +120,31 @@ def _image_decoder(chunks: Sequence[nn.Module]) -> nn.Module | None:
     return getattr(chunks[-1], "image_decoder", None)
 
 
-def _image_decoder_from_layers(
-    chunks: Sequence[nn.Module], table: NameTable, read: Callable[[Mapping], Tensor], seed: int
+def _start_image_decoder(
+    chunks: Sequence[nn.Module], table: NameTable, read: Callable[[Mapping], Tensor], source: WeightSource
 ) -> None:
     decoder = _image_decoder(chunks)
     if decoder is None:
         return
-    middle = chunks[-1].architecture.text.num_hidden_layers // 2
-    for name, parameter in decoder.decoder.layers[0].named_parameters():
-        mapping = table.megatron_to_hf(f"language_model.decoder.layers.{middle}.{name}")
-        copy_shard(parameter, mapping, read(mapping), **_tensor_parallel_place())
-    _draw_pixel_head(decoder, seed)
+    number, available = len(decoder.decoder.layers), chunks[-1].architecture.text.num_hidden_layers
+    is_random = source.decoder_init == "random"
+    if not is_random and number > available:
+        raise ValueError(
+            f"warmup.decoder_layers is {number}, and the language model has {available} layers to start them from: "
+            f"lower it, or set warmup.decoder_init to random"
+        )
+    # From the middle on, earlier where the rest of the layers are fewer.
+    first = min(available // 2, available - number)
+    for index, layer in enumerate(decoder.decoder.layers):
+        of_layer = first + index
+        if is_random:
+            # The shapes of any layer there is, and names of its own to be drawn by.
+            of_layer, prefix = 0, f"{IMAGE_DECODER}{index}."
+            read = RandomWeights(seed=source.seed, initializer_range=source.initializer_range, prefix=prefix).read
+        for name, parameter in layer.named_parameters():
+            mapping = table.megatron_to_hf(f"language_model.decoder.layers.{of_layer}.{name}")
+            copy_shard(parameter, mapping, read(mapping), **_tensor_parallel_place())
+    _draw_pixel_head(decoder, source.seed)
 
 
 @torch.no_grad()

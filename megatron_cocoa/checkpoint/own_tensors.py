@@ -27,7 +27,7 @@ from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 OWN_FILE = "cocoa.safetensors"
 _MASK_ROW, _MORE_ROWS = ":mask_token_row", ":rows_beyond_vocabulary"
-_INFO = ("stage", "step", "mask_token_id", "bridge_token_id")
+_INFO = ("stage", "step", "mask_token_id", "bridge_token_id", "attention", "image_placeholder")
 
 
 def write_own_tensors(
@@ -94,7 +94,7 @@ class OwnTensors:
         return self.about["empty_states"]
 
     def info(self, imported: CheckpointInfo) -> CheckpointInfo:
-        """``imported`` with the stage and token ids of the checkpoint that the folder was exported from.
+        """``imported`` with the stage, token ids and form of the checkpoint that the folder was exported from.
 
         Raises:
             ValueError: if the folder's tokenizer gives the mask or bridge token another id.
@@ -106,7 +106,7 @@ class OwnTensors:
                     f"{self.file.path} was written by a run whose {name} is {theirs}, the folder's tokenizer gives "
                     f"{ours}: name that run's --mask-token and --bridge-token, or remove {OWN_FILE}"
                 )
-        return replace(imported, **{name: self.about[name] for name in _INFO})
+        return replace(imported, **{name: self.about[name] for name in _INFO if name in self.about})
 
     def with_rows(self, mapping: Mapping, tensor: Tensor, *, limit: int) -> Tensor:
         """A vocabulary table with the rows beyond the vocabulary appended; other tensors as they are.
@@ -167,6 +167,8 @@ def _checked(file: SafetensorsFile, table: NameTable) -> dict:
     try:
         about = json.loads(file.metadata["cocoa"])
         kinds = {"stage": str, "step": int, "mask_token_id": int, "bridge_token_id": int, "empty_states": list}
+        # An export of an earlier version says nothing of the form: it had one.
+        kinds |= {name: str for name in ("attention", "image_placeholder") if name in about}
         wrong = [name for name, kind in kinds.items() if not isinstance(about[name], kind)]
         wrong += [key for key in about["empty_states"] if not key.startswith(OWN_PREFIXES)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -23,10 +23,13 @@ def draw(name: str, shape: tuple[int, ...], *, seed: int, spread: float) -> Tens
 
 
 class RandomWeights:
-    """Stands where a Hugging Face folder would be read: ``read(mapping)`` gives the whole Megatron tensor."""
+    """Stands where a Hugging Face folder would be read: ``read(mapping)`` gives the whole Megatron tensor.
 
-    def __init__(self, *, seed: int, initializer_range: float):
-        self.seed, self.initializer_range = seed, initializer_range
+    ``prefix`` stands before the names that tensors are drawn by, for weights of the same shapes and other values.
+    """
+
+    def __init__(self, *, seed: int, initializer_range: float, prefix: str = ""):
+        self.seed, self.initializer_range, self.prefix = seed, initializer_range, prefix
 
     def read(self, mapping: Mapping) -> Tensor:
         return mapping.merge([self._tensor(n, shape) for n, shape in zip(mapping.hf_names, mapping.hf_shapes)])
@@ -36,4 +39,4 @@ class RandomWeights:
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
-        return draw(name, shape, seed=self.seed, spread=self.initializer_range)
+        return draw(self.prefix + name, shape, seed=self.seed, spread=self.initializer_range)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
 from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE, CheckpointWriter, is_complete
+from megatron_cocoa.config import EmbeddingForm
 
 IMPORT_STAGE = "import"
 """``CheckpointInfo.stage`` of converted weights, which no stage has trained."""
@@ -39,6 +40,7 @@ class CheckpointInfo:
     has_optimizer:  whether optimizer state is there.
     hf_config:      the Hugging Face ``config.json`` of the architecture.
     progress:       the trainer's counters, to resume from; empty where there is nothing to resume.
+    attention, image_placeholder: the form that it embeds in, see ``config.EmbeddingForm``.
     """
 
     stage: str
@@ -49,6 +51,13 @@ class CheckpointInfo:
     loader: dict[str, Any] = field(default_factory=dict)
     has_optimizer: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    image_placeholder: Literal["full", "bare"] = "full"
+
+    @property
+    def embedding_form(self) -> EmbeddingForm:
+        """The form that it embeds in."""
+        return EmbeddingForm(self.attention, self.image_placeholder)
 
 
 def save_checkpoint(

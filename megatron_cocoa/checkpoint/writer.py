@@ -3,6 +3,9 @@
 Megatron's ``dist_checkpointing`` plans the write on all ranks and leaves the bytes to processes that it forks. What
 it writes stands beside its place, and takes its name when every rank is done and ``cocoa.json`` lies in it: a folder
 that carries the final name is complete. A write that fails on any rank fails on all of them, with the cause.
+
+The name beside its place is new for each write. A forked writer outlives a rank that is killed by some moments, and the
+run that goes on may write the checkpoint of the same step then: in one folder the two would cut each other's files.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import functools
 import inspect
 import json
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +60,18 @@ class CheckpointWriter:
         """
         self.wait()
         start_results_queue(filesystem_async)
-        work = path.with_name(path.name + INCOMPLETE)
-        failure = f"cannot write a checkpoint under {path.parent}"
-        on_first_rank(lambda: (restore_replaced(path), _make_empty(work)), failure)
+        work = on_first_rank(lambda: _prepare(path), f"cannot write a checkpoint under {path.parent}")
         request = _guarded(
             path,
+            work,
             lambda: dist_checkpointing.save(
                 state, str(work), async_sharded_save=True, content_metadata=content_metadata, **_async_strategy()
             ),
         )
-        finish = functools.partial(_finish, path, request.finalize_fns, info)
+        finish = functools.partial(_finish, path, work, request.finalize_fns, info)
         request = request._replace(finalize_fns=[])
         if self._queue is None:
-            _guarded(path, request.execute_sync)
+            _guarded(path, work, request.execute_sync)
             finish()
         else:
             self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
@@ -109,7 +112,7 @@ def _async_strategy() -> dict[str, str]:
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
-def _guarded(path: Path, action) -> AsyncRequest | None:
+def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
     """Run a part of a write on every rank; if it fails on one, all raise and the incomplete folder goes.
 
     Raises:
@@ -127,22 +130,21 @@ def _guarded(path: Path, action) -> AsyncRequest | None:
     if first is None:
         return result
     if dist.get_rank() == 0:
-        shutil.rmtree(path.with_name(path.name + INCOMPLETE), ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     raise ValueError(
         f"the checkpoint {path} could not be written, nothing was kept of it; free space on its disk, or name "
         f"another output_dir. Cause: {first.strip().splitlines()[-1]}"
     )
 
 
-def _finish(path: Path, megatron_steps: list, info: dict[str, Any]) -> None:
+def _finish(path: Path, work: Path, megatron_steps: list, info: dict[str, Any]) -> None:
     """Megatron's own last steps (its index of what was written), then ours: description and name."""
     for step in megatron_steps:
-        _guarded(path, step)
-    on_first_rank(lambda: _rename(path, info), f"cannot complete the checkpoint {path}")
+        _guarded(path, work, step)
+    on_first_rank(lambda: _rename(path, work, info), f"cannot complete the checkpoint {path}")
 
 
-def _rename(path: Path, info: dict[str, Any]) -> None:
-    work = path.with_name(path.name + INCOMPLETE)
+def _rename(path: Path, work: Path, info: dict[str, Any]) -> None:
     (work / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
     if not path.exists():
         work.rename(path)
@@ -154,11 +156,26 @@ def _rename(path: Path, info: dict[str, Any]) -> None:
     shutil.rmtree(previous)
 
 
-def _make_empty(folder: Path) -> None:
-    """Make the folder, and see that the disk takes a file: Megatron's first one is written by one rank alone."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    probe = folder / "probe"
+def _prepare(path: Path) -> Path:
+    """A new folder to write ``path`` into, once earlier ones are gone and the disk is seen to take a file.
+
+    Megatron's first file is written by one rank alone, whose failure the others would not see.
+    """
+    restore_replaced(path)
+    remove_incomplete(path.parent, path.name)
+    work = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{INCOMPLETE}")
+    work.mkdir(parents=True)
+    probe = work / "probe"
     probe.write_bytes(bytes(2**18))
     probe.unlink()
+    return work
+
+
+def remove_incomplete(folder: Path, name: str) -> None:
+    """Remove what was left of writes of ``folder/name`` (a pattern of glob); on one rank.
+
+    A writer that still puts files into such a folder may keep it from going. Nothing is lost: no reader takes it for a
+    checkpoint, and the next write tries again.
+    """
+    for path in folder.glob(f"{name}.*{INCOMPLETE.removeprefix('.')}") if folder.is_dir() else []:
+        shutil.rmtree(path, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 from megatron_cocoa.checkpoint.import_hf import ImportReport, import_huggingface
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo
+from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.data.tokenizer import load_tokenizer
 
 UNKNOWN_TOKEN = -1
@@ -47,12 +49,14 @@ def convert_hf_to_mcore(
     config = read_config(source)
     table = NameTable.from_config(config, vision_ffn_multiple=vision_ffn_multiple, dialect=dialect)
     mask_id, bridge_id = _token_ids(Path(source), mask_token, bridge_token, table.vocab_size)
+    content = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
     info = CheckpointInfo(
         stage=IMPORT_STAGE,
         step=0,
         mask_token_id=mask_id,
         bridge_token_id=bridge_id,
-        hf_config=json.loads((Path(source) / "config.json").read_text(encoding="utf-8")),
+        hf_config=content,
+        **asdict(form_of_config(content)),
     )
     return import_huggingface(source, table, target, info=info, dtype=dtype, overwrite=overwrite)
 

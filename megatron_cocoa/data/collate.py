@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.data.deferred import DeferredFloats, joined
 from megatron_cocoa.data.geometry import VisionGeometry
-from megatron_cocoa.data.prepared import PreparedSample
+from megatron_cocoa.data.prepared import NO_ROWS, PreparedSample
 from megatron_cocoa.data.preprocess import PictureLoader
 
 
@@ -34,6 +34,7 @@ class PackOptions:
         needs_unit_targets: False on ranks that hold no image decoder: ``unit_targets`` is ``(masked_units, 0)``, so
             that every rank still counts the same units.
         normalize_unit_targets: zero mean and unit variance per patch.
+        embedding_mask: attention under which things are embedded.
         defer_floats: leave ``pixel_values`` and ``unit_targets`` to ``PackedBatch.materialized``, so that a step of
             many packs holds 8-bit pictures and not floats, which take eight times the memory.
 
@@ -49,6 +50,7 @@ class PackOptions:
     needs_pixels: bool = True
     needs_unit_targets: bool = True
     normalize_unit_targets: bool = False
+    embedding_mask: MaskKind = MaskKind.BIDIRECTIONAL
     defer_floats: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ def collate_contrastive(
     return _pack(
         samples,
         options,
+        mask_kind=options.embedding_mask,
         embeddings=True,
         query_rows=torch.tensor(queries),
         target_rows=torch.tensor(targets),
@@ -122,7 +125,7 @@ def _content_key(sample: PreparedSample) -> int:
 
 def collate_embedding(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
     """Samples to be embedded, one embedding each, in order."""
-    return _pack(samples, options, embeddings=True)
+    return _pack(samples, options, mask_kind=options.embedding_mask, embeddings=True)
 
 
 def _pack(
@@ -184,12 +187,32 @@ def _vision_fields(
     fields: dict = {"feature_positions": feature_rows} if any(s.pictures for s in samples) else {}
     if supervise_units:
         fields["unit_positions"] = feature_rows[masked]
-    make = _floats(samples, masked.numpy(), options, supervise_units=supervise_units)
+    patches = _masked_patches(samples, unit_starts, options.vision.patches_per_unit)
+    if supervise_units and patches is not None:
+        is_masked = np.zeros((feature_rows.numel(), options.vision.patches_per_unit), dtype=bool)
+        is_masked.reshape(-1)[patches] = True
+        fields["unit_patches"] = torch.from_numpy(is_masked[masked.numpy()])
+    make = _floats(samples, masked.numpy(), patches, options, supervise_units=supervise_units)
     return fields | ({"deferred": make} if options.defer_floats else make())
 
 
+def _masked_patches(samples: list[PreparedSample], unit_starts: list[int], per_unit: int) -> np.ndarray | None:
+    """Patches of the pack that are hidden; None where units are hidden whole."""
+    by_patch = {s.masked_patches is not None for s in samples if s.pictures}
+    assert len(by_patch) <= 1, "a pack hides units or patches, not both"
+    if True not in by_patch:
+        return None
+    patches = [NO_ROWS if s.masked_patches is None else s.masked_patches for s in samples]
+    return _rows(patches, [start * per_unit for start in unit_starts]).numpy()
+
+
 def _floats(
-    samples: list[PreparedSample], masked: np.ndarray, options: PackOptions, *, supervise_units: bool
+    samples: list[PreparedSample],
+    masked: np.ndarray,
+    masked_patches: np.ndarray | None,
+    options: PackOptions,
+    *,
+    supervise_units: bool,
 ) -> DeferredFloats:
     noise = _noise(samples)
     is_read = options.needs_pixels or (supervise_units and options.needs_unit_targets)
@@ -198,6 +221,7 @@ def _floats(
         grid_thw=tuple(grid for s in samples for grid in s.grid_thw),
         pictures=joined([picture for s in samples for picture in s.pictures]) if is_read else None,
         masked=masked,
+        masked_patches=masked_patches,
         noise=None if noise is None else torch.from_numpy(noise),
         is_supervised=supervise_units,
         needs_pixels=options.needs_pixels,

@@ -93,24 +93,31 @@ def draw_unit_noise(
 
 
 def replace_units(
-    pixel_values: np.ndarray, masked: np.ndarray, noise: np.ndarray | None, *, vision: VisionGeometry
+    pixel_values: np.ndarray,
+    masked: np.ndarray,
+    noise: np.ndarray | None,
+    *,
+    vision: VisionGeometry,
+    by_patch: bool = False,
 ) -> np.ndarray:
-    """Overwrite masked merged units in place, before the vision tower sees them.
+    """Overwrite masked merged units, or single patches, in place, before the vision tower sees them.
 
     Args:
         pixel_values: float32 ``(patches, patch_dim)``; a merged unit is ``spatial_merge_size**2`` consecutive rows.
-        masked: int64 ``(masked_units,)``: unit indices in this array.
-        noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean per colour channel.
+        masked: int64 ``(masked,)``: indices of units, or of patches, in this array.
+        noise: float32 ``(masked, unit_dim or patch_dim)``, or None for each one's own mean per colour channel.
         vision: sizes.
+        by_patch: patches are masked.
 
     Returns:
-        float32 ``(masked_units, unit_dim)``: the original pixels.
+        float32, shaped as ``noise``: the original pixels.
     """
-    units = pixel_values.reshape(-1, vision.unit_dim)
+    patches = 1 if by_patch else vision.patches_per_unit
+    units = pixel_values.reshape(-1, patches * vision.patch_dim)
     originals = units[masked]
     if noise is None:
         per_channel = vision.patch_dim // vision.channels
-        by_channel = originals.reshape(-1, vision.patches_per_unit, vision.channels, per_channel)
+        by_channel = originals.reshape(-1, patches, vision.channels, per_channel)
         means = by_channel.mean(axis=(1, 3), keepdims=True)
         noise = np.broadcast_to(means, by_channel.shape).reshape(originals.shape)
     units[masked] = noise

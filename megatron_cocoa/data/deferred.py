@@ -27,7 +27,10 @@ class DeferredFloats:
         pictures: uint8 ``(bytes,)``: all pictures, one after the other, each ``(3, height, width)``; None where this
             rank needs nothing of them.
         masked: int64 ``(masked_units,)``: which units of the pack are hidden.
-        noise: float32 ``(masked_units, unit_dim)`` that hides them, or None for each unit's own mean.
+        masked_patches: int64 ``(masked_patches,)``: which patches of the pack are hidden, where not whole units are;
+            those of ``masked``. None where units are hidden.
+        noise: float32 ``(masked_units, unit_dim)``, or ``(masked_patches, patch_dim)``, that hides them, or None for
+            each one's own mean.
         is_supervised: the hidden units are to be predicted: ``unit_targets`` is one of the fields.
         needs_pixels, needs_unit_targets, normalize_unit_targets: as in ``PackOptions``.
     """
@@ -41,6 +44,7 @@ class DeferredFloats:
     needs_pixels: bool = True
     needs_unit_targets: bool = True
     normalize_unit_targets: bool = False
+    masked_patches: np.ndarray | None = None
 
     @property
     def makes_targets(self) -> bool:
@@ -55,7 +59,10 @@ class DeferredFloats:
 
     @property
     def noise_shape(self) -> tuple[int, int]:
-        return self.masked.size, self.cutter.vision.unit_dim
+        vision = self.cutter.vision
+        if self.masked_patches is not None:
+            return self.masked_patches.size, vision.patch_dim
+        return self.masked.size, vision.unit_dim
 
     def __call__(self) -> dict[str, Tensor]:
         """Pixels with noise over the hidden units, and what those units showed, each as far as it is needed."""
@@ -65,7 +72,10 @@ class DeferredFloats:
         if self.grid_thw and (self.needs_pixels or self.makes_targets):
             pixels = self.cutter(self._cut_apart())
             noise = None if self.noise is None else self.noise.numpy()
-            originals = replace_units(pixels, self.masked, noise, vision=vision)
+            originals = pixels.reshape(-1, vision.unit_dim)[self.masked]
+            by_patch = self.masked_patches is not None
+            hidden = self.masked_patches if by_patch else self.masked
+            replace_units(pixels, hidden, noise, vision=vision, by_patch=by_patch)
             if self.makes_targets:
                 targets = normalize_targets(originals, vision=vision) if self.normalize_unit_targets else originals
             if self.needs_pixels:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
+from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.data.collate import PackOptions, collate_bridge, collate_embedding
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.prepared import CorruptionSettings, swap_blocks
@@ -28,8 +29,11 @@ def evaluation_builder(
     tokens_per_microbatch: int | None = None,
     pad_to_multiple_of: int = 1,
     needs_pixels: bool = True,
+    form: EmbeddingForm = EmbeddingForm(),
 ) -> tuple[SampleBuilder, PackOptions]:
     """What the functions below need, for pictures under ``data_path`` and the model in ``model_path``.
+
+    ``form`` is the one that the model was trained to embed in.
 
     Raises:
         ValueError: as ``PictureLoader``, ``load_processor`` and ``PackOptions``.
@@ -42,7 +46,13 @@ def evaluation_builder(
         min_image_tokens=min_image_tokens,
         max_image_tokens=max_image_tokens,
     )
-    builder = SampleBuilder(bundle=bundle, vision=vision, pictures=pictures, max_length=max_length)
+    builder = SampleBuilder(
+        bundle=bundle,
+        vision=vision,
+        pictures=pictures,
+        max_length=max_length,
+        image_placeholder=form.image_placeholder,
+    )
     options = PackOptions(
         pictures=pictures,
         vision=vision,
@@ -50,6 +60,7 @@ def evaluation_builder(
         tokens_per_microbatch=tokens_per_microbatch,
         pad_to_multiple_of=pad_to_multiple_of,
         needs_pixels=needs_pixels,
+        embedding_mask=MaskKind(form.attention),
     )
     return builder, options
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data import preprocess
 from megatron_cocoa.data.collate import PackOptions
@@ -86,6 +86,7 @@ class StageLoader:
                 pictures=pictures,
                 max_length=settings.data.max_length,
                 needs_noise=needs_pixels,
+                image_placeholder=self._stage_settings.embedding_form.image_placeholder,
             ),
             options=PackOptions(
                 pictures=pictures,
@@ -96,6 +97,7 @@ class StageLoader:
                 needs_pixels=needs_pixels,
                 needs_unit_targets=needs_unit_targets,
                 normalize_unit_targets=getattr(self._stage_settings, "mae_target", "pixels") == "normalized",
+                embedding_mask=MaskKind(self._stage_settings.embedding_form.attention),
                 defer_floats=True,
             ),
             cost=CostModel.from_model_folder(settings.model.path),

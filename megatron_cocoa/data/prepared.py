@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -20,14 +21,18 @@ class CorruptionSettings:
     Args:
         seed: of the run.
         text_mask_ratio: share of eligible text tokens.
-        unit_mask_ratio: share of merged image units.
+        eligible_tokens: see ``WarmupSettings``.
+        unit_mask_ratio: share of merged image units, or of patches.
+        by_patch: patches are hidden, each by itself, and not whole merged units.
         mask_at_least_one: mask one eligible token where the draw masked none.
         mae_noise: see ``corruption.draw_unit_noise``.
     """
 
     seed: int
     text_mask_ratio: float
+    eligible_tokens: Literal["non_special", "words", "all_but_image"] = "non_special"
     unit_mask_ratio: float = 0.0
+    by_patch: bool = False
     mask_at_least_one: bool = True
     mae_noise: NoiseKind = "normal"
 
@@ -47,7 +52,10 @@ class PreparedSample:
         feature_rows: int64 ``(units,)``: rows of the placeholders.
         text_rows, text_labels: int64 ``(supervised,)``: predicting row ``i - 1``, and the original id of ``i``.
         masked_units: int64 ``(masked_units,)``: indices among the sample's units.
-        unit_noise: float32 ``(masked_units, unit_dim)``, or None for each unit's own mean.
+        masked_patches: int64 ``(masked_patches,)``: indices among the sample's patches where patches are hidden and not
+            whole units; those of ``masked_units`` then. None where units are hidden.
+        unit_noise: float32 ``(masked_units, unit_dim)`` or ``(masked_patches, patch_dim)``, or None for each one's own
+            mean.
         num_eligible: text tokens that could have been masked.
         num_cut: text tokens cut to fit ``max_length``.
         role: what the sample is to its pair in stage ``contrastive``: ``query``, ``target`` or ``negative``.
@@ -64,10 +72,20 @@ class PreparedSample:
     text_rows: np.ndarray = field(default_factory=lambda: NO_ROWS)
     text_labels: np.ndarray = field(default_factory=lambda: NO_ROWS)
     masked_units: np.ndarray = field(default_factory=lambda: NO_ROWS)
+    masked_patches: np.ndarray | None = None
     unit_noise: np.ndarray | None = None
     num_eligible: int = 0
     num_cut: int = 0
     role: str = ""
+
+
+@dataclass(frozen=True)
+class HiddenUnits:
+    """What is hidden of a sample's pictures: ``masked_units``, ``masked_patches``, ``unit_noise`` of a sample."""
+
+    units: np.ndarray
+    patches: np.ndarray | None = None
+    noise: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

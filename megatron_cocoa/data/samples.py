@@ -1,14 +1,15 @@
 """Rows to samples: the token layout of each stage, with masks drawn, before anything is packed.
 
-A picture stands in a text as ``<|vision_start|><|image_pad|> x units<|vision_end|>``. Raw text otherwise: no chat
-template, which would insert further tokens with the bridge's id. The bridge's row is recorded here; nobody searches
-for it.
+A picture stands in a text as ``<|vision_start|><|image_pad|> x units<|vision_end|>``, or as the pads alone. Raw
+text otherwise: no chat template, which would insert further tokens with the bridge's id. The bridge's row is recorded
+here; nobody searches for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +18,14 @@ from megatron_cocoa.data.cost import SampleSize
 from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
-from megatron_cocoa.data.prepared import NO_ROWS, BridgeBlocks, CorruptionSettings, EncodedContent, PreparedSample
+from megatron_cocoa.data.prepared import (
+    NO_ROWS,
+    BridgeBlocks,
+    CorruptionSettings,
+    EncodedContent,
+    HiddenUnits,
+    PreparedSample,
+)
 from megatron_cocoa.data.preprocess import PictureLoader
 from megatron_cocoa.data.sources import IMAGE_TOKEN, PLACEHOLDER, CaptionRow, Content, PairRow
 from megatron_cocoa.data.stored import PictureRef
@@ -33,6 +41,8 @@ class SampleBuilder:
         pictures: reads pictures below the data folder.
         max_length: tokens per sample; text is cut to it, picture tokens never are.
         needs_noise: draw pixel noise (False on ranks that hold no tower).
+        image_placeholder: ``full`` or ``bare``, the pads without the marks around them. Positions of a bare one count
+            like text's: ``get_rope_index`` as the authors ran it looks for ``<|vision_start|>``.
 
     All methods raise ``PictureError`` for a picture that cannot be used or does not fit into ``max_length``.
     """
@@ -45,12 +55,16 @@ class SampleBuilder:
         pictures: PictureLoader,
         max_length: int,
         needs_noise: bool = True,
+        image_placeholder: Literal["full", "bare"] = "full",
     ) -> None:
         self.bundle = bundle
         self.vision = vision
         self.pictures = pictures
         self._max_length = max_length
         self._needs_noise = needs_noise
+        self.image_placeholder = image_placeholder
+        self._has_marks = image_placeholder == "full"
+        self._num_marks = 2 if self._has_marks else 0
 
     @property
     def max_length(self) -> int:
@@ -62,7 +76,9 @@ class SampleBuilder:
         content, cut = self._fit(self._encode(Content(IMAGE_TOKEN + row.caption, row.image_path)), reserved=0)
         sample = self._lay_out(row.row_id, content, with_bridge=False, num_cut=cut)
         ids = sample.input_ids
-        eligible = np.flatnonzero(~self.bundle.is_special(ids))
+        eligible = np.flatnonzero(self._is_eligible(ids, settings))
+        # Nothing comes before row 0 that could predict it.
+        eligible = eligible[eligible > 0]
         masked = corruption.draw_text_mask(
             eligible,
             ratio=settings.text_mask_ratio,
@@ -71,14 +87,15 @@ class SampleBuilder:
         )
         labels = ids[masked]
         ids[masked] = self.bundle.mask_token_id
-        units, noise = self._corrupt_units(sample.feature_rows.size, settings, row.row_id, epoch=epoch, step=step)
+        hidden = self._corrupt_units(sample.feature_rows.size, settings, row.row_id, epoch=epoch, step=step)
         return replace(
             sample,
             text_rows=masked - 1,
             text_labels=labels,
             num_eligible=eligible.size,
-            masked_units=units,
-            unit_noise=noise,
+            masked_units=hidden.units,
+            masked_patches=hidden.patches,
+            unit_noise=hidden.noise,
         )
 
     def bridge_blocks(
@@ -96,7 +113,7 @@ class SampleBuilder:
         keep_a, keep_b = self._share_room(content.num_text, ids.size, self._picture_tokens(content), row_id)
         cut = content.num_text - keep_a + ids.size - keep_b
         content, ids = content.cut(keep_a), ids[:keep_b].copy()
-        eligible = np.flatnonzero(~self.bundle.is_special(ids))
+        eligible = np.flatnonzero(self._is_eligible(ids, settings))
         # Counted from the bridge (row 0), so that block B's first token is eligible: the bridge's row predicts it.
         hidden = -1 + corruption.draw_text_mask(
             eligible + 1,
@@ -106,9 +123,10 @@ class SampleBuilder:
         )
         labels = ids[hidden]
         ids[hidden] = self.bundle.mask_token_id
-        num_units = self._picture_tokens(content) - 2 * len(content.pictures)
-        units, noise = self._corrupt_units(num_units, settings, row_id, epoch=epoch, step=step)
-        return BridgeBlocks(row_id, content, ids, hidden, labels, eligible.size, units, noise, cut)
+        num_units = self._picture_tokens(content) - self._num_marks * len(content.pictures)
+        assert not settings.by_patch, "block A's pictures are hidden by merged units"
+        units = self._corrupt_units(num_units, settings, row_id, epoch=epoch, step=step)
+        return BridgeBlocks(row_id, content, ids, hidden, labels, eligible.size, units.units, units.noise, cut)
 
     def join_blocks(self, blocks: BridgeBlocks) -> PreparedSample:
         """``[block A][bridge][block B]`` with one position index over the whole."""
@@ -160,7 +178,7 @@ class SampleBuilder:
         grids = [self.pictures.planned_grid(ref) for ref in refs]
         text = sum(self.bundle.encode_text(piece).size for piece in texts)
         patches = tuple(t * h * w for t, h, w in grids)
-        return text, patches, sum(self.vision.num_units(grid) + 2 for grid in grids)
+        return text, patches, sum(self.vision.num_units(grid) + self._num_marks for grid in grids)
 
     def _share_room(self, text_a: int, text_b: int, picture_tokens: int, name: str) -> tuple[int, int]:
         """Text tokens that blocks A and B keep."""
@@ -178,7 +196,8 @@ class SampleBuilder:
         return EncodedContent(tuple(map(self.bundle.encode_text, texts)), pictures)
 
     def _picture_tokens(self, content: EncodedContent) -> int:
-        return sum(self.vision.num_units(self.pictures.grid(picture)) + 2 for picture in content.pictures)
+        grids = map(self.pictures.grid, content.pictures)
+        return sum(self.vision.num_units(grid) + self._num_marks for grid in grids)
 
     def _fit(self, content: EncodedContent, *, reserved: int) -> tuple[EncodedContent, int]:
         room = self._max_length - reserved - self._picture_tokens(content)
@@ -201,12 +220,15 @@ class SampleBuilder:
         segments: list[Segment] = [content.texts[0].size]
         for grid, text in zip(grids, content.texts[1:]):
             units = self.vision.num_units(grid)
-            parts.append(np.array([bundle.vision_start_token_id], dtype=np.int64))
-            parts.append(np.full(units, bundle.image_token_id, dtype=np.int64))
-            parts.append(np.array([bundle.vision_end_token_id], dtype=np.int64))
-            parts.append(text)
-            segments[-1] += 1
-            segments += [VisionSegment(grid), 1 + text.size]
+            pads = np.full(units, bundle.image_token_id, dtype=np.int64)
+            if self._has_marks:
+                marks = np.array([[bundle.vision_start_token_id], [bundle.vision_end_token_id]], dtype=np.int64)
+                parts += [marks[0], pads, marks[1], text]
+                segments[-1] += 1
+                segments += [VisionSegment(grid), 1 + text.size]
+            else:
+                parts += [pads, text]
+                segments[-1] += units + text.size
         if with_bridge:
             parts.append(np.array([bundle.bridge_token_id], dtype=np.int64))
             segments[-1] += 1
@@ -229,23 +251,35 @@ class SampleBuilder:
             segments, spatial_merge_size=vision.spatial_merge_size, tokens_per_second=vision.tokens_per_second
         )
 
+    def _is_eligible(self, ids: np.ndarray, settings: CorruptionSettings) -> np.ndarray:
+        """Bool, shaped as ``ids``: which tokens may be masked."""
+        if settings.eligible_tokens == "words":
+            return self.bundle.is_word(ids)
+        eligible = ~self.bundle.is_special(ids)
+        if settings.eligible_tokens == "all_but_image":
+            eligible |= (ids == self.bundle.vision_start_token_id) | (ids == self.bundle.vision_end_token_id)
+        return eligible
+
     def _corrupt_units(
         self, num_units: int, settings: CorruptionSettings, sample_id: str, *, epoch: int, step: int
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> HiddenUnits:
         if not num_units or not settings.unit_mask_ratio:
-            return NO_ROWS, None
+            return HiddenUnits(NO_ROWS, NO_ROWS if settings.by_patch else None)
         generator = corruption.seeded_generator(settings.seed, epoch, sample_id, "units")
-        masked = corruption.draw_unit_mask(num_units, ratio=settings.unit_mask_ratio, generator=generator)
-        if not self._needs_noise:
-            return masked, None
-        noise = corruption.draw_unit_noise(
-            masked.size,
-            self.vision.unit_dim,
-            kind=settings.mae_noise,
-            generator=generator,
-            step_key=(settings.seed, step),
-        )
-        return masked, noise
+        per_unit = self.vision.patches_per_unit if settings.by_patch else 1
+        masked = corruption.draw_unit_mask(num_units * per_unit, ratio=settings.unit_mask_ratio, generator=generator)
+        noise = None
+        if self._needs_noise:
+            noise = corruption.draw_unit_noise(
+                masked.size,
+                self.vision.patch_dim if settings.by_patch else self.vision.unit_dim,
+                kind=settings.mae_noise,
+                generator=generator,
+                step_key=(settings.seed, step),
+            )
+        if settings.by_patch:
+            return HiddenUnits(np.unique(masked // per_unit), masked, noise)
+        return HiddenUnits(masked, None, noise)
 
 
 def split_content(content: Content, *, has_picture: bool = False) -> tuple[list[str], list[PictureRef]]:

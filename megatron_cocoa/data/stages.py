@@ -51,7 +51,9 @@ class WarmupData:
         self.corruption = CorruptionSettings(
             seed=settings.seed,
             text_mask_ratio=stage.text_mask_ratio,
+            eligible_tokens=stage.eligible_tokens,
             unit_mask_ratio=stage.unit_mask_ratio,
+            by_patch=stage.masked_unit == "patch",
             mask_at_least_one=stage.mask_at_least_one,
             mae_noise=stage.mae_noise,
         )
@@ -84,6 +86,7 @@ class BridgeData:
         self.corruption = CorruptionSettings(
             seed=settings.seed,
             text_mask_ratio=stage.target_mask_ratio,
+            eligible_tokens=stage.eligible_tokens,
             unit_mask_ratio=stage.query_unit_mask_ratio,
             mask_at_least_one=stage.mask_at_least_one,
         )

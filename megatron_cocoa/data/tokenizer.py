@@ -52,6 +52,7 @@ class TokenizerBundle:
     special_ids: frozenset[int]
     _text_encoder: Tokenizer = field(repr=False)
     _is_special: np.ndarray = field(repr=False)
+    _is_word: list[np.ndarray] = field(default_factory=list, repr=False)
     _cache: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def encode_text(self, text: str) -> np.ndarray:
@@ -67,6 +68,19 @@ class TokenizerBundle:
     def is_special(self, ids: np.ndarray) -> np.ndarray:
         """Bool, shaped as ``ids``: which of them are in ``special_ids``."""
         return self._is_special[ids]
+
+    def is_word(self, ids: np.ndarray) -> np.ndarray:
+        """Bool, shaped as ``ids``: which are no control tokens and hold a letter, a digit, or a part of a character.
+
+        Byte-level tokens may hold a part of a character alone: whatever is written with several bytes counts.
+        """
+        if not self._is_word:
+            table = np.zeros(self.vocab_size, dtype=bool)
+            for token, index in self.tokenizer.get_vocab().items():
+                text = self.tokenizer.convert_tokens_to_string([token])
+                table[index] = any(c.isalnum() or c == "\ufffd" for c in text)
+            self._is_word.append(table & ~self._is_special)
+        return self._is_word[0][ids]
 
 
 def load_tokenizer(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.config import EvaluationSettings
+from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.evaluation.metrics import TIE_TOLERANCE
 from megatron_cocoa.evaluation.mmeb_files import Identity, folder_sha256
@@ -20,7 +21,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "megatron-core", "pillow", "n
 
 def identity_of(
     settings: EvaluationSettings, *, model_path: str | Path, processor_path: str | Path | None = None
-) -> Callable[[SampleBuilder, Benchmark], Identity]:
+) -> Callable[[SampleBuilder, PackOptions, Benchmark], Identity]:
     """Hash the model's files now, and join that with what the loaded model says later.
 
     Args:
@@ -35,7 +36,7 @@ def identity_of(
     if processor_path is not None:
         hashes["processor_sha256"] = folder_sha256(processor_path)
 
-    def complete(builder: SampleBuilder, benchmark: Benchmark) -> Identity:
+    def complete(builder: SampleBuilder, options: PackOptions, benchmark: Benchmark) -> Identity:
         bundle = builder.bundle
         recorded: dict[str, Any] = {
             "image_size": settings.image_size or "native",
@@ -44,6 +45,8 @@ def identity_of(
             "prompts": "as in the files",
             "bridge_token": bundle.tokenizer.convert_ids_to_tokens(bundle.bridge_token_id),
             "bridge_token_id": bundle.bridge_token_id,
+            "attention": options.embedding_mask.value,
+            "image_placeholder": builder.image_placeholder,
             "normalization": "l2",
             "tie_tolerance": TIE_TOLERANCE,
             "baselines": settings.baselines,

@@ -39,8 +39,13 @@ def check_golden(folder: str | Path, *, library: str = "transformers") -> list[G
 def _with_transformers(folder: Path) -> Embed:
     from megatron_cocoa.export.plain_transformers import PlainEmbedder
 
-    bridge_token, image_size = read_export_info(folder)
-    plain = PlainEmbedder(folder, bridge_token=bridge_token, image_size=image_size)
+    info = read_export_info(folder)
+    plain = PlainEmbedder(
+        folder,
+        bridge_token=info.bridge_token,
+        image_size=info.image_size,
+        bare_pictures=info.form.image_placeholder == "bare",
+    )
     return lambda text, image: plain.embed(text, image).numpy()
 
 

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cocoa.config import EmbeddingForm
+from megatron_cocoa.conversion.embedding_form import PLACEHOLDER_KEY, form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import config_of
 from megatron_cocoa.embedder import BRIDGE_KEY, IMAGE_SIZE_KEY
 
 DEFAULT_BRIDGE = "<|im_end|>"
 
 
-def make_bidirectional(folder: Path, *, bridge_token: str, image_size: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExportInfo:
+    """How an exported folder embeds.
+
+    bridge_token: carries the embedding.
+    image_size:   side in pixels of the square that pictures are resized to; None where they keep their shape.
+    form:         attention, and what stands for a picture.
+    """
+
+    bridge_token: str
+    image_size: int | None
+    form: EmbeddingForm
+
+
+def make_embedding_config(folder: Path, info: ExportInfo) -> dict[str, Any]:
     """Rewrite ``config.json`` of a model folder as that of an embedding model, and return it.
 
     transformers reads ``is_causal`` of the text model's configuration, under every attention implementation.
@@ -21,11 +38,14 @@ def make_bidirectional(folder: Path, *, bridge_token: str, image_size: int | Non
     config = json.loads(file.read_text(encoding="utf-8"))
     # Published configurations are flat: their text fields stand beside vision_config, and is_causal is then
     # not read by the text model.
-    config["text_config"] = _text_fields(config) | {"is_causal": False}
-    config[BRIDGE_KEY] = bridge_token
-    config.pop(IMAGE_SIZE_KEY, None)
-    if image_size is not None:
-        config[IMAGE_SIZE_KEY] = image_size
+    config["text_config"] = _text_fields(config) | {"is_causal": info.form.attention == "causal"}
+    config[BRIDGE_KEY] = info.bridge_token
+    for key in (IMAGE_SIZE_KEY, PLACEHOLDER_KEY):
+        config.pop(key, None)
+    if info.image_size is not None:
+        config[IMAGE_SIZE_KEY] = info.image_size
+    if info.form.image_placeholder != "full":
+        config[PLACEHOLDER_KEY] = info.form.image_placeholder
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return config
 
@@ -36,8 +56,8 @@ def _text_fields(config: dict[str, Any]) -> dict[str, Any]:
     return config_of(config, origin="config.json").to_dict()["text_config"]
 
 
-def read_export_info(folder: Path) -> tuple[str, int | None]:
-    """The token that carries the embedding of an exported folder, and the side of its pictures where it is fixed.
+def read_export_info(folder: Path) -> ExportInfo:
+    """How an exported folder embeds.
 
     Raises:
         ValueError: if the folder has no readable ``config.json``.
@@ -45,6 +65,8 @@ def read_export_info(folder: Path) -> tuple[str, int | None]:
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return content.get(BRIDGE_KEY, DEFAULT_BRIDGE), content.get(IMAGE_SIZE_KEY)
+        return ExportInfo(
+            content.get(BRIDGE_KEY, DEFAULT_BRIDGE), content.get(IMAGE_SIZE_KEY), form_of_config(content)
+        )
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read ({error}): needed a folder of tools/convert_mcore_to_hf.py") from error

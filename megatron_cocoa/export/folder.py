@@ -14,11 +14,12 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, read_info
+from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
 from megatron_cocoa.embedder import CocoaEmbedder
-from megatron_cocoa.export.export_info import DEFAULT_BRIDGE, make_bidirectional
+from megatron_cocoa.export.export_info import DEFAULT_BRIDGE, ExportInfo, make_embedding_config
 from megatron_cocoa.export.golden import write_golden
 from megatron_cocoa.export.model_card import model_card
 from megatron_cocoa.export.sentence_transformers_files import write_modules
@@ -73,7 +74,7 @@ def export_embedder(
     overwrite: bool = False,
     **conversion: Any,
 ) -> ExportReport:
-    """Write a checkpoint as a folder that other libraries load as the bidirectional embedding model.
+    """Write a checkpoint as a folder that other libraries load as the embedding model, in the form it was trained in.
 
     Args:
         mcore_path: complete checkpoint of any layout and stage.
@@ -115,7 +116,14 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     settings = run_settings(source)
     bridge_token = options.bridge_token or (settings.get("model") or {}).get("bridge_token") or DEFAULT_BRIDGE
     _check_image_size(options.image_size, folder)
-    config = make_bidirectional(folder, bridge_token=bridge_token, image_size=options.image_size)
+    form = EmbeddingForm() if info is None else info.embedding_form
+    if form.image_placeholder == "bare" and options.format == "sentence-transformers":
+        raise ValueError(
+            f"{source} was trained with contrastive.image_placeholder bare, which cannot be exported for "
+            f"sentence-transformers: with it transformers gives pictures positions in rows and columns, bare ones have "
+            f"none. Export with --format hf"
+        )
+    config = make_embedding_config(folder, ExportInfo(bridge_token, options.image_size, form))
     # The published template would put a conversation's markers between the text and the bridge.
     for name in ("chat_template.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
@@ -132,6 +140,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
         sentence_transformers=with_modules,
         image_size=options.image_size,
         golden=with_golden,
+        form=form,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if not missing and info is not None:

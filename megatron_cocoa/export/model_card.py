@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.export import plain_transformers
 
 _CARD = """\
@@ -18,12 +19,12 @@ tags:
 
 # Multimodal embedding model
 
-A {model_type} whose attention is bidirectional (`text_config.is_causal` is `false` in `config.json`), trained by the
-method of CoCoA (arXiv 2603.01471). The embedding of a text, a picture or both is the final hidden state, after the last
+A {model_type} whose attention is {attention} (`text_config.is_causal` is `{is_causal}` in `config.json`), trained by
+the method of CoCoA (arXiv 2603.01471). The embedding of a text, a picture or both is the final hidden state, after the last
 norm, at the bridge token `{bridge_token}` that follows the input, divided by its length: {hidden_size} numbers.
 
 There is no chat template between the input and the bridge. The input is
-`<|vision_start|><|image_pad|>..<|vision_end|>` for a picture, then the text as it stands (an instruction is put in
+`{placeholder}` for a picture, then the text as it stands (an instruction is put in
 front of the text), then `{bridge_token}`.
 
 ## With transformers alone
@@ -92,6 +93,7 @@ def model_card(
     sentence_transformers: bool,
     image_size: int | None = None,
     golden: bool = True,
+    form: EmbeddingForm = EmbeddingForm(),
 ) -> str:
     """Markdown for ``README.md``.
 
@@ -103,10 +105,16 @@ def model_card(
         sentence_transformers: whether the folder has modules for that library.
         image_size: side in pixels of the square that pictures are resized to; None where they keep their shape.
         golden: whether the folder has a ``golden.json``.
+        form: in which the model embeds.
     """
     arguments = "" if default_bridge else f', bridge_token="{bridge_token}"'
     arguments += "" if image_size is None else f", image_size={image_size}"
+    is_bare = form.image_placeholder == "bare"
+    arguments += ", bare_pictures=True" if is_bare else ""
     return _CARD.format(
+        attention=form.attention,
+        is_causal="true" if form.attention == "causal" else "false",
+        placeholder="<|image_pad|>.." if is_bare else "<|vision_start|><|image_pad|>..<|vision_end|>",
         library="sentence-transformers" if sentence_transformers else "transformers",
         model_type=model_type,
         hidden_size=hidden_size,

@@ -6,11 +6,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 
 class PlainEmbedder:
-    def __init__(self, folder, bridge_token="<|im_end|>", image_size=None, dtype=torch.float32):
+    def __init__(
+        self, folder, bridge_token="<|im_end|>", image_size=None, bare_pictures=False, dtype=torch.float32
+    ):
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.image_size = image_size
+        self.image_size, self.bare_pictures = image_size, bare_pictures
         names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", bridge_token)
         self.vision_start, self.image_pad, self.vision_end, self.bridge = self.tokenizer.convert_tokens_to_ids(names)
 
@@ -25,16 +27,19 @@ class PlainEmbedder:
             vision = dict(self.processor(images=[image], do_resize=self.image_size is None, return_tensors="pt"))
             units = int(vision["image_grid_thw"].prod()) // self.processor.merge_size**2
             vision["pixel_values"] = vision["pixel_values"].to(self.model.dtype)
-            ids += [self.vision_start, *[self.image_pad] * units, self.vision_end]
+            pads = [self.image_pad] * units
+            ids += pads if self.bare_pictures else [self.vision_start, *pads, self.vision_end]
         if text:
             ids += self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         input_ids = torch.tensor([[*ids, self.bridge]])
         inputs = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == self.image_pad).int(),
             **vision,
         }
+        if not self.bare_pictures:
+            # Without them transformers counts the positions of a picture like those of text.
+            inputs["mm_token_type_ids"] = (input_ids == self.image_pad).int()
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         return torch.nn.functional.normalize(hidden[0, -1].float(), dim=0)

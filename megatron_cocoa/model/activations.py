@@ -1,11 +1,13 @@
-"""SwiGLU with a backward of its own.
+"""The MLPs' activations with a backward of their own: SwiGLU, and the quick GELU of Qwen2-VL's tower.
 
-Autograd's version splits, multiplies and concatenates, and keeps five tensors of the ffn's width; this one keeps
-its input alone and writes both halves of the gradient into one buffer. It plugs in where Megatron's MLP takes a
-Transformer Engine activation module (``use_te_activation_func``), which is a slot for any module.
+Autograd's versions keep up to five tensors of the ffn's width; these keep their input alone, from which a linear that
+follows makes its own input again (``remade``). Megatron's MLP takes a plain activation as a function; SwiGLU plugs in
+where it takes a Transformer Engine module (``use_te_activation_func``), which is a slot for any module.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -13,23 +15,63 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_cocoa.model.remade import remember
 
-class _SwiGLU(torch.autograd.Function):
+ROWS_PER_BLOCK = 64
+"""Rows of a backward pass that are worked on together on a CPU, so that what lies between stays in its cache."""
+
+QUICK_GELU_SCALE = 1.702
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return torch.sigmoid(x * QUICK_GELU_SCALE).mul_(x)
+
+
+def _swiglu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    gate, up = x.chunk(2, dim=-1)
+    gate_grad, up_grad = out.chunk(2, dim=-1)
+    torch.ops.aten.silu.out(gate, out=up_grad).mul_(grad)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+
+
+def _quick_gelu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """With ``s`` the sigmoid and ``y = x s``: ``s (1 + 1.702 (x - y))``."""
+    sigmoid = torch.sigmoid(x * QUICK_GELU_SCALE)
+    torch.addcmul(x, x, sigmoid, value=-1, out=out)
+    out.mul_(QUICK_GELU_SCALE).add_(1).mul_(sigmoid).mul_(grad)
+
+
+class _Lean(torch.autograd.Function):
+    """An activation that keeps its input, and whose backward works through it block by block."""
+
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, function: Callable, backward: Callable) -> Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        ctx.differentiate = backward
+        return function(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
         out = torch.empty_like(x)
-        gate_grad, up_grad = out.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
-        torch.mul(F.silu(gate), grad, out=up_grad)
-        return out
+        rows = ROWS_PER_BLOCK if x.device.type == "cpu" else max(1, x.shape[0])
+        for parts in zip(x.split(rows), grad.split(rows), out.split(rows)):
+            ctx.differentiate(*parts)
+        return out, None, None
+
+
+def _lean(x: Tensor, function: Callable, backward: Callable) -> Tensor:
+    return remember(_Lean.apply(x, function, backward), torch.no_grad()(lambda: function(x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 x)``, the activation of Qwen2-VL's tower; any shape."""
+    return _lean(x, _quick_gelu, _quick_gelu_backward)
 
 
 class SwiGLU(MegatronModule):
@@ -39,4 +81,4 @@ class SwiGLU(MegatronModule):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SwiGLU.apply(x)
+        return _lean(x, _swiglu, _swiglu_backward)

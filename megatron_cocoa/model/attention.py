@@ -160,7 +160,8 @@ class SegmentAttention(MegatronModule):
             raise ValueError(f"the segment table covers {table.length} rows, attention has {query.shape[0]}")
         if context.cos is not None:
             query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
-        out = self.attend(query, key, value, table, self.softmax_scale)
+        # A view of the fused projection would keep all of it for the backward pass, beside the rotated copies.
+        out = self.attend(query, key, value.contiguous(), table, self.softmax_scale)
         if self.context_group is not None:
             out = heads_to_sequence(out, self.context_group)
         return out.reshape(out.shape[0], 1, -1)

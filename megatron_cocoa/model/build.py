@@ -72,6 +72,7 @@ def build_model(
         parallel=settings.parallel,
         recompute=settings.recompute,
         fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
+        decoder_layers=settings.warmup.decoder_layers,
     )
     # An adapter reads what its projection reads, which a norm fused into the projection would hide.
     provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used)

@@ -43,7 +43,7 @@ class Workload:
     window_pairs:     those of a block that sees windows; equal to ``frame_pairs`` for a tower without windows.
     supervised:       rows of the token head.
     masked_units:     rows of the image decoder's last linear.
-    decoder_tokens, decoder_pairs: rows and pairs of the image decoder's layer: the pack's, where it runs.
+    decoder_tokens, decoder_pairs: rows and pairs of each of the image decoder's layers: the pack's, where it runs.
     """
 
     samples: int = 0
@@ -181,6 +181,7 @@ def step_flops(
     extra_forward_passes: int = 0,
     language_adapter_parameters: int = 0,
     vision_adapter_parameters: int = 0,
+    decoder_layers: int = 1,
 ) -> StepFlops:
     """Operations of forward and backward over a workload.
 
@@ -196,6 +197,7 @@ def step_flops(
         extra_forward_passes: 1 where a step runs forward once more without gradients (gradient caching).
         language_adapter_parameters, vision_adapter_parameters: elements of low-rank adapters (whole model, not
             sharded) on the linears of all layers; each costs two operations a row, and they train.
+        decoder_layers: of the image decoder.
     """
     vision_trains = not freeze.vision or vision_adapter_parameters > 0
     tower = _tower(architecture.vision, workload, freeze, recompute.vision, vision_trains)
@@ -207,7 +209,10 @@ def step_flops(
     ]
     text, head_rows = architecture.text, workload.supervised
     train_language = not freeze.language
-    decoder = _decoder_layer(architecture, workload.decoder_tokens, workload.decoder_pairs)
+    decoder = [
+        number * decoder_layers
+        for number in _decoder_layer(architecture, workload.decoder_tokens, workload.decoder_pairs)
+    ]
     unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
     pixel_head = 2 * workload.masked_units * text.hidden_size * unit_dim
     layers = [

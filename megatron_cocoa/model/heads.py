@@ -78,9 +78,9 @@ def gather_embeddings(hidden_rows: Tensor, positions: Tensor, rows: LocalRows, g
 
 
 class ImageDecoder(MegatronModule):
-    """MAE's decoder: one layer as wide as the language model's, bidirectional over the sample, then a linear map.
+    """MAE's decoder: layers as wide as the language model's, bidirectional over the sample, then a linear map.
 
-    From MoCa (arXiv 2506.23115), the only published relative that shows one: the layer starts from layer
+    From MoCa (arXiv 2506.23115), the only published relative that shows one: one layer that starts from layer
     ``num_hidden_layers // 2`` of the language model, the linear map from N(0, 0.02). It reads hidden states
     after the final norm, with the same segments and rotary positions as the backbone.
     """
@@ -90,7 +90,7 @@ class ImageDecoder(MegatronModule):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.decoder = TransformerBlock(
             config=configs.image_decoder,
-            spec=block_spec(provider, configs.image_decoder, 1),
+            spec=block_spec(provider, configs.image_decoder, configs.image_decoder.num_layers),
             post_layer_norm=False,
             pre_process=True,
             post_process=True,

@@ -153,6 +153,8 @@ class QwenVL(MegatronModule):
             inside, local = rows.select(batch.unit_positions)
             output.predicted_units = self.image_decoder(hidden_states, context, local)
             output.unit_targets = batch.unit_targets.index_select(0, inside)
+            if batch.unit_patches is not None:
+                output.unit_patches = batch.unit_patches.index_select(0, inside)
         if batch.embedding_positions is not None:
             output.embeddings = gather_embeddings(hidden_rows, batch.embedding_positions, rows, self.context_group)
             if self.logit_scale is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -21,44 +20,26 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from megatron_cocoa.config import ModelSettings
 from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention
 from megatron_cocoa.model.fp8 import check_capability
+from megatron_cocoa.model.norms import Norm
+from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
 from megatron_cocoa.parallel import device
 
 
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm by ``config.normalization``, whose parameters know sequence parallelism.
-
-    Megatron's torch norm refuses sequence parallelism; under it each rank sees part of the rows, and the mark
-    on the parameters makes Megatron sum their gradients over tensor-parallel ranks.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = None
-        if config.normalization == "LayerNorm":
-            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
 class LocalProvider(LocalSpecProvider):
-    """Megatron-Core's own linears with this project's norm and attention."""
+    """Megatron-Core's own linears with this project's norm, activation and attention."""
 
     def __init__(self, attention_backend: str):
         self.attention_backend = attention_backend
+
+    def column_parallel_linear(self) -> type:
+        return RemadeColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RemadeRowParallelLinear
 
     def layer_norm(self, *args, **kwargs) -> type:
         return Norm

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
 from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
+from megatron_cocoa.model.activations import quick_gelu
 from megatron_cocoa.model.attention import check_head_split
 from megatron_cocoa.model.fp8 import check_fp8_widths, fp8_fields
 from megatron_cocoa.parallel import device
@@ -40,6 +41,7 @@ def build_configs(
     parallel: ParallelSettings,
     recompute: RecomputeSettings,
     fixed_sequence_length: bool = False,
+    decoder_layers: int = 1,
 ) -> ModelConfigs:
     """Configs for an architecture at a layout.
 
@@ -49,6 +51,7 @@ def build_configs(
         parallel: degrees.
         recompute: activation recompute of tower and language model.
         fixed_sequence_length: all packs have one length, so that pipeline stages need not exchange shapes.
+        decoder_layers: of the image decoder.
 
     Raises:
         ValueError: if heads, ffn widths or layers cannot be divided as asked.
@@ -62,18 +65,13 @@ def build_configs(
         vision=_vision(architecture, model, tower),
         projection=_projection(architecture, common),
         language=_language(architecture, model, parallel, recompute, common, fixed_sequence_length),
-        image_decoder=_image_decoder(architecture, parallel, common),
+        image_decoder=_image_decoder(architecture, parallel, common, decoder_layers),
     )
 
 
 def padded_vision_ffn(architecture: QwenVLArchitecture, multiple: int) -> int:
     """Width of the tower's ffn after zero padding to a multiple."""
     return -(-architecture.vision.intermediate_size // multiple) * multiple
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(1.702 x)``, Qwen2-VL's tower activation. Megatron's own is compiled, which CPU runs do without."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
@@ -256,5 +254,7 @@ def _language(
     )
 
 
-def _image_decoder(architecture: QwenVLArchitecture, parallel: ParallelSettings, common: dict) -> TransformerConfig:
-    return TransformerConfig(**common, **_decoder_layer(architecture, parallel), num_layers=1)
+def _image_decoder(
+    architecture: QwenVLArchitecture, parallel: ParallelSettings, common: dict, num_layers: int
+) -> TransformerConfig:
+    return TransformerConfig(**common, **_decoder_layer(architecture, parallel), num_layers=num_layers)

@@ -40,13 +40,13 @@ class ContrastiveObjective:
         matryoshka_dims: widths whose losses are averaged, each on the first so many dimensions, renormalised; empty
             takes the whole width.
         matryoshka_weights: of the widths; empty weighs them equally.
+        mask_kind: attention that the embeddings are computed under.
 
     Raises:
         ValueError: if ``temperature`` is not positive.
     """
 
     name = "contrastive"
-    mask_kind = MaskKind.BIDIRECTIONAL
 
     def __init__(
         self,
@@ -57,7 +57,9 @@ class ContrastiveObjective:
         hard_negatives_shared: bool = True,
         matryoshka_dims: Sequence[int] = (),
         matryoshka_weights: Sequence[float] = (),
+        mask_kind: MaskKind = MaskKind.BIDIRECTIONAL,
     ) -> None:
+        self.mask_kind = mask_kind
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}, must be positive")
         self.temperature = temperature

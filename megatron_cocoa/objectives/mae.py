@@ -1,7 +1,7 @@
 """Masked image reconstruction: the image decoder's pixels against the original ones, at masked units only.
 
-The unit is one merged image unit (``spatial_merge_size**2`` patches), the target whatever the data layer chose
-(processor-normalised pixels, or normalised per patch as in He et al., MAE, arXiv 2111.06377). Source: CoCoA
+The unit is one merged image unit (``spatial_merge_size**2`` patches), or one patch of it; the target whatever the data
+layer chose (processor-normalised pixels, or normalised per patch as in He et al., MAE, arXiv 2111.06377). Source: CoCoA
 (arXiv 2603.01471), stage 1.
 """
 
@@ -18,7 +18,9 @@ from megatron_cocoa.objectives.base import graph_zero, require_mask_kind, requir
 class MaeObjective:
     """Squared error per pixel value, averaged over the values of a unit and over the step's masked units.
 
-    Every unit has the same number of values, so this is the mean over all masked values.
+    Where a batch says which patches of its units are masked (``unit_patches``), those patches take the units' place:
+    the decoder predicts whole units, and what it predicts of patches that it could see counts nothing. All units, and
+    all patches, have the same number of values, so either is the mean over all masked values.
 
     Args:
         mask_kind: attention under which the units are predicted.
@@ -32,25 +34,36 @@ class MaeObjective:
         self.weights: Mapping[str, float] = {self.term: 1.0}
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        """``{"mae": masked units}`` of the whole micro-batch, see ``LocalObjective.counts``."""
+        """``{"mae": masked units, or patches}`` of the whole micro-batch, see ``LocalObjective.counts``."""
         require_mask_kind(self, batch)
+        if batch.unit_patches is not None:
+            return {self.term: int(batch.unit_patches.sum())}
         return {self.term: 0 if batch.unit_positions is None else batch.unit_positions.shape[0]}
 
     def loss(
         self, output: ModelOutput, batch: PackedBatch, totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over local units of the mean squared error, over ``totals["mae"]``, see ``LocalObjective.loss``.
+        """Sum over local units, or patches, of the mean squared error, over ``totals["mae"]``, see
+        ``LocalObjective.loss``.
 
         Raises:
             ValueError: if predictions and targets differ in shape, the decoder's rows cannot belong to this
                 batch, or ``totals`` does not cover it.
         """
-        labelled = self.counts(batch)[self.term]
+        require_mask_kind(self, batch)
         predicted = output.predicted_units
         rows = None if predicted is None else predicted.shape[0]
+        labelled = 0 if batch.unit_positions is None else batch.unit_positions.shape[0]
         require_rows(self.term, found=rows, labelled=labelled)
-        local_sum = graph_zero(output) if predicted is None else unit_errors(predicted, output.unit_targets).sum()
-        loss = share_of_total(local_sum, term=self.term, local_count=rows or 0, totals=totals)
+        count = rows or 0
+        if predicted is None:
+            local_sum = graph_zero(output)
+        elif batch.unit_patches is None:
+            local_sum = unit_errors(predicted, output.unit_targets).sum()
+        else:
+            local_sum = patch_errors(predicted, output.unit_targets, output.unit_patches).sum()
+            count = int(output.unit_patches.sum())
+        loss = share_of_total(local_sum, term=self.term, local_count=count, totals=totals)
         return loss, {self.term: local_sum.detach()}
 
 
@@ -64,7 +77,30 @@ def unit_errors(predicted: Tensor, targets: Tensor | None) -> Tensor:
     Raises:
         ValueError: if the shapes differ; broadcasting would hide it.
     """
+    _require_same_shape(predicted, targets)
+    return (predicted.float() - targets.float()).square().mean(dim=-1)
+
+
+def patch_errors(predicted: Tensor, targets: Tensor | None, masked: Tensor | None) -> Tensor:
+    """Mean squared error of each masked patch, float32 ``(units, patches)``, and zero at patches that are not masked.
+
+    Args:
+        predicted, targets: ``(units, patches * patch_dim)``, as ``unit_errors``.
+        masked: bool ``(units, patches)``.
+
+    Raises:
+        ValueError: as ``unit_errors``, or if ``masked`` has other rows.
+    """
+    _require_same_shape(predicted, targets)
+    if masked is None or masked.shape[0] != predicted.shape[0]:
+        found = None if masked is None else tuple(masked.shape)
+        raise ValueError(f"unit_patches of {predicted.shape[0]} predicted units has shape {found}: they must agree")
+    squares = (predicted.float() - targets.float()).square()
+    # Chosen and not multiplied: a prediction that overflowed at a patch that does not count must not make NaN.
+    return squares.unflatten(-1, (masked.shape[1], -1)).mean(dim=-1).where(masked, 0.0)
+
+
+def _require_same_shape(predicted: Tensor, targets: Tensor | None) -> None:
     found = None if targets is None else tuple(targets.shape)
     if found != tuple(predicted.shape):
         raise ValueError(f"predicted_units has shape {tuple(predicted.shape)}, unit_targets {found}: they must agree")
-    return (predicted.float() - targets.float()).square().mean(dim=-1)

@@ -34,5 +34,6 @@ def build_objective(stage: str, settings: TrainSettings) -> LocalObjective | Glo
             hard_negatives_shared=own.hard_negatives_shared,
             matryoshka_dims=own.matryoshka_dims,
             matryoshka_weights=own.matryoshka_weights,
+            mask_kind=MaskKind(own.attention),
         )
     raise ValueError(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")

@@ -36,7 +36,7 @@ class WarmupObjective:
         self.weights: Mapping[str, float] = {MntpObjective.term: 1.0, MaeObjective.term: mae_weight}
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        """``{"mntp": masked text tokens, "mae": masked units}``, see ``LocalObjective.counts``."""
+        """``{"mntp": masked text tokens, "mae": masked units, or patches}``, see ``LocalObjective.counts``."""
         return {term: count for part in self._terms for term, count in part.counts(batch).items()}
 
     def loss(

@@ -1,8 +1,8 @@
 """Bytes that one transformer layer keeps between forward and backward, by recompute mode and kernels.
 
-Derived from the tensors that this project's layers save, one by one: the input of each norm and each linear, the
-qkv projection (the values are a view of it), rotated queries and keys, attention's output and its row statistics,
-the input of the activation. Shape legend: rows of a pack on this rank, h hidden, q and g width of all query and
+Derived from the tensors that this project's layers save, one by one: the input of each norm, of each linear that
+cannot make it again (``model/remade.py``) and of the activation, rotated queries and keys, values, attention's output
+and its row statistics. Shape legend: rows of a pack on this rank, h hidden, q and g width of all query and
 all key-value heads, f ffn width, t tensor parallel degree; with sequence parallelism whatever lies outside of
 attention and MLP has rows / t.
 """
@@ -23,20 +23,20 @@ Recompute = Literal["none", "selective", "full"]
 class Kernels:
     """What differs between implementations of the same layer.
 
-    fused_norm:       RMSNorm keeps its input as it is (Transformer Engine, torch on a GPU); torch on the CPU keeps
-                      two FP32 copies.
+    remakes_inputs:   linears behind a norm or an activation make their input again (this project's local layers);
+                      Transformer Engine's keep it.
     attention_copies: attention leaves its output in another order than the pack's, and it is copied (SDPA over
                       buckets of segments); variable-length kernels write it in place.
     releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``).
     """
 
-    fused_norm: bool
+    remakes_inputs: bool
     attention_copies: bool
     releases_outputs: bool
 
 
-GPU_KERNELS = Kernels(fused_norm=True, attention_copies=False, releases_outputs=True)
-CPU_KERNELS = Kernels(fused_norm=False, attention_copies=True, releases_outputs=False)
+GPU_KERNELS = Kernels(remakes_inputs=False, attention_copies=False, releases_outputs=True)
+CPU_KERNELS = Kernels(remakes_inputs=True, attention_copies=True, releases_outputs=False)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,6 @@ def layer_memory(
     kernels: Kernels,
     *,
     recompute: Recompute,
-    gathers: bool,
     layers_per_block: int = 1,
     trains: bool = True,
 ) -> LayerMemory:
@@ -129,21 +128,20 @@ def layer_memory(
         rows: of the pack on this rank (a context-parallel share).
         kernels: at hand.
         recompute: of this layer.
-        gathers: keys and values are copied segment by segment, so that the projection need not be kept: the
-            bridged masks everywhere, and under SDPA any segments that cannot be viewed as one block.
         layers_per_block: layers that one recomputed block holds under ``full``.
         trains: False where its weights are frozen and gradients pass through it: linears then keep no input.
     """
     outside = _rows_outside(shape, rows)
     residual = outside * shape.hidden * shape.element
-    attention = _attention(shape, rows, kernels, gathers=gathers)
-    rest = 2 * norm_saved(shape, rows, kernels) + 2 * residual + _mlp(shape, rows)
+    attention = _attention(shape, rows, kernels)
+    rest = 2 * norm_saved(shape, rows) + _mlp_input(shape, rows)
+    if trains and not kernels.remakes_inputs:
+        # The inputs that the weights' gradients need.
+        rest += 2 * residual + rows * shape.ffn * shape.element // shape.tensor_parallel
     if not trains:
-        rest -= 2 * residual + rows * shape.ffn * shape.element // shape.tensor_parallel
-        rest -= 8 * outside * shape.hidden if _is_composite(shape, kernels) else 0
         attention -= rows * shape.query * shape.element // shape.tensor_parallel if kernels.attention_copies else 0
     everything = rest + attention
-    working = _working(shape, rows)
+    working = _working(shape, rows, kernels)
     if recompute == "none":
         return LayerMemory(everything, 0, working)
     if recompute == "full":
@@ -152,27 +150,19 @@ def layer_memory(
     return LayerMemory(rest + kept, attention, working)
 
 
-def norm_saved(shape: LayerShape, rows: int, kernels: Kernels) -> int:
-    """Bytes that a norm keeps of its input; its output is the next linear's."""
-    width = 8 if _is_composite(shape, kernels) else shape.element
-    return _rows_outside(shape, rows) * (shape.hidden * width + 4)
-
-
-def _is_composite(shape: LayerShape, kernels: Kernels) -> bool:
-    """Whether the norm is made of FP32 steps: its input, and the normalised one, which only its weight needs."""
-    return shape.rms_norm and not kernels.fused_norm
+def norm_saved(shape: LayerShape, rows: int) -> int:
+    """Bytes that a norm keeps: its input and a number a row."""
+    return _rows_outside(shape, rows) * (shape.hidden * shape.element + 4)
 
 
 def _rows_outside(shape: LayerShape, rows: int) -> int:
     return -(-rows // shape.tensor_parallel) if shape.sequence_parallel else rows
 
 
-def _attention(shape: LayerShape, rows: int, kernels: Kernels, *, gathers: bool) -> int:
-    """Values (with the projection that they are a view of), rotated keys and queries, output, row statistics."""
-    exchanged = shape.context_parallel > 1
-    values = shape.key_value if gathers or exchanged else shape.query + 2 * shape.key_value
-    copied = shape.query if kernels.attention_copies or exchanged else 0
-    width = values + shape.key_value + 2 * shape.query + copied
+def _attention(shape: LayerShape, rows: int, kernels: Kernels) -> int:
+    """Values, rotated keys and queries, output, row statistics."""
+    copied = shape.query if kernels.attention_copies or shape.context_parallel > 1 else 0
+    width = 2 * shape.key_value + 2 * shape.query + copied
     return rows * (width * shape.element + 4 * shape.heads) // shape.tensor_parallel
 
 
@@ -183,19 +173,20 @@ def _attention_inputs(shape: LayerShape, rows: int) -> int:
     return rows * width * shape.element // shape.tensor_parallel
 
 
-def _mlp(shape: LayerShape, rows: int) -> int:
-    """Gated: the input of SwiGLU, twice as wide, and its output. Plain: input, sigmoid and output."""
-    return rows * 3 * shape.ffn * shape.element // shape.tensor_parallel
+def _mlp_input(shape: LayerShape, rows: int) -> int:
+    """Of the activation: twice as wide as the ffn where gated."""
+    return rows * (1 + shape.gated) * shape.ffn * shape.element // shape.tensor_parallel
 
 
-def _working(shape: LayerShape, rows: int) -> int:
-    """At the activation's backward, when its output is gone: the gradients on both sides and a temporary; or at a
-    weight's gradient, before it is added to the FP32 buffer.
+def _working(shape: LayerShape, rows: int, kernels: Kernels) -> int:
+    """At the activation's backward: the gradients on both sides and, unless its output is gone by then, a temporary;
+    or at a weight's gradient, before it is added to the FP32 buffer.
 
     The residual's gradient and the branch's lie beside it.
     """
     width = shape.ffn * shape.element // shape.tensor_parallel
     wide = 2 if shape.gated else 1
     activation = rows * width * (wide + 1)
-    first, second = width * wide * shape.hidden - rows * width, width * (shape.hidden + rows)
+    first = width * wide * shape.hidden - (0 if kernels.remakes_inputs else rows * width)
+    second = width * shape.hidden + rows * width * (1 + kernels.remakes_inputs)
     return max(activation, first, second) + 2 * _rows_outside(shape, rows) * shape.hidden * shape.element

@@ -186,7 +186,6 @@ def _microbatch(
         rows,
         kernels,
         recompute=settings.recompute.language,
-        gathers=pack.gathers_text,
         layers_per_block=settings.recompute.language_num_layers,
         trains=not settings.freeze.language,
     )
@@ -196,15 +195,13 @@ def _microbatch(
     # Sequence parallelism gathers whole rows before a linear and scatters its input's gradient after it.
     gathered = 2 * whole if shape.sequence_parallel else 0
     language = number * layer.saved + pack.tokens * text.head_dim * shape.element
-    if not kernels.fused_norm and not is_first and settings.recompute.language != "full":
-        language += residual
     if not kernels.releases_outputs and not is_last:
         language += residual
     tower, tower_layer = _tower(architecture, settings, pack, kernels) if is_first else (0, LayerMemory(0, 0, 0))
     head, moment = 0, 0
     if is_last:
         head, moment = _heads(architecture, settings, pack, kernels, rows)
-        language += norm_saved(shape, rows, kernels)
+        language += norm_saved(shape, rows)
         if is_first and pack.reorders:
             # The pixels as they came, while the loss is computed; only their reordered copy is kept.
             moment += pack.patches * architecture.vision.patch_dim * shape.element
@@ -240,7 +237,6 @@ def _tower(
         rows,
         kernels,
         recompute=settings.recompute.vision,
-        gathers=pack.gathers_pictures,
         layers_per_block=settings.recompute.vision_num_layers,
     )
     units = pack.patches // vision.merge_unit
@@ -248,7 +244,7 @@ def _tower(
     wide = rows * vision.hidden_size * shape.element
     saved = features
     if not (settings.freeze.vision and settings.freeze.merger):
-        saved += norm_saved(shape, rows, kernels) + wide + 2 * wide // shape.tensor_parallel
+        saved += norm_saved(shape, rows) + wide + 2 * wide // shape.tensor_parallel
     if settings.freeze.vision:
         return saved, LayerMemory(0, 0, 0)
     tables = rows * (vision.hidden_size // vision.num_heads) * 4
@@ -274,9 +270,9 @@ def _heads(
     weight = vocabulary * text.hidden_size * shape.element if supervised and trains else 0
     moment = max(logits * shape.element, weight - logits * (4 - shape.element))
     if pack.runs_decoder:
-        layer = layer_memory(shape, rows, kernels, recompute="none", gathers=pack.gathers_text)
+        layer = layer_memory(shape, rows, kernels, recompute="none")
         pixels = units * vision.merge_unit * vision.patch_dim
-        saved += layer.saved + units * shape.hidden * shape.element + pixels * 4
+        saved += settings.warmup.decoder_layers * layer.saved + units * shape.hidden * shape.element + pixels * 4
         error = pixels * (3 * shape.element + (8 if shape.element == 4 else 12) - 4)
         moment = max(moment, error, layer.working - pixels * 4)
     return saved, moment

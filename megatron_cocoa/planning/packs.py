@@ -23,7 +23,6 @@ class PackShape:
     masked_units: rows of the image decoder's last linear.
     runs_decoder: whether the image decoder runs.
     embeddings:   rows that are embeddings; two a pair, and its hard negatives.
-    gathers_text, gathers_pictures: see ``activations.layer_memory``, for language model and tower.
     reorders:     pixels are copied into window order.
     """
 
@@ -33,17 +32,11 @@ class PackShape:
     masked_units: int = 0
     runs_decoder: bool = False
     embeddings: int = 0
-    gathers_text: bool = False
-    gathers_pictures: bool = False
     reorders: bool = False
 
     @classmethod
-    def of(cls, batch: PackedBatch, architecture: QwenVLArchitecture, *, sdpa: bool) -> PackShape:
-        """Of a batch at hand; ``sdpa`` views equal samples only, variable-length kernels any that do not overlap."""
-        vision = architecture.vision
-        windows = vision.window_units
-        sides = {side // vision.spatial_merge_size for _, h, w in batch.grid_thw for side in (h, w)}
-        ragged = len(set(batch.grid_thw)) > 1 or bool(windows and any(side % windows for side in sides))
+    def of(cls, batch: PackedBatch, architecture: QwenVLArchitecture) -> PackShape:
+        """Of a batch at hand."""
         units = batch.unit_positions
         return cls(
             tokens=batch.num_tokens,
@@ -52,9 +45,7 @@ class PackShape:
             masked_units=0 if units is None else units.shape[0],
             runs_decoder=units is not None,
             embeddings=0 if batch.embedding_positions is None else batch.embedding_positions.shape[0],
-            gathers_text=batch.mask_kind.needs_bridge or (sdpa and len(set(batch.sample_lengths)) > 1),
-            gathers_pictures=sdpa and ragged,
-            reorders=windows is not None,
+            reorders=architecture.vision.window_size is not None,
         )
 
 
@@ -85,8 +76,9 @@ def expected_pack(
     side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
     limit = settings.data.max_length
     units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
-    # A picture stands between a start and an end token.
-    length = units + 2 + text_tokens if values.image_size is not None else limit
+    # A picture stands between a start and an end token, unless it stands bare.
+    marks = 2 if values.embedding_form.image_placeholder == "full" else 0
+    length = units + marks + text_tokens if values.image_size is not None else limit
     if length > limit:
         raise ValueError(
             f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
@@ -97,7 +89,11 @@ def expected_pack(
     supervised, masked_units = 0, 0
     if stage == "warmup":
         supervised = round(samples * text_tokens * settings.warmup.text_mask_ratio)
-        masked_units = round(samples * units * settings.warmup.unit_mask_ratio)
+        ratio = settings.warmup.unit_mask_ratio
+        if settings.warmup.masked_unit == "patch":
+            # A unit is predicted where any of its patches is hidden.
+            ratio = 1 - (1 - ratio) ** architecture.vision.merge_unit
+        masked_units = round(samples * units * ratio)
     elif stage == "bridge":
         supervised = round(samples * text_tokens * settings.bridge.target_mask_ratio)
     return PackShape(
@@ -107,7 +103,6 @@ def expected_pack(
         masked_units=masked_units,
         runs_decoder=stage == "warmup",
         embeddings=samples if stage == "contrastive" else 0,
-        gathers_text=stage == "bridge",
         reorders=architecture.vision.window_size is not None,
     )
 

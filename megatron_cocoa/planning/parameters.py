@@ -59,7 +59,7 @@ def rank_parameters(
     if is_last and with_image_decoder:
         unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
         share = unit_dim // parallel.tensor_model_parallel_size
-        tensors += [(size, True) for size in _decoder_layer(architecture, parallel)]
+        tensors += [(size, True) for size in _decoder_layer(architecture, parallel)] * settings.warmup.decoder_layers
         tensors += [(share * architecture.text.hidden_size, True), (share, True)]
     trainable = [size for size, trains in tensors if trains]
     return RankParameters(

@@ -12,7 +12,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.store import INFO_FILE
-from megatron_cocoa.config import StageSettings, TrainSettings
+from megatron_cocoa.config import EmbeddingForm, StageSettings, TrainSettings
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.geometry import VisionGeometry
@@ -52,6 +52,7 @@ class RunContext:
             mask_token_id=self.bundle.mask_token_id,
             used_rows=self.bundle.vocab_size_used,
             initializer_range=self.hf_config["text_config"]["initializer_range"],
+            decoder_init=settings.warmup.decoder_init,
         )
 
     @property
@@ -66,11 +67,11 @@ class RunContext:
 
 
 def evaluation_parts(
-    context: RunContext, stage: StageSettings, *, needs_pixels: bool = True
+    context: RunContext, stage: StageSettings, *, form: EmbeddingForm | None = None, needs_pixels: bool = True
 ) -> tuple[SampleBuilder, PackOptions]:
     """What evaluation batches are built with, for the run's data and model folders at its layout.
 
-    Pictures are sized as ``stage`` sizes them.
+    Pictures are sized as ``stage`` sizes them, and things embedded in its form, or in ``form``.
 
     Packs are as long as their samples also where training fills a fixed budget: each is run by itself.
     """
@@ -86,6 +87,7 @@ def evaluation_parts(
         max_image_tokens=stage.max_image_tokens,
         pad_to_multiple_of=context.pad_to_multiple_of,
         needs_pixels=needs_pixels,
+        form=form or stage.embedding_form,
     )
 
 

@@ -44,7 +44,9 @@ def bridge_evidence(
     if len(rows) < 2:
         return None
     builder, options = evaluation_parts(context, stage)
-    corruption = CorruptionSettings(seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio)
+    corruption = CorruptionSettings(
+        seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio, eligible_tokens=stage.eligible_tokens
+    )
     kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
     own, other = (
         sample_losses(
@@ -81,7 +83,9 @@ def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> lis
     corruption = CorruptionSettings(
         seed=context.settings.seed,
         text_mask_ratio=stage.text_mask_ratio,
+        eligible_tokens=stage.eligible_tokens,
         unit_mask_ratio=stage.unit_mask_ratio,
+        by_patch=stage.masked_unit == "patch",
         mae_noise=stage.mae_noise,
     )
     batch = collate_warmup([builder.warmup(row, corruption, epoch=0, step=0) for row in rows], options)
@@ -98,17 +102,30 @@ def _pictures(
     unit_of_row = {int(row): unit for unit, row in enumerate(batch.feature_positions)}
     masked_units = torch.tensor([unit_of_row[int(row)] for row in batch.unit_positions])
     original, filled = units.clone(), units.clone()
+    if batch.unit_patches is not None:
+        # Patches that could be seen stay as they are.
+        seen = ~batch.unit_patches.repeat_interleave(batch.pixel_values.shape[1], dim=1)
+        predicted = predicted.where(~seen, batch.unit_targets.float())
     original[masked_units], filled[masked_units] = batch.unit_targets.float(), predicted
     draw = _painter(context)
     found, start = [], 0
     for row, grid in zip(rows, batch.grid_thw):
         end = start + grid[0] * grid[1] * grid[2] // per_unit
         here = (masked_units >= start) & (masked_units < end)
-        error = (predicted[here] - batch.unit_targets[here].float()).square().mean() if here.any() else None
+        error = _mean_error(predicted[here], batch, here) if here.any() else None
         masked, reconstructed, true = (draw(x[start:end], grid) for x in (units, filled, original))
         found.append(Reconstruction(row.caption, masked, reconstructed, true, None if error is None else float(error)))
         start = end
     return found
+
+
+def _mean_error(predicted: torch.Tensor, batch: PackedBatch, here: torch.Tensor) -> torch.Tensor:
+    """Squared error per hidden value of the units that ``here`` chooses."""
+    squares = (predicted - batch.unit_targets[here].float()).square()
+    if batch.unit_patches is None:
+        return squares.mean()
+    # Where a patch was seen, prediction and target are equal by now.
+    return squares.sum() / (batch.unit_patches[here].sum() * batch.pixel_values.shape[1])
 
 
 def _painter(context: RunContext):

@@ -79,6 +79,8 @@ def check_same_run(settings: TrainSettings, output: Path) -> None:
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): the run in {output} cannot be resumed") from error
     now = _flat(settings_to_dict(settings))
+    # A run of an earlier version did what the defaults of settings that it did not have say.
+    before = _flat(settings_to_dict(TrainSettings())) | before
     stages = before.get("stages", [])
     if now["stages"][: len(stages)] != stages:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
-from megatron_cocoa.config import StageSettings
+from megatron_cocoa.config import EmbeddingForm, StageSettings
 from megatron_cocoa.data.evaluation_batches import embedding_batch
 from megatron_cocoa.data.sources import CaptionRow, Content, read_captions
 from megatron_cocoa.evaluation.embed import embed
@@ -57,14 +58,28 @@ class RetrievalProbe:
 
     Args:
         context: of the run.
-        stage: pictures are sized as this stage sizes them.
+        stage: pictures are sized as this stage sizes them, and things embedded in its form.
         batch_size: items per pack.
     """
 
     def __init__(self, context: RunContext, stage: StageSettings, *, batch_size: int = 64):
         self.pools = read_pools(context)
         self.batch_size = batch_size
+        self._context, self._stage = context, stage
+        self.form = stage.embedding_form
         self.builder, self.options = evaluation_parts(context, stage, needs_pixels=topology.is_pipeline_first_stage())
+
+    def in_form(self, form: EmbeddingForm) -> RetrievalProbe:
+        """The same for a model that embeds in another form."""
+        if form == self.form:
+            return self
+        other = copy.copy(self)
+        needs_pixels = topology.is_pipeline_first_stage()
+        other.form = form
+        other.builder, other.options = evaluation_parts(
+            self._context, self._stage, form=form, needs_pixels=needs_pixels
+        )
+        return other
 
     def embed(self, model: Model, pool: Pool) -> PoolEmbeddings:
         """Captions and pictures of a pool, on every rank."""

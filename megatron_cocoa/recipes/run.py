@@ -20,6 +20,11 @@ from megatron_cocoa.recipes.stages import StageSummary, build_loader, build_with
 from megatron_cocoa.settings import save_settings
 from megatron_cocoa.training.stopping import StopWatch
 
+BARE_WARNING = (
+    "Warning: contrastive.image_placeholder is bare, as in the authors' stage 3: pictures get the positions of text "
+    "there, without rows and columns, unlike in the earlier stages and in pretraining"
+)
+
 BASELINE = "baseline"
 """Folder of contrastive learning alone."""
 
@@ -131,6 +136,7 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
         f"context {parallel.context_parallel_size} x data {topology.data_parallel_size()}",
         f"Weights: {context.weight_source(None).describe()}",
         *([f"Resumed: {'; '.join(resumed)}"] if resumed else []),
+        *([BARE_WARNING] if settings.contrastive.image_placeholder == "bare" else []),
     )
 
 
@@ -190,7 +196,9 @@ class _Stages:
         if self.probe is None:
             return
         model = build_with_weights(self.context, checkpoint=None, with_image_decoder=False)
-        self.findings.recall += self.probe.recall(model, label="untrained", kind="untrained")
+        settings = self.context.settings
+        probe = self.probe.in_form(settings.stage(settings.stages[0]).embedding_form)
+        self.findings.recall += probe.recall(model, label="untrained", kind="untrained")
         del model
         device.release_memory()
 
@@ -201,7 +209,8 @@ class _Stages:
         if name == BASELINE:
             findings.recall += self.probe.recall(model, label="contrastive alone", kind="baseline")
             return
-        findings.recall += self.probe.recall(model, label=f"after {name}", kind="stage")
+        probe = self.probe.in_form(context.settings.stage(name).embedding_form)
+        findings.recall += probe.recall(model, label=f"after {name}", kind="stage")
         if name == "warmup":
             findings.reconstructions = reconstructions(context, model)
         if name == "bridge":
@@ -209,4 +218,4 @@ class _Stages:
                 evidence = bridge_evidence(context, model, pool=pool, label=f"after {name}, {pictures}")
                 findings.bridge += [] if evidence is None else [evidence]
         if name == context.settings.stages[-1]:
-            findings.strips = self.probe.strips(model, Path(context.settings.data.path))
+            findings.strips = probe.strips(model, Path(context.settings.data.path))

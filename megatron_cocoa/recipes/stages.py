@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -180,6 +180,7 @@ def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
         mask_token_id=context.bundle.mask_token_id,
         bridge_token_id=context.bundle.bridge_token_id,
         hf_config=context.hf_config,
+        **asdict(context.settings.stage(stage).embedding_form),
     )
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
-from megatron_cocoa.checkpoint.writer import CheckpointWriter, is_complete
+from megatron_cocoa.checkpoint.writer import CheckpointWriter, is_complete, remove_incomplete
 from megatron_cocoa.model.adapters import merged_adapters
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
@@ -82,7 +82,8 @@ class StageCheckpoints:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a run that was ended in the middle of a write or a removal left below ``folder``; on one rank."""
-    for path in folder.glob("step-*.*") if folder.is_dir() else []:
+    remove_incomplete(folder, "step-*")
+    for path in folder.glob("step-*.removed") if folder.is_dir() else []:
         shutil.rmtree(path)
 
 

@@ -60,6 +60,7 @@ class SpeedMeter:
             extra_forward_passes=extra_forward_passes,
             language_adapter_parameters=self.language_adapter_parameters,
             vision_adapter_parameters=self.vision_adapter_parameters,
+            decoder_layers=self.settings.warmup.decoder_layers,
         )
         gpu_seconds = seconds * self.num_gpus
         metrics = {

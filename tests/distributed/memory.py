@@ -146,7 +146,7 @@ def measured_step(
     architecture = small_architecture(family)
     multiple = layout.tensor_model_parallel_size * layout.context_parallel_size
     batches = [small_batch(architecture, stage, multiple=multiple, seed=i) for i in range(num_microbatches)]
-    packs = [PackShape.of(batch, architecture, sdpa=True) for batch in batches]
+    packs = [PackShape.of(batch, architecture) for batch in batches]
     batches = [_as_loaded(batch) for batch in batches]
     measured = _measure(architecture, settings, stage, batches)
     plan = stage_memory(

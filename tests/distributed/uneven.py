@@ -32,9 +32,11 @@ CORRUPTION = CorruptionSettings(seed=3, text_mask_ratio=0.5, unit_mask_ratio=0.5
 HARD = dict(num_hard_negatives=HARD_NEGATIVES)
 OBJECTIVES: dict[str, tuple[str, dict]] = {
     "warmup": ("warmup", {}),
+    "warmup-by-patch": ("warmup", dict(masked_unit="patch", decoder_layers=2, decoder_init="random")),
     "bridge-faithful": ("bridge", {}),
     "bridge-strict": ("bridge", dict(bridge_sees_target=False)),
     "contrastive": ("contrastive", {}),
+    "contrastive-causal-bare": ("contrastive", dict(attention="causal", image_placeholder="bare")),
     "contrastive-symmetric": ("contrastive", dict(symmetric=True, mask_equal_targets=True)),
     "contrastive-hard-negatives": ("contrastive", HARD),
     "contrastive-own-hard-negatives": ("contrastive", HARD | dict(hard_negatives_shared=False)),
@@ -71,14 +73,18 @@ def uneven_batches(context: RunContext, stage: str, *, packs: int) -> list[Packe
     builder, options = evaluation_parts(context, context.settings.stage(stage))
     options = replace(options, defer_floats=packs > 1)
     make, collate = _STAGES[stage]
+    if context.settings.warmup.masked_unit == "patch":
+        make = functools.partial(make, corruption=replace(CORRUPTION, by_patch=True))
     size = ROWS // packs
     groups = [range(start, start + size) for start in range(0, ROWS, size)]
     return [collate([s for row in group for s in make(builder, row)], options, context.settings) for group in groups]
 
 
-def _warmup(builder: SampleBuilder, row: int) -> list[PreparedSample]:
+def _warmup(
+    builder: SampleBuilder, row: int, *, corruption: CorruptionSettings = CORRUPTION
+) -> list[PreparedSample]:
     if row in PICTURE_ROWS:
-        sample = builder.warmup(CaptionRow(str(row), f"images/{row}.png", TEXTS[row]), CORRUPTION, epoch=0)
+        sample = builder.warmup(CaptionRow(str(row), f"images/{row}.png", TEXTS[row]), corruption, epoch=0)
         return [replace(sample, text_rows=NO_ROWS, text_labels=NO_ROWS)]
     sample = builder.embedding(str(row), Content(TEXTS[row]))
     rows = np.arange(0, sample.input_ids.size - 1, 2)

@@ -49,7 +49,7 @@ def vectors_of(plain: PlainEmbedder, items: list) -> np.ndarray:
 def main(folder: str) -> None:
     ours = CocoaEmbedder.from_pretrained(folder)
     theirs = SentenceTransformer(folder, local_files_only=True, model_kwargs={"dtype": "float32"})
-    plain = PlainEmbedder(folder, bridge_token=read_export_info(Path(folder))[0])
+    plain = PlainEmbedder(folder, bridge_token=read_export_info(Path(folder)).bridge_token)
     texts = ["a", "a red house " * 10, "sol", "Gr\u00fc\u00dfe, 3 \u20ac", "the moon and two trees"]
     sizes = [(56, 56), (140, 60), (70, 154), (30, 31), (400, 300)]
     pictures = [picture(*size) for size in sizes]

@@ -21,6 +21,7 @@ class Case:
     key_value_heads: int = 2
     layers: int = 4
     image_decoder: bool = False
+    decoder_layers: int = 1
     parallel: dict = field(default_factory=dict)
     recompute: dict = field(default_factory=dict)
     freeze: dict = field(default_factory=dict)
@@ -71,6 +72,7 @@ SINGLE = [
     Case("frozen-all-but-image-decoder", image_decoder=True, freeze=dict(vision=True, merger=True, language=True)),
     Case("vision-ffn-padded", model=dict(vision_ffn_multiple=16)),
     *(Case(f"image-decoder-{family}", family=family, image_decoder=True) for family in BOTH),
+    Case("image-decoder-of-3-layers", image_decoder=True, decoder_layers=3),
 ]
 
 TWO = [
@@ -91,6 +93,7 @@ TWO = [
     Case("tp2-sp-eos_bridged", 2, kind=MaskKind.EOS_BRIDGED, parallel=_layout(tp=2, sp=True)),
     Case("tp2-image-decoder", 2, image_decoder=True, parallel=_layout(tp=2)),
     Case("tp2-sp-image-decoder", 2, image_decoder=True, parallel=_layout(tp=2, sp=True)),
+    Case("tp2-sp-image-decoder-of-2-layers", 2, image_decoder=True, decoder_layers=2, parallel=_layout(tp=2, sp=True)),
 ]
 
 TWO += [
@@ -124,6 +127,7 @@ TWO += [
     Case("pp2-pictures-in-every-second-batch", 2, samples="alternating", num_microbatches=4, parallel=_layout(pp=2)),
     Case("pp2-no-pictures", 2, samples="text_only", num_microbatches=3, parallel=_layout(pp=2)),
     *_bridged("pp2", 2, num_microbatches=5, parallel=_layout(pp=2)),
+    Case("pp2-image-decoder-of-2-layers", 2, image_decoder=True, decoder_layers=2, parallel=_layout(pp=2)),
     Case("pp2-image-decoder", 2, image_decoder=True, num_microbatches=5, parallel=_layout(pp=2)),
     *(Case(f"cp2-{family}", 2, family, parallel=_layout(cp=2)) for family in BOTH),
     Case("cp2-causal", 2, kind=MaskKind.CAUSAL, parallel=_layout(cp=2)),
@@ -136,6 +140,7 @@ TWO += [
     Case("cp2-recompute-full", 2, parallel=_layout(cp=2), recompute=FULL),
     Case("cp2-frozen-language", 2, parallel=_layout(cp=2), freeze=dict(language=True)),
     *_bridged("cp2", 2, parallel=_layout(cp=2)),
+    Case("cp2-image-decoder-of-2-layers", 2, image_decoder=True, decoder_layers=2, parallel=_layout(cp=2)),
     Case("cp2-image-decoder", 2, image_decoder=True, parallel=_layout(cp=2)),
     *(Case(f"dp2-{family}", 2, family, parallel=_layout()) for family in BOTH),
     Case("dp2-overlap", 2, num_microbatches=2, parallel=_layout(overlap_grad_reduce=True)),

@@ -15,7 +15,14 @@ from megatron_cocoa.batch import MaskKind, ModelOutput, PackedBatch
 from megatron_cocoa.checkpoint import convert
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import NameTable, flat_spelling
-from megatron_cocoa.config import FreezeSettings, ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
+from megatron_cocoa.config import (
+    FreezeSettings,
+    ModelSettings,
+    ParallelSettings,
+    RecomputeSettings,
+    TrainSettings,
+    WarmupSettings,
+)
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.model.heads import local_rows
 from megatron_cocoa.model.language import padded_vocab_size
@@ -38,6 +45,7 @@ def settings_of(case: Case) -> TrainSettings:
         parallel=ParallelSettings(**case.parallel),
         recompute=RecomputeSettings(**case.recompute),
         freeze=FreezeSettings(**case.freeze),
+        warmup=WarmupSettings(decoder_layers=case.decoder_layers),
     )
 
 
@@ -90,10 +98,10 @@ class HuggingFaceResult:
     on how samples are packed, so that one result serves many layouts.
     """
 
-    def __init__(self, family: str, samples: str, kind: MaskKind, image_decoder: bool, shape: dict):
+    def __init__(self, family: str, samples: str, kind: MaskKind, decoder_layers: int, shape: dict):
         self.config = reference.tiny_config(family, **shape)
         self.model = self.build(self.config)
-        self.decoder = reference.ImageDecoderReference(self.model) if image_decoder else None
+        self.decoder = reference.ImageDecoderReference(self.model, layers=decoder_layers) if decoder_layers else None
         generator = torch.Generator().manual_seed(1)
         self.samples = [
             reference.encode(s, self.config, generator, index=i, kind=kind)
@@ -127,7 +135,7 @@ class HuggingFaceResult:
     def _named(self, of) -> dict[str, torch.Tensor]:
         named = {flat_spelling(name): of(p) for name, p in self.model.named_parameters()}
         if self.decoder is not None:
-            named |= {f"image_decoder.model.layers.0.{n}": of(p) for n, p in self.decoder.layer.named_parameters()}
+            named |= {f"image_decoder.model.layers.{n}": of(p) for n, p in self.decoder.layers.named_parameters()}
             named |= {f"image_decoder.pixel_head.{n}": of(p) for n, p in self.decoder.pixel_head.named_parameters()}
         return named
 
@@ -137,9 +145,9 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=None)
-def huggingface_result(family, samples, kind, image_decoder, tied, key_value_heads, layers) -> HuggingFaceResult:
+def huggingface_result(family, samples, kind, decoder_layers, tied, key_value_heads, layers) -> HuggingFaceResult:
     shape = dict(tied=tied, key_value_heads=key_value_heads, layers=layers)
-    return HuggingFaceResult(family, samples, kind, image_decoder, shape)
+    return HuggingFaceResult(family, samples, kind, decoder_layers, shape)
 
 
 def make_batches(case: Case, result: HuggingFaceResult, data_parallel: int) -> list[tuple[PackedBatch, list[int]]]:
@@ -181,7 +189,13 @@ def run_case(case: Case) -> dict[str, float | str]:
     settings = settings_of(case)
     topology.set_layout(settings.parallel, seed=0)
     result = huggingface_result(
-        case.family, case.samples, case.kind, case.image_decoder, case.tied, case.key_value_heads, case.layers
+        case.family,
+        case.samples,
+        case.kind,
+        case.decoder_layers if case.image_decoder else 0,
+        case.tied,
+        case.key_value_heads,
+        case.layers,
     )
     table = name_table(result.config, settings)
     architecture = QwenVLArchitecture.from_huggingface(result.config)

@@ -213,15 +213,16 @@ def huggingface_positions(model, sample: Encoded) -> torch.Tensor:
 
 
 class ImageDecoderReference(torch.nn.Module):
-    """The image decoder from Hugging Face's own decoder layer and a torch linear, with dense attention."""
+    """The image decoder from Hugging Face's own decoder layers and a torch linear, with dense attention."""
 
-    def __init__(self, model, *, seed: int = 3):
+    def __init__(self, model, *, layers: int = 1, seed: int = 3):
         super().__init__()
         text, vision = model.config.text_config, model.config.vision_config
         # The rotary module has no weights; as a list entry it is not registered a second time.
         self.rotary = [model.model.language_model.rotary_emb]
         torch.manual_seed(seed)
-        self.layer = type(model.model.language_model.layers[0])(text, 0)
+        kind = type(model.model.language_model.layers[0])
+        self.layers = torch.nn.ModuleList(kind(text, index) for index in range(layers))
         unit = vision.spatial_merge_size**2 * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         self.pixel_head = torch.nn.Linear(text.hidden_size, unit)
         randomize(self)
@@ -229,7 +230,10 @@ class ImageDecoderReference(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Pixels ``(units, unit_dim)`` at ``rows`` of one sample's final hidden states ``(tokens, hidden)``."""
         rotary = self.rotary[0](hidden[None], positions[:, None])
-        return self.pixel_head(self.layer(hidden[None], attention_mask=None, position_embeddings=rotary)[0, rows])
+        hidden = hidden[None]
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        return self.pixel_head(hidden[0, rows])
 
 
 def pack(

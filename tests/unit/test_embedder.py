@@ -1,5 +1,6 @@
 """CocoaEmbedder and the exported folder, against transformers run as the model card says."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -85,6 +86,61 @@ def test_the_export_is_bidirectional(folders, items):
     causal.model.config.text_config.is_causal = True
     text = items[1]
     assert float(plain.embed(text) @ causal.embed(text)) < 0.999
+
+
+FORMS = [("causal", "full"), ("bidirectional", "bare"), ("causal", "bare")]
+
+
+@pytest.fixture(scope="module", params=FORMS, ids="-".join)
+def trained(request, folders, tmp_path_factory) -> tuple[Path, Path, tuple[str, str]]:
+    """A checkpoint that says in which form stage 3 trained it, its export, and the form."""
+    root = tmp_path_factory.mktemp("form")
+    checkpoint = shutil.copytree(folders.checkpoint, root / "checkpoint")
+    form = dict(zip(("attention", "image_placeholder"), request.param))
+    info = json.loads((checkpoint / "cocoa.json").read_text()) | {"stage": "contrastive", "step": 7} | form
+    (checkpoint / "cocoa.json").write_text(json.dumps(info))
+    export_embedder(checkpoint, root / "exported", options=EmbedderOptions("hf"))
+    return checkpoint, root / "exported", request.param
+
+
+def test_embeddings_are_computed_in_the_form_of_the_training(trained, folders, embedder, items):
+    """Claim: checkpoint, export, transformers as the card says, golden vectors and the export converted back embed with
+    the attention and the placeholder that the checkpoint names, and those give other vectors than the default."""
+    checkpoint, exported, (attention, placeholder) = trained
+    found = CocoaEmbedder.from_pretrained(checkpoint)
+    assert (found.form.attention, found.form.image_placeholder) == (attention, placeholder)
+    vectors = found.encode(items)
+    assert np.array_equal(vectors, CocoaEmbedder.from_pretrained(exported).encode(items))
+    config = json.loads((exported / "config.json").read_text())
+    assert config["text_config"]["is_causal"] is (attention == "causal")
+    assert f"whose attention is {attention}" in (exported / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    names: dict = {}
+    exec(code.replace('PlainEmbedder("."', f"PlainEmbedder({str(exported)!r}"), names)
+    wanted = np.stack([names["embedder"].embed(**parts(item)).numpy() for item in items]).astype(np.float64)
+    # As for the default form, above.
+    assert (1 - (vectors * wanted).sum(axis=1)).max() < 1e-6
+    for library in ("transformers", "megatron_cocoa"):
+        assert all(result.passed for result in check_golden(exported, library=library))
+    default = embedder.encode(items)
+    is_changed = (vectors * default).sum(axis=1) < 0.999
+    has_picture = ["image" in parts(item) for item in items]
+    assert is_changed.any() and all(is_changed[i] for i in range(len(items)) if has_picture[i])
+    assert attention == "causal" or not any(is_changed[i] for i in range(len(items)) if not has_picture[i])
+    convert_hf_to_mcore(exported, exported.parent / "back", overwrite=True)
+    assert np.array_equal(CocoaEmbedder.from_pretrained(exported.parent / "back").encode(items), vectors)
+
+
+def test_bare_pictures_are_refused_where_they_cannot_be_expressed(trained, tmp_path):
+    """Claim: sentence-transformers would give a bare picture other positions: no such folder is written."""
+    checkpoint, _, (_, placeholder) = trained
+    options = EmbedderOptions("sentence-transformers", golden=False)
+    if placeholder == "full":
+        export_embedder(checkpoint, tmp_path / "st", options=options)
+        return
+    with pytest.raises(ValueError, match="image_placeholder bare, which cannot be exported for sentence-transformers"):
+        export_embedder(checkpoint, tmp_path / "st", options=options)
+    assert not (tmp_path / "st").exists()
 
 
 def test_batch_size_and_order_change_nothing(embedder, items):

@@ -47,7 +47,7 @@ def test_no_arguments_give_the_toy_preset():
 
 
 def test_preset_none_is_the_dataclass_defaults():
-    """Claim: nothing stands between ``--preset none`` and config.py."""
+    """Claim: nothing stands between ``--preset none`` and the config package."""
     assert parse_settings(["--preset", "none"]) == TrainSettings()
 
 

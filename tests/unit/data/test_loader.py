@@ -160,6 +160,24 @@ def test_mask_kinds_follow_the_settings(make, settings):
     assert make("bridge").next_step()[0].mask_kind is MaskKind.EOS_BRIDGED
     assert make("bridge", changed=strict).next_step()[0].mask_kind is MaskKind.EOS_BRIDGED_STRICT
     assert make("contrastive").next_step()[0].mask_kind is MaskKind.BIDIRECTIONAL
+    causal = replace(settings, contrastive=replace(settings.contrastive, attention="causal"))
+    assert make("contrastive", changed=causal).next_step()[0].mask_kind is MaskKind.CAUSAL
+    assert make("warmup", changed=causal).next_step()[0].mask_kind is MaskKind.BIDIRECTIONAL
+
+
+def test_settings_of_the_decision_table_reach_the_batches(make, settings, bundle):
+    """Claim: what a stage's settings say of patches, eligible tokens and placeholders is in what the loader gives."""
+    patch = replace(settings, warmup=replace(settings.warmup, masked_unit="patch"))
+    batch = make("warmup", changed=patch).next_step()[0]
+    assert batch.unit_patches.any() and not batch.unit_patches.all()
+    assert make("warmup").next_step()[0].unit_patches is None
+    words = replace(settings, bridge=replace(settings.bridge, eligible_tokens="words", target_mask_ratio=1.0))
+    assert bundle.is_word(make("bridge", changed=words).next_step()[0].text_labels.numpy()).all()
+    bare = replace(settings, contrastive=replace(settings.contrastive, image_placeholder="bare"))
+    for changed, has_marks in ((settings, True), (bare, False)):
+        ids = make("contrastive", changed=changed).next_step()[0].input_ids
+        assert bool((ids == bundle.vision_start_token_id).any()) is has_marks
+        assert bool((ids == bundle.image_token_id).any())
 
 
 def test_effective_ratios_are_reported(make):

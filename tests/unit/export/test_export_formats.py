@@ -60,7 +60,8 @@ def qwen2(tmp_path_factory) -> Folders:
 def test_qwen2_vl_in_bf16_with_square_pictures_agrees_with_transformers(qwen2):
     """Claim: of the other family, too, with BF16 weights and pictures of one fixed size, the export run as its card
     says and CocoaEmbedder give the same vectors, and the golden ones."""
-    bridge, side = read_export_info(qwen2.exported)
+    info = read_export_info(qwen2.exported)
+    bridge, side = info.bridge_token, info.image_size
     assert side == SIDE and f"image_size={SIDE})" in (qwen2.exported / "README.md").read_text()
     with HuggingFaceReader(qwen2.hf) as first, HuggingFaceReader(qwen2.exported) as second:
         assert {second.dtype(name) for name in second.keys()} == {"BF16"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,38 @@ def test_mae_is_the_mean_squared_error_with_its_analytic_gradient():
     torch.testing.assert_close(loss, F.mse_loss(predicted.detach(), targets), rtol=1e-6, atol=0)
     analytic = 2 * (predicted.detach() - targets) / (4 * UNIT_DIM)
     torch.testing.assert_close(predicted.grad, analytic, rtol=1e-6, atol=1e-8)
+
+
+def test_mae_by_patch_is_the_mean_over_hidden_patches_with_its_analytic_gradient():
+    """Claim: only pixels of hidden patches count, each once; a prediction of a patch that was seen gets no gradient."""
+    torch.manual_seed(2)
+    predicted = torch.randn(4, UNIT_DIM, requires_grad=True)
+    targets = torch.randn(4, UNIT_DIM)
+    masked = torch.tensor([[True, False, False], [True, True, True], [False, False, True], [False, True, True]])
+    batch = replace(make_batch(None, 4), unit_patches=masked)
+    objective = MaeObjective()
+    assert objective.counts(batch) == {"mae": 7}
+    output = ModelOutput(predicted_units=predicted, unit_targets=targets, unit_patches=masked)
+    loss, metrics = objective.loss(output, batch, {"mae": 7})
+    loss.backward()
+    chosen = masked.repeat_interleave(2, dim=1)
+    # The order of a float32 sum of 14 terms.
+    torch.testing.assert_close(loss, F.mse_loss(predicted.detach()[chosen], targets[chosen]), rtol=1e-6, atol=0)
+    analytic = torch.where(chosen, 2 * (predicted.detach() - targets) / 14, 0.0)
+    torch.testing.assert_close(predicted.grad, analytic, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(metrics["mae"] / 7, loss.detach())
+    # Two micro-batches, or context-parallel ranks, of one step: their shares add up.
+    parts = [
+        objective.loss(ModelOutput(predicted_units=predicted[rows], unit_targets=targets[rows], unit_patches=masked[rows]),
+                       batch, {"mae": 7})[0]
+        for rows in (slice(0, 1), slice(1, 4))
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(parts), loss, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="unit_patches of 4 predicted units has shape None"):
+        objective.loss(ModelOutput(predicted_units=predicted, unit_targets=targets), batch, {"mae": 7})
+    whole = replace(batch, unit_patches=torch.ones(4, 3, dtype=torch.bool))
+    same, _ = objective.loss(replace(output, unit_patches=whole.unit_patches), whole, {"mae": 12})
+    torch.testing.assert_close(same, F.mse_loss(predicted, targets), rtol=1e-6, atol=0)
 
 
 def test_mae_takes_the_error_in_float32():

@@ -36,3 +36,9 @@ def test_unknown_stage_is_refused():
     """Claim: a typo names the stages there are."""
     with pytest.raises(ValueError, match="unknown stage 'brigde': choose from warmup, bridge, contrastive"):
         build_objective("brigde", TrainSettings())
+
+
+def test_the_attention_of_stage_contrastive_is_its_settings():
+    settings = TrainSettings(contrastive=ContrastiveSettings(attention="causal"))
+    assert build_objective("contrastive", settings).mask_kind is MaskKind.CAUSAL
+    assert build_objective("contrastive", TrainSettings()).mask_kind is MaskKind.BIDIRECTIONAL

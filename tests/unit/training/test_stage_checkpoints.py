@@ -24,6 +24,7 @@ def test_only_folders_with_index_and_description_are_complete(tmp_path):
 def test_leftovers_go_and_checkpoints_stay(tmp_path):
     make(tmp_path, "step-00000100", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000120.incomplete", "half")
+    make(tmp_path, "step-00000120.0a1b2c3d.incomplete", "half")
     make(tmp_path, "step-00000010.removed", "half")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]

@@ -1,0 +1,46 @@
+"""Every setting of a run, as a tree of frozen dataclasses.
+
+Read by jsonargparse in this order, later wins: the defaults below (the published CoCoA recipe where it is
+published, see each field), a preset or YAML file, the command line. Unknown keys are errors. Relations between
+fields are checked at construction, before any process group exists, so that a wrong number costs seconds.
+"""
+
+from megatron_cocoa.config.adapter import LANGUAGE_TARGETS, VISION_TARGETS, AdapterSettings
+from megatron_cocoa.config.data import DataSettings, SourceSettings
+from megatron_cocoa.config.evaluation import EvaluationSettings
+from megatron_cocoa.config.model import FreezeSettings, ModelSettings, RecomputeSettings
+from megatron_cocoa.config.names import STAGES, TEMPERATURE_RANGE
+from megatron_cocoa.config.parallel import ParallelSettings
+from megatron_cocoa.config.run import CheckpointSettings, OptimizerSettings, ValidationSettings
+from megatron_cocoa.config.stages import (
+    BridgeSettings,
+    ContrastiveSettings,
+    EmbeddingForm,
+    StageSettings,
+    WarmupSettings,
+)
+from megatron_cocoa.config.train import TrainSettings
+
+__all__ = [
+    "AdapterSettings",
+    "BridgeSettings",
+    "CheckpointSettings",
+    "ContrastiveSettings",
+    "DataSettings",
+    "EmbeddingForm",
+    "EvaluationSettings",
+    "FreezeSettings",
+    "LANGUAGE_TARGETS",
+    "ModelSettings",
+    "OptimizerSettings",
+    "ParallelSettings",
+    "RecomputeSettings",
+    "STAGES",
+    "SourceSettings",
+    "StageSettings",
+    "TEMPERATURE_RANGE",
+    "TrainSettings",
+    "VISION_TARGETS",
+    "ValidationSettings",
+    "WarmupSettings",
+]

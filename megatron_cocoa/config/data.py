@@ -1,0 +1,92 @@
+"""Where samples come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_cocoa.config.checks import require
+from megatron_cocoa.config.names import STAGES
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One of several places that samples come from.
+
+    Args:
+        name: in the log and in manifests.
+        path: what ``format`` reads: a file or a folder.
+        format: ``jsonl`` (a file, or a folder with a file for each stage), ``mmeb-train`` (folder of one subset, with
+            parquet files), ``hf-datasets`` (folder that ``save_to_disk`` wrote) or ``webdataset`` (tar shards).
+        split: ``mmeb-train``: ``original``, ``diverse_instruction`` or ``train``; ``hf-datasets``: of a
+            ``DatasetDict``. None takes the only one there is.
+        image_root: folder that image paths are relative to and may not leave; None for the file's or dataset's own
+            (``mmeb-train``: the folder above the subset's).
+        weight: share of the samples, relative to the other sources; None in all of them takes each row once an epoch.
+        max_rows: use at most this many rows, drawn by the seed.
+        stages: that read this source.
+        columns: our names of columns to the source's, such as ``{caption: text, image_path: image}``.
+    """
+
+    name: str
+    path: str
+    format: Literal["jsonl", "mmeb-train", "hf-datasets", "webdataset"] = "jsonl"
+    split: str | None = None
+    image_root: str | None = None
+    weight: float | None = None
+    max_rows: int | None = None
+    stages: tuple[str, ...] = STAGES
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where samples come from and how they are packed.
+
+    Args:
+        path: folder with ``warmup.jsonl``, ``bridge.jsonl`` and ``contrastive.jsonl`` (see docs/data.md), whose
+            image paths are relative to it.
+        sources: read these instead of the files in ``path``, mixed; a list of records, in YAML.
+        max_length: tokens per sample; longer texts are cut, image tokens never are.
+        num_workers: processes per data-parallel replica that decode and pack ahead of training; 0 does it in between.
+        tokens_per_microbatch: fill packs with as many samples as fit into this many tokens and pad them to exactly
+            that, which spares pipeline stages the exchange of shapes; ``micro_batch_size`` does not count then. None
+            gives every pack ``micro_batch_size`` samples and keeps it as long as they are.
+    """
+
+    path: str | None = None
+    sources: tuple[SourceSettings, ...] = ()
+    max_length: int = 2048
+    num_workers: int = 0
+    tokens_per_microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}, must not be negative")
+        fixed = self.tokens_per_microbatch
+        require(
+            fixed is None or fixed >= self.max_length,
+            f"data.tokens_per_microbatch {fixed} is less than data.max_length {self.max_length}: a sample of that "
+            f"length would fit into no pack; raise the one or lower the other",
+        )
+        names = [source.name for source in self.sources]
+        require(len(set(names)) == len(names), f"data.sources have the names {names}: each must occur once")
+        for source in self.sources:
+            self._check_source(source)
+        for stage in STAGES:
+            weights = [source.weight for source in self.sources if stage in source.stages]
+            require(
+                all(w is None for w in weights) or all(w is not None and w > 0 for w in weights),
+                f"the weights of stage {stage}'s data.sources are {weights}: give each a positive one, or none any",
+            )
+
+    def _check_source(self, source: SourceSettings) -> None:
+        unknown = [stage for stage in source.stages if stage not in STAGES]
+        require(not unknown, f"data.sources: {source.name} names the stage(s) {unknown}, known are {list(STAGES)}")
+        require(
+            source.max_rows is None or source.max_rows >= 1,
+            f"data.sources: max_rows of {source.name} is {source.max_rows}, needs 1 or more",
+        )
+        require(
+            source.split is None or source.format in ("mmeb-train", "hf-datasets"),
+            f"data.sources: split {source.split!r} of {source.name} has no effect on format {source.format}",
+        )

@@ -1,0 +1,100 @@
+"""Which model runs, which of its parts train, and what is recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_cocoa.config.checks import require
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, in which precision, on which kernels.
+
+    Args:
+        path: folder with a Hugging Face ``config.json``, tokenizer and ``preprocessor_config.json``. Its
+            safetensors are loaded if it has any, else the weights are drawn from ``seed``.
+        load: Megatron checkpoint to start from instead of the weights in ``path``.
+        dtype: parameters and activations; gradients and master weights stay FP32 under ``bf16``.
+        transformer_impl: ``local`` is torch and Megatron-Core alone, ``transformer_engine`` needs the package
+            and a GPU, ``auto`` takes Transformer Engine where both are present.
+        attention_backend: ``auto`` takes the fastest that is present and can serve.
+        vision_attention_backend: of the tower; None is the same as ``attention_backend``.
+        fp8: recipe for the language model's linear layers under Transformer Engine. ``delayed`` and ``tensorwise``
+            (current scaling) serve from Ada and Hopper on, ``blockwise`` from Hopper, ``mxfp8`` from Blackwell.
+        fp8_vision: the tower's layers as well; its packs are padded inside of the tower, its ffn by
+            ``vision_ffn_multiple``. Otherwise the tower stays in ``dtype``.
+        fp8_param: keep the weights of those layers in FP8 and gather them so; the master weights stay FP32 in the
+            distributed optimizer.
+        vision_ffn_multiple: zero-pad the tower's ffn width to a multiple of this (exact; the published 3420
+            needs 128 for FP8 or for tensor parallel degrees that do not divide it). 1 pads nothing.
+        make_vocab_size_divisible_by: vocabulary rows are padded to a multiple of this times the tensor
+            parallel degree, as in Megatron-LM.
+        mask_token: token that replaces masked text; its id is the first unused row of the tokenizer.
+        bridge_token: token that carries the embedding.
+    """
+
+    path: str | None = None
+    load: str | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine", "flex"] = "auto"
+    vision_attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine", "flex"] | None = None
+    fp8: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] | None = None
+    fp8_vision: bool = False
+    fp8_param: bool = False
+    vision_ffn_multiple: int = 1
+    make_vocab_size_divisible_by: int = 128
+    mask_token: str = "<|mask|>"
+    bridge_token: str = "<|im_end|>"
+
+    def __post_init__(self) -> None:
+        require(self.vision_ffn_multiple >= 1, f"vision_ffn_multiple is {self.vision_ffn_multiple}, needs 1 or more")
+        require(
+            self.make_vocab_size_divisible_by >= 1,
+            f"make_vocab_size_divisible_by is {self.make_vocab_size_divisible_by}, needs 1 or more",
+        )
+        require(
+            self.fp8 is None or self.transformer_impl != "local",
+            "fp8 needs Transformer Engine: set model.transformer_impl to transformer_engine, or model.fp8 to null",
+        )
+        for name in ("fp8_vision", "fp8_param"):
+            require(
+                self.fp8 is not None or not getattr(self, name),
+                f"model.{name} needs a recipe: set model.fp8 (delayed or tensorwise on Hopper), or {name} to false",
+            )
+        require(
+            not self.fp8_param or self.dtype == "bf16",
+            f"model.fp8_param needs model.dtype bf16, found {self.dtype}",
+        )
+
+
+@dataclass(frozen=True)
+class FreezeSettings:
+    """Parts that do not train. The image decoder and the mask token's row always do.
+
+    Args:
+        vision: the tower without its merger.
+        merger: the tower's patch merger.
+        language: decoder, embeddings and output layer.
+    """
+
+    vision: bool = False
+    merger: bool = False
+    language: bool = False
+
+
+@dataclass(frozen=True)
+class RecomputeSettings:
+    """Activation recompute, separately for tower and language model.
+
+    Args:
+        vision, language: ``selective`` recomputes core attention, ``full`` whole layers.
+        language_num_layers, vision_num_layers: layers per recomputed block under ``full``.
+    """
+
+    vision: Literal["none", "selective", "full"] = "none"
+    language: Literal["none", "selective", "full"] = "none"
+    vision_num_layers: int = 1
+    language_num_layers: int = 1

@@ -1,0 +1,82 @@
+"""Optimizer, checkpoints and validation: what keeps a run going and shows how it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_cocoa.config.checks import require
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW as Megatron-Core runs it.
+
+    Args:
+        weight_decay: decoupled; biases and norms are exempt.
+        clip_grad: global gradient norm above which gradients are scaled down; 0 never clips.
+        adam_beta1, adam_beta2, adam_eps: Adam's moments and epsilon.
+        max_skipped_steps: a run stops after this many steps in a row whose loss or gradient was not finite.
+    """
+
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_skipped_steps >= 1,
+            f"optimizer.max_skipped_steps is {self.max_skipped_steps}, needs 1 or more",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """Checkpoints from which a stage can be resumed, beside the weights that each stage leaves at its end.
+
+    Args:
+        save_interval: steps between two of them; None writes one only where a run is stopped before its end.
+        keep: how many of the newest are kept.
+        asynchronous: write them in a background process while training goes on; costs a copy of the state in
+            host memory.
+        time_budget_minutes: write one and stop after this time, counted from the start of the process, so that a
+            batch system's limit does not cost the steps since the last one.
+    """
+
+    save_interval: int | None = None
+    keep: int = 2
+    asynchronous: bool = False
+    time_budget_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.save_interval is None or self.save_interval >= 1,
+            f"checkpoint.save_interval is {self.save_interval}, needs 1 or more, or null",
+        )
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}, needs 1 or more")
+        require(
+            self.time_budget_minutes is None or self.time_budget_minutes > 0,
+            f"checkpoint.time_budget_minutes is {self.time_budget_minutes}, must be positive, or null",
+        )
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Retrieval on held-out pairs (``eval_heldout.jsonl`` of the data folder) while a stage trains.
+
+    Args:
+        interval: steps between two validations; None validates never.
+        metric: what decides which weights are kept as ``<stage>/best``, averaged over both directions.
+    """
+
+    interval: int | None = None
+    metric: Literal["recall@1", "recall@5", "recall@10"] = "recall@1"
+
+    def __post_init__(self) -> None:
+        require(
+            self.interval is None or self.interval >= 1,
+            f"validation.interval is {self.interval}, needs 1 or more, or null",
+        )

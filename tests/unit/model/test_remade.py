@@ -1,0 +1,130 @@
+"""Linears that make their input again: the same gradients as Megatron's own, with nothing of the input kept."""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from megatron_cocoa.model.activations import SwiGLU, quick_gelu
+from megatron_cocoa.model.norms import Norm, _RMSNorm
+from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
+
+ROWS, HIDDEN, FFN = 12, 16, 24
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+def config(**changes) -> TransformerConfig:
+    values = dict(
+        num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=2, normalization="RMSNorm",
+        gated_linear_unit=True, use_cpu_initialization=True, gradient_accumulation_fusion=False, add_bias_linear=False,
+    )  # fmt: skip
+    return TransformerConfig(**{**values, **changes})
+
+
+def mlp(column: type, row: type, own: TransformerConfig) -> torch.nn.ModuleList:
+    """Norm, linear, activation, linear, with weights that do not depend on the classes."""
+    common = dict(config=own, init_method=torch.nn.init.normal_, bias=False, skip_bias_add=True)
+    parts = torch.nn.ModuleList(
+        [
+            Norm(own, HIDDEN),
+            column(HIDDEN, FFN * (1 + own.gated_linear_unit), gather_output=False, **common),
+            SwiGLU(own) if own.gated_linear_unit else torch.nn.Identity(),
+            row(FFN, HIDDEN, input_is_parallel=True, **common),
+        ]
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return parts
+
+
+def run(parts: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    norm, first, activation, second = parts
+    activation = activation if isinstance(activation, SwiGLU) else quick_gelu
+    return second(activation(first(norm(x))[0]))[0]
+
+
+def gradients(parts: torch.nn.ModuleList) -> list[torch.Tensor]:
+    x = torch.randn(ROWS, 1, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    run(parts, x).square().sum().backward()
+    return [x.grad, *(parameter.grad for parameter in parts.parameters() if parameter.requires_grad)]
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_of_linears_that_keep_their_input(normalization, gated, frozen):
+    """Claim: what is made again is what was there, bit for bit, also where a weight is frozen."""
+    own = config(normalization=normalization, gated_linear_unit=gated)
+    found = []
+    for kinds in ((RemadeColumnParallelLinear, RemadeRowParallelLinear), (ColumnParallelLinear, RowParallelLinear)):
+        parts = mlp(*kinds, own)
+        parts[1].weight.requires_grad_(not frozen)
+        found.append(gradients(parts))
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def kept_bytes(parts: torch.nn.ModuleList) -> int:
+    """Of all storages beside parameters and the input that live on after the forward pass."""
+    x = torch.randn(ROWS, 1, HIDDEN, requires_grad=True)
+    known = {t.untyped_storage().data_ptr() for t in [x, *parts.parameters()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run(parts, x)
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_the_activations_input_and_a_number_a_row_are_kept(gated):
+    """Claim: between forward and backward stand the activation's input and the norm's row lengths, no output."""
+    own = config(gated_linear_unit=gated)
+    lean = kept_bytes(mlp(RemadeColumnParallelLinear, RemadeRowParallelLinear, own))
+    plain = kept_bytes(mlp(ColumnParallelLinear, RowParallelLinear, own))
+    assert lean == 4 * ROWS * (FFN * (1 + gated) + 1)
+    assert plain == lean + 4 * ROWS * (HIDDEN + FFN)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_and_their_gradients_equal_autograds(gated):
+    """Claim: outputs and gradients are those of the definition in double precision, over more rows than a block."""
+    activation = SwiGLU(config()) if gated else quick_gelu
+    x, grad = (torch.randn(150, 1, width, generator=torch.Generator().manual_seed(3)) for width in (16, 16 >> gated))
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    out = activation(leaf)
+    out.backward(grad)
+    gate, up = exact.chunk(2, dim=-1) if gated else (exact, None)
+    wanted = gate * torch.sigmoid(gate) * up if gated else exact * torch.sigmoid(1.702 * exact)
+    wanted.backward(grad.double())
+    # A handful of FP32 operations on values of order one to ten.
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_torchs_in_double_precision(dtype):
+    """Claim: outputs and both gradients are those of torch's own norm, to the rounding of the dtype."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight, grad = (torch.randn(size, generator=generator).to(dtype) for size in ((5, 3, 40), (40,), (5, 3, 40)))
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = _RMSNorm.apply(*leaves, 1e-6)
+    out.backward(grad)
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    wanted = F.rms_norm(exact[0], (40,), exact[1], 1e-6)
+    wanted.backward(grad.double())
+    # A sum of 15 products in the dtype's own rounding; FP32 carries 24 bits, BF16 8.
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    for mine, theirs in ((out, wanted), (leaves[0].grad, exact[0].grad), (leaves[1].grad, exact[1].grad)):
+        assert mine.dtype is dtype
+        assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
