@@ -4,12 +4,13 @@
 
 Sections: ``correctness`` runs ``tests/gpu``; ``attention`` compares segments on every backend, FlexAttention among
 them, with dense-mask SDPA from n = 1k to 16k; ``step_3b`` and ``step_7b`` time optimizer steps of stage 2 in BF16 and,
-where Transformer Engine is present, in FP8. Models of those sizes with their optimizer do not fit one GPU, and need not:
-steps run with the published widths and few layers, and one more measurement for each of tower and language model
+where Transformer Engine is present, in FP8. Models of those sizes with their optimizer do not fit one GPU, and need
+not: steps run with the published widths and few layers, and one more measurement for each of tower and language model
 gives the cost of a layer, from which time and memory of the whole are *extrapolated*, and said to be.
 
 A section that fails is recorded with its message, the others go on, and the exit code is 1. ``--tiny`` runs all of the
-code on a CPU with sizes that mean nothing: the output then carries ``"gpu": null``, ``"tiny": true`` and no utilisation.
+code on a CPU with sizes that mean nothing: the output then carries ``"gpu": null``, ``"tiny": true`` and no
+utilisation.
 """
 
 from __future__ import annotations

@@ -35,12 +35,14 @@ def test_container_installs_the_pinned_versions_and_no_others():
 def test_nothing_pinned_replaces_what_the_image_brings():
     """Claim: torch and the kernels compiled against it stay the image's."""
     names = {name.lower() for name, _ in pinned()}
-    assert not names & {"torch", "torchvision", "triton", "transformer-engine", "transformer_engine", "apex", "flash-attn"}
+    brought = {"torch", "torchvision", "triton", "transformer-engine", "transformer_engine", "apex", "flash-attn"}
+    assert not names & brought
     assert not [name for name in names if name.startswith("nvidia")]
 
 
 def test_documented_megatron_versions_are_the_pinned_ones():
     """Claim: the install matrix names the versions that are installed."""
     versions = {version for name, version in pinned() if name == "megatron-core"}
-    row = next(line for line in (ROOT / "docs" / "gpu.md").read_text().splitlines() if line.startswith("| megatron-core"))
+    lines = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith("| megatron-core"))
     assert versions and all(version in row for version in versions)
