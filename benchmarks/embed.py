@@ -35,7 +35,7 @@ KINDS = ("texts", "images", "both")
 LEAST_COSINE = {"fp32": 1 - 1e-5, "bf16": 0.99}
 """Padding and packing sum in another order, which BF16 rounds to three digits in each of the layers."""
 LEAST_COSINE_RESIZED = {"fp32": 0.9999, "bf16": 0.99}
-"""What every export promises: torchvision's resize rounds some of the 8-bit pixels to another neighbour than Pillow's."""
+"""What every export promises: torchvision's resize rounds some 8-bit pixels to another neighbour than Pillow's."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
@@ -51,8 +51,8 @@ def write_export(folder: Path, *, layers: int) -> Path:
     sizes = ToyModelSizes(
         image_size=448, patch_size=14, window_size=112, text_hidden_size=512, text_num_hidden_layers=layers,
         text_num_attention_heads=8, text_intermediate_size=2752, vision_depth=layers, vision_hidden_size=320,
-        vision_intermediate_size=856, vision_fullatt_block_indexes=(max(0, layers // 2 - 1), layers - 1), tokenizer_pieces=380,
-        initializer_range=0.02,
+        vision_intermediate_size=856, vision_fullatt_block_indexes=(max(0, layers // 2 - 1), layers - 1),
+        tokenizer_pieces=380, initializer_range=0.02,
     )  # fmt: skip
     write_model_folder(folder / "model", tokenizer, sizes)
     preprocessor = json.loads((folder / "model" / "preprocessor_config.json").read_text())

@@ -18,8 +18,7 @@ from megatron_cocoa.model.segments import SegmentTable
 CALL_COST = 2**24
 """Query-key pairs times channels (heads x head_dim) that take as long as one more attention call, forward and
 backward: below this, padding beats another bucket. Measured on two CPU cores, where waiting for the other core is most
-of it (a quarter of this on one core). A GPU's launch is dearer still, so more is padded
-away there, not less."""
+of it (a quarter of this on one core). A GPU's launch is dearer still, so more is padded away there, not less."""
 
 
 @dataclass(frozen=True)

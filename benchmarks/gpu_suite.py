@@ -1,0 +1,169 @@
+"""Everything that needs measuring on one GPU, in one command of under 8 minutes on an H100.
+
+    python benchmarks/gpu_suite.py --output gpu_suite.json [--sections correctness attention step_3b step_7b]
+
+Sections: ``correctness`` runs ``tests/gpu``; ``attention`` compares segments on every backend, FlexAttention among
+them, with dense-mask SDPA from n = 1k to 16k; ``step_3b`` and ``step_7b`` time optimizer steps of stage 2 in BF16 and,
+where Transformer Engine is present, in FP8. Models of those sizes with their optimizer do not fit one GPU, and need
+not: steps run with the published widths and few layers, and one more measurement for each of tower and language model
+gives the cost of a layer, from which time and memory of the whole are *extrapolated*, and said to be.
+
+A section that fails is recorded with its message, the others go on, and the exit code is 1. ``--tiny`` runs all of the
+code on a CPU with sizes that mean nothing: the output then carries ``"gpu": null``, ``"tiny": true`` and no
+utilisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import attention  # noqa: E402
+from benchmarks.gpu_steps import Depth, StepCase, extrapolate, measure_step  # noqa: E402
+from benchmarks.side_by_side import hardware, versions  # noqa: E402
+from megatron_cocoa.config import ParallelSettings  # noqa: E402
+from megatron_cocoa.model.attention import attend_function  # noqa: E402
+from megatron_cocoa.parallel import device, topology  # noqa: E402
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+HEADS = {"3b": (16, 2), "7b": (28, 4)}
+
+
+def correctness(tiny: bool) -> dict[str, object]:
+    """``tests/gpu``; in tiny mode every backend is compared with dense SDPA on a few rows instead."""
+    if tiny:
+        problem = attention.Problem([24, 9], 4, 2, 8, torch.float32)
+        wanted = next(iter(attention.dense_forms(problem).values()))()
+        ours = problem.segments(attend_function("sdpa", on_gpu=False))
+        return {"largest_error": attention.check(problem, ours, wanted, "sdpa")}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    if done.returncode:
+        raise RuntimeError(f"{lines[-1] if lines else done.stderr[-500:]}: {'; '.join(failed)}")
+    return {"summary": lines[-1]}
+
+
+def attention_section(tiny: bool) -> dict[str, object]:
+    """Segments beside dense-mask SDPA at the heads of the 3B, one sample a pack."""
+    heads, groups = (2, 1) if tiny else HEADS["3b"]
+    lengths = (32, 48) if tiny else LENGTHS
+    arguments = ["--lengths", *map(str, lengths), "--heads", str(heads), "--groups", str(groups), "--repeats", "3"]
+    return attention.main([*arguments, "--dim", "16"] if tiny else arguments)
+
+
+def step_section(shape: str) -> Callable[[bool], dict[str, object]]:
+    def run(tiny: bool) -> dict[str, object]:
+        name = "small" if tiny else shape
+        depths = Depth.tiny() if tiny else Depth.cut()
+        found: dict[str, object] = {}
+        recipes = (None, "delayed", "tensorwise")
+        for recipe in recipes:
+            label = recipe or ("fp32" if tiny else "bf16")
+            if recipe and not device.optional_kernels()["Transformer Engine"]:
+                found[label] = {"absent": "Transformer Engine is not installed, or there is no GPU"}
+                continue
+            case = StepCase(name, recipe, tiny)
+            points = [measure_step(case, depth) for depth in depths]
+            found[label] = extrapolate(case, depths, points)
+        base = found["fp32" if tiny else "bf16"]["extrapolated_seconds"]
+        for recipe in recipes[1:]:
+            if "absent" not in found[recipe]:
+                found[recipe]["times_bf16"] = round(base / found[recipe]["extrapolated_seconds"], 3)
+        return found
+
+    return run
+
+
+SECTIONS: dict[str, Callable[[bool], dict[str, object]]] = {
+    "correctness": correctness,
+    "attention": attention_section,
+    "step_3b": step_section("3b"),
+    "step_7b": step_section("7b"),
+}
+
+
+def run_sections(names: list[str], tiny: bool) -> dict[str, dict[str, object]]:
+    """Each section's result, or why it has none; never raises for what a section does."""
+    results: dict[str, dict[str, object]] = {}
+    for name in names:
+        begun = time.perf_counter()
+        try:
+            results[name] = SECTIONS[name](tiny)
+        except (Exception, SystemExit) as error:
+            results[name] = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
+        results[name]["section_seconds"] = round(time.perf_counter() - begun, 1)
+        device.release_memory()
+    return results
+
+
+def table(results: dict[str, dict[str, object]]) -> str:
+    """What a person reads first."""
+    lines = []
+    for name, result in results.items():
+        if "failed" in result:
+            lines.append(f"{name}: FAILED: {result['failed']}")
+        elif name == "attention":
+            lines += [_attention_line(row) for row in result["results"]]
+        elif name.startswith("step"):
+            lines += [_step_line(name, label, row) for label, row in result.items() if isinstance(row, dict)]
+        else:
+            lines.append(f"{name}: " + ", ".join(f"{k} {v}" for k, v in result.items()))
+    return "\n".join(lines)
+
+
+def _attention_line(row: dict) -> str:
+    backends = {k: v for k, v in row.items() if isinstance(v, dict)}
+    parts = [f"{k} absent" if "absent" in v else f"{k} {v['ratio']}x dense" for k, v in backends.items()]
+    return f"attention n={row['n']}: " + ", ".join(parts)
+
+
+def _step_line(name: str, label: str, row: dict) -> str:
+    if "absent" in row:
+        return f"{name} {label}: {row['absent']}"
+    mfu = "no peak known" if row["mfu"] is None else f"MFU {row['mfu']:.1%}"
+    memory = row["extrapolated_peak_bytes"] / 2**30
+    times = f", {row['times_bf16']}x BF16" if "times_bf16" in row else ""
+    return (
+        f"{name} {label}: {row['extrapolated_seconds']:.4g} s a step and {memory:.1f} GiB of activations extrapolated "
+        f"to {row['layers']} and {row['vision_layers']} layers, {mfu}{times}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="gpu_suite.json", help="JSON file (default %(default)s)")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--tiny", action="store_true", help="prove on a CPU that the code runs; measures nothing")
+    args = parser.parse_args(arguments)
+    if not args.tiny and not device.has_gpu():
+        raise SystemExit("there is no GPU: --tiny proves that the suite's code runs, and measures nothing")
+    if args.tiny and device.has_gpu():
+        raise SystemExit("--tiny is for machines without a GPU")
+    topology.initialize(ParallelSettings(), topology.LaunchInfo(0, 1, 0), seed=0)
+    begun = time.perf_counter()
+    results = run_sections(args.sections, args.tiny)
+    topology.shutdown()
+    line = {"benchmark": "gpu_suite", "tiny": args.tiny, "gpu": device.device_name(), "results": results}
+    line |= {"seconds": round(time.perf_counter() - begun, 1), "versions": versions(), "hardware": hardware()}
+    Path(args.output).write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+    if args.tiny:
+        print("tiny sizes on a CPU: no number below says anything about a GPU")
+    print(table(results))
+    return int(any("failed" in result for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

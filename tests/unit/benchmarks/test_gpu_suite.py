@@ -1,0 +1,62 @@
+"""The suite that waits for a GPU: its code runs, its arithmetic is right, and a failing section stops no other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_steps import Depth, StepCase, extrapolate
+
+ROOT = Path(__file__).resolve().parents[3]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tiny mode is for machines without a GPU")
+
+
+@without_gpu
+def test_the_whole_suite_runs_in_tiny_mode_and_claims_nothing(tmp_path):
+    """Claim: every section runs from its command on a CPU, and no utilisation or GPU is reported."""
+    output = tmp_path / "suite.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--tiny", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    assert found["tiny"] and found["gpu"] is None and list(found["results"]) == list(gpu_suite.SECTIONS)
+    for name in ("step_3b", "step_7b"):
+        row = found["results"][name]["fp32"]
+        assert row["mfu"] is None and row["useful_flops"] > 0
+        assert "absent" in found["results"][name]["delayed"]
+    assert [row["n"] for row in found["results"]["attention"]["results"]] == [32, 48]
+    assert "no number below says anything about a GPU" in done.stdout
+
+
+@without_gpu
+def test_without_a_gpu_nothing_is_measured():
+    """Claim: the suite refuses a CPU rather than print a CPU's numbers."""
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        gpu_suite.main([])
+
+
+def test_a_failing_section_is_recorded_and_the_others_run(monkeypatch):
+    """Claim: the message of a failure is kept and shown, and what comes after it still runs."""
+
+    def broken(tiny):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_suite, "SECTIONS", {"correctness": broken, "step_3b": lambda tiny: {}})
+    results = gpu_suite.run_sections(["correctness", "step_3b"], True)
+    assert results["correctness"]["failed"] == "RuntimeError: out of memory" and "failed" not in results["step_3b"]
+    assert "correctness: FAILED: RuntimeError: out of memory" in gpu_suite.table(results)
+
+
+def test_whole_models_cost_is_that_of_their_layers():
+    """Claim: a cost that is linear in the depths is found again at the published ones."""
+    cost = lambda d: 5.0 + 2.0 * d.language + 3.0 * d.vision  # noqa: E731
+    depths = Depth.cut()
+    points = [{"seconds": cost(d), "peak_bytes": cost(d) * 7} for d in depths]
+    found = extrapolate(StepCase("small", None, True), depths, points)
+    wanted = cost(Depth(found["layers"], found["vision_layers"]))
+    assert found["extrapolated_seconds"] == pytest.approx(wanted)
+    assert found["extrapolated_peak_bytes"] == pytest.approx(7 * wanted)
