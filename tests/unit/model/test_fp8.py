@@ -170,8 +170,8 @@ def test_rows_of_a_pack_follow_the_recipe():
 
 
 DOT_PRODUCT_ATTENTION = {
-    "__init__": "num_attention_heads kv_channels num_gqa_groups attention_dropout qkv_format attn_mask_type window_size "
-    "bottom_right_diagonal softcap sequence_parallel tp_size get_rng_state_tracker tp_group layer_number "
+    "__init__": "num_attention_heads kv_channels num_gqa_groups attention_dropout qkv_format attn_mask_type "
+    "window_size bottom_right_diagonal softcap sequence_parallel tp_size get_rng_state_tracker tp_group layer_number "
     "attention_type cp_group cp_global_ranks cp_stream cp_comm_type softmax_scale softmax_type return_max_logit name",
     "forward": "query_layer key_layer value_layer attention_mask qkv_format cu_seqlens_q cu_seqlens_kv "
     "cu_seqlens_q_padded cu_seqlens_kv_padded max_seqlen_q max_seqlen_kv attn_mask_type window_size",
