@@ -82,6 +82,12 @@ def with_tail(batch: PackedBatch, extra: int) -> PackedBatch:
 
 def measure_step(case: StepCase, depth: Depth) -> dict[str, float]:
     """Median seconds of an optimizer step, and its peak bytes above weights, gradients and optimizer state."""
+    found = _measure(case, depth)
+    device.release_memory()
+    return found
+
+
+def _measure(case: StepCase, depth: Depth) -> dict[str, float]:
     config = model_config(case.shape, layers=depth.language, vision_layers=depth.vision)
     settings = TrainSettings(model=case.model)
     batch = case.batch(config)
@@ -107,10 +113,7 @@ def measure_step(case: StepCase, depth: Depth) -> dict[str, float]:
 
     step()
     seconds = [_timed(step) for _ in range(1 if case.tiny else STEPS)]
-    found = {"seconds": statistics.median(seconds), "peak_bytes": peak_bytes(step)}
-    del model, bare, optimizer, schedule, objective
-    device.release_memory()
-    return found
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak_bytes(step)}
 
 
 def _timed(step) -> float:

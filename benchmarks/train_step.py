@@ -24,10 +24,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.side_by_side import hardware, measure_pairs, versions  # noqa: E402
+from benchmarks.side_by_side import hardware, measure_pairs, peak_bytes, versions  # noqa: E402
 from benchmarks.train.examples import DISTRIBUTIONS, ExampleMaker  # noqa: E402
 from benchmarks.train.ours import Ours  # noqa: E402
-from benchmarks.train.peak import peak_of_step  # noqa: E402
 from benchmarks.train.reference import Reference  # noqa: E402
 from benchmarks.train.shapes import SHAPES, model_config  # noqa: E402
 from megatron_cocoa.config import (  # noqa: E402
@@ -145,7 +144,7 @@ def compare(folder: Path, config, stage: str, distribution: str, args: argparse.
     }
     if not args.no_memory:
         reference.keep_gradients = True
-        peaks = [peak_of_step(lambda: ours.step(batches)), peak_of_step(lambda: reference.step(padded))]
+        peaks = [peak_bytes(lambda: ours.step(batches)), peak_bytes(lambda: reference.step(padded))]
         found |= {
             "ours_peak_bytes": peaks[0],
             "reference_peak_bytes": peaks[1],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_cocoa.config import ModelSettings
 from megatron_cocoa.model.activations import SwiGLU
@@ -103,6 +103,20 @@ def build_provider(settings: ModelSettings, *, fuse_norms: bool = True, tower: b
     if resolve_implementation(settings) == "transformer_engine":
         return transformer_engine_provider(backend, fuse_norms=fuse_norms)
     return LocalProvider(backend)
+
+
+def get_bias_dropout_add(training: bool, fused: bool):
+    """What follows a projection, in the form of Megatron's function of this name, which makes one tensor more.
+
+    Bias first, as there and at Hugging Face: BF16 rounds less beside a projection than beside a residual.
+    """
+
+    def bias_dropout_add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        assert prob == 0.0, prob
+        x, bias = x_with_bias
+        return x + residual if bias is None else (x + bias).add_(residual)
+
+    return bias_dropout_add
 
 
 def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

@@ -1,0 +1,213 @@
+"""Two processes at each kind of parallelism beside one process that has both cores, on the same step.
+
+    python benchmarks/parallel.py [--layouts tp2 tp2-sp pp2 dp2] [--repeats 5]
+
+Every process takes the same global batch and weights, losses must agree. A round is the lone process and then each
+layout, each started afresh, so that a busy machine slows all; figures are medians over the rounds of each run's median
+step. ``efficiency`` is the lone process's seconds over the layout's: 1.0 is what two cores can give.
+
+The account says where the layout's core-seconds go, in shares of them: ``useful`` is what the lone process takes,
+``waiting`` the time in which a rank waits for others or for a transfer, ``more_compute`` the rest, work that is done
+twice or runs slower in smaller pieces. ``bubble`` is what a pipeline must wait in theory, as part of ``waiting``:
+``(p - 1) / (m + p - 1)`` for p stages and m micro-batches. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+STAGE = "bridge"
+LAYOUTS = {
+    "single": {},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {},
+}
+LOSS_TOLERANCE = 1e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layouts = [name for name in LAYOUTS if name != "single"]
+    parser.add_argument("--layouts", nargs="+", choices=layouts, default=layouts)
+    parser.add_argument("--shape", default="small")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vision-layers", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--microbatches", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--first-stage-layers", type=int, help="language layers beside the tower under pp2")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a run")
+    parser.add_argument("--measure", nargs=2, metavar=("LAYOUT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure is not None:
+        measure(args)
+        return
+    from benchmarks.side_by_side import hardware, versions
+    from benchmarks.train.shapes import model_config
+    from benchmarks.train_step import write_model
+
+    with tempfile.TemporaryDirectory() as name:
+        write_model(Path(name), model_config(args.shape, layers=args.layers, vision_layers=args.vision_layers))
+        names = ["single", *args.layouts]
+        rounds = [{layout: run(layout, name, args) for layout in names} for _ in range(args.repeats)]
+    print(
+        json.dumps(
+            {
+                "benchmark": "parallel",
+                "microbatches": args.microbatches,
+                "layouts": {layout: summary(layout, rounds, args) for layout in args.layouts},
+                "single_seconds": statistics.median(r["single"]["seconds"] for r in rounds),
+                "versions": versions(),
+                "hardware": hardware(),
+            }
+        )
+    )
+
+
+def run(layout: str, folder: str, args: argparse.Namespace) -> dict:
+    """Start the ranks of one layout; what rank 0 found."""
+    ranks = 1 if layout == "single" else 2
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    passed = "shape layers vision_layers samples microbatches image_size first_stage_layers steps".split()
+    options = [
+        f"--{name.replace('_', '-')}={getattr(args, name)}" for name in passed if getattr(args, name) is not None
+    ]
+    processes = []
+    for rank in range(ranks):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1" if ranks > 1 else str(os.cpu_count()),
+        }
+        command = [sys.executable, __file__, "--measure", layout, folder, *options]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"{layout}: a rank ended with {[process.returncode for process in processes]}")
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def measure(args: argparse.Namespace) -> None:
+    """One rank's steps; rank 0 prints seconds of a step, waiting of all ranks, and the first loss."""
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.train.examples import ExampleMaker
+    from benchmarks.train.ours import Ours
+    from benchmarks.train.shapes import model_config
+    from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+    from megatron_cocoa.parallel import topology
+
+    layout, folder = args.measure
+    degrees = dict(LAYOUTS[layout])
+    if layout == "pp2" and args.first_stage_layers is not None:
+        degrees["num_layers_in_first_pipeline_stage"] = args.first_stage_layers
+    parallel = ParallelSettings(**degrees)
+    topology.initialize(parallel, topology.LaunchInfo.from_environment(), seed=0)
+    config = model_config(args.shape, layers=args.layers, vision_layers=args.vision_layers)
+    settings = TrainSettings(model=ModelSettings(dtype="fp32"), parallel=parallel)
+    ours = Ours(Path(folder), config, STAGE, settings)
+    examples = ExampleMaker(config, "short", image_size=args.image_size).step(STAGE, args.samples)
+    per_pack = args.samples // args.microbatches
+    groups = [examples[i : i + per_pack] for i in range(0, args.samples, per_pack)]
+    # Sequence parallelism needs an even number of tokens, which the loader gives by a tail and this by one token less.
+    batches = [batch for group in groups for batch in ours.batches(_even(group), per_pack)]
+    share = len(batches) // topology.data_parallel_size()
+    mine = batches[topology.data_parallel_rank() * share :][:share]
+    waiting = _count_waiting(dist)
+    loss, seconds, waits = ours.step(mine), [], []
+    for _ in range(args.steps):
+        dist.barrier()
+        waiting[0], begun = 0.0, time.perf_counter()
+        ours.step(mine)
+        seconds.append(time.perf_counter() - begun)
+        waits.append(waiting[0])
+    found = torch.tensor([statistics.median(seconds), statistics.median(waits)], dtype=torch.float64)
+    ranks = [torch.zeros_like(found) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, found)
+    if dist.get_rank() == 0:
+        line = {"seconds": max(float(r[0]) for r in ranks), "waits": [float(r[1]) for r in ranks], "loss": loss}
+        print(json.dumps(line))
+    topology.shutdown()
+
+
+def _even(examples: list) -> list:
+    """The examples, the last one token shorter where their sum is odd."""
+    from dataclasses import replace
+
+    if sum(example.num_tokens for example in examples) % 2 == 0:
+        return examples
+    last, length = examples[-1], examples[-1].num_tokens - 1
+    kept = last.text_rows < length - 1
+    shorter = replace(
+        last,
+        ids=last.ids[:length],
+        positions=last.positions[:, :length],
+        text_rows=last.text_rows[kept],
+        text_labels=last.text_labels[kept],
+    )
+    return [*examples[:-1], shorter]
+
+
+def _count_waiting(dist) -> list[float]:
+    """Seconds that this rank's main thread waits in collectives and transfers, summed into the one entry returned."""
+    total, wait = [0.0], dist.Work.wait
+
+    def timed(self, *args, **kwargs):
+        begun = time.perf_counter()
+        try:
+            return wait(self, *args, **kwargs)
+        finally:
+            total[0] += time.perf_counter() - begun
+
+    dist.Work.wait = timed
+    return total
+
+
+def summary(layout: str, rounds: list[dict], args: argparse.Namespace) -> dict:
+    """Efficiency and account of one layout over the rounds."""
+    for found in rounds:
+        if abs(found[layout]["loss"] - found["single"]["loss"]) > LOSS_TOLERANCE * abs(found["single"]["loss"]):
+            raise SystemExit(f"{layout} has loss {found[layout]['loss']}, one process {found['single']['loss']}")
+    ratios = [found["single"]["seconds"] / found[layout]["seconds"] for found in rounds]
+    seconds = statistics.median(found[layout]["seconds"] for found in rounds)
+    waiting = statistics.median(
+        sum(found[layout]["waits"]) / len(found[layout]["waits"]) / found[layout]["seconds"] for found in rounds
+    )
+    efficiency = statistics.median(ratios)
+    bubble = 1 / (args.microbatches + 1) if layout == "pp2" else 0.0
+    return {
+        "seconds": round(seconds, 4),
+        "efficiency": round(efficiency, 3),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "account": {
+            "useful": round(efficiency, 3),
+            "waiting": round(waiting, 3),
+            "bubble": round(bubble, 3),
+            "more_compute": round(1 - efficiency - waiting, 3),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
