@@ -4,7 +4,9 @@
 
 Each size runs in a fresh process, one rank, on the toy preset's model and pictures, which are made in ``outputs/toy``
 on the first run. Gradient caching should make the peak depend on the micro-batch and not on the global batch. All sizes
-see the same number of pairs, because the cache of decoded pictures fills with those (up to a fixed 256 MiB). Prints one
+see the same number of pairs: the cache of decoded pictures fills with those, up to a fixed 256 MiB. The C
+allocator is told to give large blocks back when they are freed (``MALLOC_MMAP_THRESHOLD_``): left alone, it keeps them in
+heaps that fragment by chance, which moves the peak of either size by a third from run to run. Prints one
 JSON line: by size the resident size after the optimizer is built, the peak of the steps above it (of the process; on a
 GPU, of its allocator) and the seconds of the last step; and the ratio of the largest to the smallest size.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LARGE_BLOCK = 2**18
+"""Bytes from which on a freed block leaves the process at once."""
 sys.path.insert(0, str(ROOT))
 
 
@@ -37,7 +42,8 @@ def main() -> None:
     for size in args.sizes:
         command = [sys.executable, __file__, "--measure", str(size)]
         command += ["--micro-batch-size", str(args.micro_batch_size), "--pairs", str(args.pairs)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(LARGE_BLOCK)}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         found[str(size)] = json.loads(done.stdout.splitlines()[-1])
     peaks = [found[str(size)]["peak_above_bytes"] for size in (max(args.sizes), min(args.sizes))]
     print(json.dumps({"sizes": found, "ratio": round(peaks[0] / peaks[1], 3)}))

@@ -1,4 +1,4 @@
-"""The benchmarks of training run, compare what they say they compare, and print what they promise. No speed is tested."""
+"""The benchmarks of training run, compare what they say, and print what they promise. No speed is tested."""
 
 import json
 import os
