@@ -4,11 +4,11 @@
 
 Each size runs in a fresh process, one rank, on the toy preset's model and pictures, which are made in ``outputs/toy``
 on the first run. Gradient caching should make the peak depend on the micro-batch and not on the global batch. All sizes
-see the same number of pairs: the cache of decoded pictures fills with those, up to a fixed 256 MiB. The C
-allocator is told to give large blocks back when they are freed (``MALLOC_MMAP_THRESHOLD_``): left alone, it keeps them in
-heaps that fragment by chance, which moves the peak of either size by a third from run to run. Prints one
-JSON line: by size the resident size after the optimizer is built, the peak of the steps above it (of the process; on a
-GPU, of its allocator) and the seconds of the last step; and the ratio of the largest to the smallest size.
+see the same number of pairs: the cache of decoded pictures fills with those, up to a fixed 256 MiB. The C allocator is
+told to give large blocks back when they are freed (``MALLOC_MMAP_THRESHOLD_``): left alone, it keeps them in heaps that
+fragment by chance, which moves the peak of either size by a third from run to run. Prints one JSON line: by size the
+resident size after the optimizer is built, the peak of the steps above it (of the process; on a GPU, of its allocator)
+and the seconds of the last step; and the ratio of the largest to the smallest size.
 """
 
 from __future__ import annotations

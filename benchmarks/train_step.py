@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py [--stages warmup bridge contrastive] [--distributions short long] [--repeats 5]
 
-For each stage and length distribution: both sides take the same first steps, whose losses must agree; then steps
-alternate, ours and theirs, and the median of the pairs' ratios counts. ``useful`` is the analytic ratio: operations
-that the reference computes (padding, dense masks and logits of every position included) over those that the
-mathematics needs, as ``megatron_cocoa.model.flops`` counts them. ``efficiency`` is measured over analytic. Memory is
-the peak of live tensors above weights, gradients and optimizer state; on a CPU counted exactly, storage by storage.
-Prints one JSON line for each case, and one with all of them at the end.
+For each stage and length distribution: both sides take the same first steps, whose losses and gradient norms must
+agree; then steps alternate, ours and theirs, and the median of the pairs' ratios counts. ``useful`` is the analytic
+ratio: operations that the reference computes (padding, dense masks and logits of every position included) over those
+that the mathematics needs, as ``megatron_cocoa.model.flops`` counts them. ``efficiency`` is measured over analytic.
+Memory is the peak of live tensors above weights, gradients and optimizer state; on a CPU counted exactly, storage by
+storage. Prints one JSON line for each case, and one with all of them at the end.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from megatron_cocoa.config import (  # noqa: E402
 from megatron_cocoa.model.flops import step_flops  # noqa: E402
 from megatron_cocoa.parallel import device, topology  # noqa: E402
 
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-"""Relative, of the first two steps: FP32 sums in another order, and the second step follows an update."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Relative, of loss and gradient norm in the first two steps: FP32 sums in another order, and the second step follows
+an update. The norm is what tells: at random weights the loss is near log(vocabulary) whatever the layers do."""
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, help="of both sides; all samples of a step by default")
     parser.add_argument("--image-size", type=int, help="side of the pictures in pixels, instead of each stage's own")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=sorted(LOSS_TOLERANCE), default="fp32")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="fp32")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none", help="ours alone")
     parser.add_argument("--threads", type=int, help="of both sides")
     parser.add_argument("--no-memory", action="store_true", help="leave out the two steps that memory takes")
@@ -88,9 +89,16 @@ def main() -> None:
 
 
 def write_model(folder: Path, config) -> None:
-    """Random weights as Hugging Face draws them."""
+    """Random weights as Hugging Face draws them, but for the last row of the vocabulary.
+
+    No example holds its token; ours sets the mask token's row to the mean of the others, which this one stands for.
+    """
     torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[-1] = rows[:-1].mean(0)
+    model.save_pretrained(folder)
 
 
 def settings_of(args: argparse.Namespace) -> TrainSettings:
@@ -119,8 +127,8 @@ def compare(folder: Path, config, stage: str, distribution: str, args: argparse.
     batches, padded = ours.batches(examples, per_batch), reference.batches(examples, per_batch)
     losses = [(ours.step(batches), reference.step(padded)) for _ in range(2)]
     for mine, theirs in losses:
-        if abs(mine - theirs) > LOSS_TOLERANCE[args.dtype] * abs(theirs):
-            raise SystemExit(f"{stage}, {distribution}: first steps have different losses, (ours, reference) {losses}")
+        if any(abs(a - b) > TOLERANCE[args.dtype] * abs(b) for a, b in zip(mine, theirs)):
+            raise SystemExit(f"{stage}, {distribution}: first steps differ; (loss, norm) of ours, reference: {losses}")
     work = ours.workload(batches)
     extra = int(stage == "contrastive" and len(batches) > 1)
     flops = [
@@ -134,7 +142,7 @@ def compare(folder: Path, config, stage: str, distribution: str, args: argparse.
     found = {
         "stage": stage,
         "distribution": distribution,
-        "losses": [[round(value, 6) for value in pair] for pair in losses],
+        "losses_and_norms": [[[round(value, 6) for value in side] for side in pair] for pair in losses],
         "tokens": work.tokens,
         "padded_tokens": reference.workload(padded, work).tokens,
         "useful": round(analytic, 3),

@@ -23,8 +23,8 @@ MASKED_TEXT = {"warmup": 0.2, "bridge": 0.7}
 MASKED_UNITS = 0.5
 QUERY_TOKENS = 12
 """Of a query's instruction, in stages ``bridge`` and ``contrastive``."""
-CONTROL_TOKENS = 4
-"""At the end of the vocabulary: vision start, vision end, image pad, bridge."""
+CONTROL_TOKENS = 5
+"""At the end of the vocabulary: vision start, vision end, image pad, bridge, and one that no example holds."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ExampleMaker:
         self._vision, self._image_size = config.vision_config, image_size
         words = config.text_config.vocab_size - CONTROL_TOKENS
         self._num_words = words
-        self._start, self._end, self._pad, self._bridge_id = range(words, words + CONTROL_TOKENS)
+        self._start, self._end, self._pad, self._bridge_id, _ = range(words, words + CONTROL_TOKENS)
         self._generator = torch.Generator().manual_seed(seed)
 
     def step(self, stage: str, count: int) -> list[Example]:

@@ -46,7 +46,7 @@ class Ours:
         )
         table = NameTable.from_config(config, padded_vocab_size=rows)
         vocabulary = self.architecture.text.vocab_size
-        # No mask row is drawn: row 0 hides text here, and the reference has it as it is on disk.
+        # Row 0 hides text here, as it is on disk; the mean is put into a row that no example holds.
         source = WeightSource(folder, None, seed=0, mask_token_id=vocabulary - 1, used_rows=vocabulary)
         load_initial_weights(bare.chunks, table, source)
         self.model = wrap_data_parallel(bare, settings.parallel)
@@ -65,15 +65,15 @@ class Ours:
     def workload(self, batches: Sequence[PackedBatch]) -> Workload:
         return sum((Workload.of(batch, self.architecture.vision) for batch in batches), Workload())
 
-    def step(self, batches: Sequence[PackedBatch]) -> float:
-        """One optimizer step, as the trainer takes it; its loss."""
+    def step(self, batches: Sequence[PackedBatch]) -> tuple[float, float]:
+        """One optimizer step, as the trainer takes it; its loss, and the gradient's norm before clipping."""
         for chunk in self.model.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.schedule.step(increment=1)
         loss = forward_backward(self.model, self.objective, batches)["loss"]
-        self.optimizer.step()
-        return loss
+        _, grad_norm, _ = self.optimizer.step()
+        return loss, float(grad_norm)
 
 
 def pack(examples: Sequence[Example], kind: MaskKind, stage: str) -> PackedBatch:

@@ -52,6 +52,7 @@ class ImageDecoder(nn.Module):
         super().__init__()
         layers = model.model.language_model.layers
         self.layer = type(layers[0])(model.config.text_config, 0).to(model.dtype)
+        self.layer.self_attn.is_causal = False
         self.layer.load_state_dict(layers[len(layers) // 2].state_dict())
         self.pixel_head = nn.Linear(pixel_head["weight"].shape[1], pixel_head["weight"].shape[0], dtype=model.dtype)
         self.pixel_head.load_state_dict(pixel_head)
@@ -79,6 +80,9 @@ class Reference:
         ).to(target)
         for part in (self.model.config.text_config, self.model.model.language_model.config):
             part.is_causal = False
+        for layer in self.model.model.language_model.layers:
+            # Where no mask is needed, and none is given, Hugging Face's SDPA asks the module instead of its config.
+            layer.self_attn.is_causal = False
         self.decoder = ImageDecoder(self.model, pixel_head).to(target) if stage == "warmup" else None
         self.model.train()
         self.target = target
@@ -160,16 +164,16 @@ class Reference:
             decoder_pairs=pairs if runs_decoder else 0,
         )
 
-    def step(self, batches: Sequence) -> float:
-        """One optimizer step; its loss."""
+    def step(self, batches: Sequence) -> tuple[float, float]:
+        """One optimizer step; its loss, and the gradient's norm before clipping."""
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.steps)
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
         loss = self._contrastive(batches) if self.stage == "contrastive" else self._reconstruction(batches)
-        nn.utils.clip_grad_norm_(self.parameters, self.optimizer_settings.clip_grad)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.optimizer_settings.clip_grad)
         self.optimizer.step()
-        return float(loss)
+        return float(loss), float(grad_norm)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up; the benchmark takes fewer steps than it lasts."""

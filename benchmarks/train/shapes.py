@@ -40,7 +40,7 @@ def model_config(shape: str, *, layers: int | None = None, vision_layers: int | 
     if vision_layers is not None:
         vision["depth"] = vision_layers
         vision["fullatt_block_indexes"] = list(range(7, vision_layers, 8)) or [vision_layers - 1]
-    start, end, image, bridge = range(sizes["vocab"] - CONTROL_TOKENS, sizes["vocab"])
+    start, end, image, bridge, unused = range(sizes["vocab"] - CONTROL_TOKENS, sizes["vocab"])
     tied = sizes.get("tied", True)
     config = Qwen2_5_VLConfig(
         text_config=dict(
@@ -67,8 +67,7 @@ def model_config(shape: str, *, layers: int | None = None, vision_layers: int | 
             tokens_per_second=2,
         ),
         image_token_id=image,
-        # Never used: any id that no example holds.
-        video_token_id=image,
+        video_token_id=unused,
         vision_start_token_id=start,
         vision_end_token_id=end,
         tie_word_embeddings=tied,

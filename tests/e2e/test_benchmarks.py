@@ -28,7 +28,7 @@ def test_training_steps_beside_hugging_faces():
     stages = {result["stage"]: result for result in found["results"]}
     assert list(stages) == ["warmup", "bridge", "contrastive"]
     for result in stages.values():
-        assert len(result["losses"]) == 2 and result["ratio"] > 0
+        assert len(result["losses_and_norms"]) == 2 and result["ratio"] > 0
         assert result["useful"] >= 1 and result["tokens"] <= result["padded_tokens"]
         assert result["efficiency"] == pytest.approx(result["ratio"] / result["useful"], abs=2e-3)
         assert result["memory_ratio"] < 1
