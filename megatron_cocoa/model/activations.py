@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from megatron_cocoa.model.remade import remember
 
-ROWS_PER_BLOCK = 64
-"""Rows of a backward pass that are worked on together on a CPU, so that what lies between stays in its cache."""
+BLOCK_ELEMENTS = 2**18
+"""Of a backward pass that are worked on together on a CPU: what lies between stays in its caches, and there is enough for
+all threads and for the calls to cost nothing beside it."""
 
 QUICK_GELU_SCALE = 1.702
 
@@ -59,7 +60,7 @@ class _Lean(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
         out = torch.empty_like(x)
-        rows = ROWS_PER_BLOCK if x.device.type == "cpu" else max(1, x.shape[0])
+        rows = max(1, BLOCK_ELEMENTS // x[0].numel() if x.device.type == "cpu" and len(x) else len(x))
         for parts in zip(x.split(rows), grad.split(rows), out.split(rows)):
             ctx.differentiate(*parts)
         return out, None, None

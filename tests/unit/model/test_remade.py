@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from megatron_cocoa.model import activations
 from megatron_cocoa.model.activations import SwiGLU, quick_gelu
 from megatron_cocoa.model.norms import Norm, _RMSNorm
 from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
@@ -97,8 +98,9 @@ def test_only_the_activations_input_and_a_number_a_row_are_kept(gated):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_activations_and_their_gradients_equal_autograds(gated):
-    """Claim: outputs and gradients are those of the definition in double precision, over more rows than a block."""
+def test_activations_and_their_gradients_equal_autograds(gated, monkeypatch):
+    """Claim: outputs and gradients are those of the definition in double precision, also over many blocks and a rest."""
+    monkeypatch.setattr(activations, "BLOCK_ELEMENTS", 400)
     activation = SwiGLU(config()) if gated else quick_gelu
     x, grad = (torch.randn(150, 1, width, generator=torch.Generator().manual_seed(3)) for width in (16, 16 >> gated))
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
