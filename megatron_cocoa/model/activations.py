@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from megatron_cocoa.model.remade import remember
 
 BLOCK_ELEMENTS = 2**18
-"""Of a backward pass that are worked on together on a CPU: what lies between stays in its caches, and there is enough for
-all threads and for the calls to cost nothing beside it."""
+"""Of a backward pass that are worked on together on a CPU: what lies between stays in its caches, and there is enough
+for all threads and for the calls to cost nothing beside it."""
 
 QUICK_GELU_SCALE = 1.702
 

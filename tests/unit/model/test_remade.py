@@ -99,7 +99,7 @@ def test_only_the_activations_input_and_a_number_a_row_are_kept(gated):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_activations_and_their_gradients_equal_autograds(gated, monkeypatch):
-    """Claim: outputs and gradients are those of the definition in double precision, also over many blocks and a rest."""
+    """Claim: outputs and gradients are those of the definition in double precision, over many blocks and a rest."""
     monkeypatch.setattr(activations, "BLOCK_ELEMENTS", 400)
     activation = SwiGLU(config()) if gated else quick_gelu
     x, grad = (torch.randn(150, 1, width, generator=torch.Generator().manual_seed(3)) for width in (16, 16 >> gated))
