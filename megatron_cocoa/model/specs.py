@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_cocoa.config import ModelSettings
 from megatron_cocoa.model.activations import SwiGLU
@@ -112,8 +113,10 @@ def get_bias_dropout_add(training: bool, fused: bool):
     """
 
     def bias_dropout_add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
-        assert prob == 0.0, prob
         x, bias = x_with_bias
+        if prob > 0.0 and training:
+            x = functional.dropout(x if bias is None else x + bias, prob)
+            return x + residual
         return x + residual if bias is None else (x + bias).add_(residual)
 
     return bias_dropout_add
