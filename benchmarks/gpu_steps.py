@@ -27,6 +27,9 @@ from megatron_cocoa.training.step import forward_backward
 
 STAGE = "bridge"
 STEPS = 5
+MICRO_BATCHES = 4
+"""Of a step. The optimizer's part is that of one GPU without others to share its state with: in a run of many it is
+less, here it is a few per cent of these."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,28 @@ class StepCase:
     """What a step is taken of.
 
     shape: of ``train.shapes``.  recipe: of FP8, None for none.  tiny: FP32, two samples, small pictures.
+    fp8_vision: the tower's linears in FP8 as well.
     """
 
     shape: str
     recipe: str | None
     tiny: bool
+    fp8_vision: bool = False
+
+    @property
+    def micro_batches(self) -> int:
+        return 1 if self.tiny else MICRO_BATCHES
 
     @property
     def model(self) -> ModelSettings:
         dtype = "fp32" if self.tiny else "bf16"
-        return ModelSettings(dtype=dtype, make_vocab_size_divisible_by=128, fp8=self.recipe)
+        return ModelSettings(
+            dtype=dtype,
+            make_vocab_size_divisible_by=128,
+            vision_ffn_multiple=128,
+            fp8=self.recipe,
+            fp8_vision=self.fp8_vision,
+        )
 
     @property
     def samples(self) -> int:
@@ -90,7 +105,7 @@ def measure_step(case: StepCase, depth: Depth) -> dict[str, float]:
 def _measure(case: StepCase, depth: Depth) -> dict[str, float]:
     config = model_config(case.shape, layers=depth.language, vision_layers=depth.vision)
     settings = TrainSettings(model=case.model)
-    batch = case.batch(config)
+    batches = [case.batch(config)] * case.micro_batches
     bare = build_model(QwenVLArchitecture.from_huggingface(config), settings, with_image_decoder=False)
     with torch.no_grad():
         for parameter in bare.bare_chunks[0].parameters():
@@ -106,7 +121,7 @@ def _measure(case: StepCase, depth: Depth) -> dict[str, float]:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         schedule.step(increment=1)
-        loss = forward_backward(model, objective, [batch])["loss"]
+        loss = forward_backward(model, objective, batches)["loss"]
         if not loss == loss:
             raise RuntimeError(f"the loss of {case.shape} with {depth} is not a number")
         optimizer.step()
@@ -142,7 +157,7 @@ def extrapolate(case: StepCase, depths: tuple[Depth, ...], points: list[dict[str
             + per_vision * (whole.vision.depth - base.vision)
         )
 
-    flops = step_flops(whole, Workload.of(case.batch(config), whole.vision)).useful
+    flops = step_flops(whole, Workload.of(case.batch(config), whole.vision)).useful * case.micro_batches
     peak, seconds = peak_flops(device.device_name(), case.model), of("seconds")
     return {
         "measured": [{"layers": d.language, "vision_layers": d.vision, **p} for d, p in zip(depths, points)],

@@ -37,6 +37,8 @@ from megatron_cocoa.model.attention import attend_function  # noqa: E402
 from megatron_cocoa.parallel import device, topology  # noqa: E402
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
+FP8 = {"delayed": ("delayed", False), "delayed, tower too": ("delayed", True), "tensorwise": ("tensorwise", False)}
+"""Recipe, and whether the tower's linears run in it, by what the table calls it."""
 HEADS = {"3b": (16, 2), "7b": (28, 4)}
 
 
@@ -69,19 +71,16 @@ def step_section(shape: str) -> Callable[[bool], dict[str, object]]:
         name = "small" if tiny else shape
         depths = Depth.tiny() if tiny else Depth.cut()
         found: dict[str, object] = {}
-        recipes = (None, "delayed", "tensorwise")
-        for recipe in recipes:
-            label = recipe or ("fp32" if tiny else "bf16")
+        plain = "fp32" if tiny else "bf16"
+        for label, (recipe, fp8_vision) in {plain: (None, False), **FP8}.items():
             if recipe and not device.optional_kernels()["Transformer Engine"]:
                 found[label] = {"absent": "Transformer Engine is not installed, or there is no GPU"}
                 continue
-            case = StepCase(name, recipe, tiny)
-            points = [measure_step(case, depth) for depth in depths]
-            found[label] = extrapolate(case, depths, points)
-        base = found["fp32" if tiny else "bf16"]["extrapolated_seconds"]
-        for recipe in recipes[1:]:
-            if "absent" not in found[recipe]:
-                found[recipe]["times_bf16"] = round(base / found[recipe]["extrapolated_seconds"], 3)
+            case = StepCase(name, recipe, tiny, fp8_vision)
+            found[label] = extrapolate(case, depths, [measure_step(case, depth) for depth in depths])
+            if recipe:
+                times = found[plain]["extrapolated_seconds"] / found[label]["extrapolated_seconds"]
+                found[label]["times_bf16"] = round(times, 3)
         return found
 
     return run

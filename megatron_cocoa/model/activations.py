@@ -8,6 +8,7 @@ where it takes a Transformer Engine module (``use_te_activation_func``), which i
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_cocoa.model.compiled import compiled_on_gpu
 from megatron_cocoa.model.remade import remember
 
 BLOCK_ELEMENTS = 2**18
@@ -24,13 +26,26 @@ for all threads and for the calls to cost nothing beside it."""
 QUICK_GELU_SCALE = 1.702
 
 
+@dataclass(frozen=True)
+class _Formula:
+    """An element-wise function and its derivative in two forms.
+
+    backward: ``(x, grad, out)``, in few passes over memory: for blocks on a CPU.
+    gradient: ``(x, grad)``, by one kernel: for a GPU.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], None]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
 def _swiglu(x: Tensor) -> Tensor:
+    if x.is_cuda:
+        from megatron_cocoa.model import kernels
+
+        return kernels.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return torch.sigmoid(x * QUICK_GELU_SCALE).mul_(x)
 
 
 def _swiglu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
@@ -40,6 +55,17 @@ def _swiglu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
 
 
+def _swiglu_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    from megatron_cocoa.model import kernels
+
+    return kernels.swiglu_gradient(x, grad)
+
+
+@compiled_on_gpu
+def _quick_gelu(x: Tensor) -> Tensor:
+    return torch.sigmoid(x * QUICK_GELU_SCALE).mul_(x)
+
+
 def _quick_gelu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
     """With ``s`` the sigmoid and ``y = x s``: ``s (1 + 1.702 (x - y))``."""
     sigmoid = torch.sigmoid(x * QUICK_GELU_SCALE)
@@ -47,32 +73,44 @@ def _quick_gelu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
     out.mul_(QUICK_GELU_SCALE).add_(1).mul_(sigmoid).mul_(grad)
 
 
+@compiled_on_gpu
+def _quick_gelu_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x.float() * QUICK_GELU_SCALE)
+    return (grad * sigmoid * (1 + QUICK_GELU_SCALE * x * (1 - sigmoid))).to(x.dtype)
+
+
+SWIGLU = _Formula(_swiglu, _swiglu_backward, _swiglu_gradient)
+QUICK_GELU = _Formula(_quick_gelu, _quick_gelu_backward, _quick_gelu_gradient)
+
+
 class _Lean(torch.autograd.Function):
-    """An activation that keeps its input, and whose backward works through it block by block."""
+    """An activation that keeps its input alone; on a CPU its backward works through it block by block."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, function: Callable, backward: Callable) -> Tensor:
+    def forward(ctx, x: Tensor, formula: _Formula) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.differentiate = backward
-        return function(x)
+        ctx.formula = formula
+        return formula.function(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
+        if x.is_cuda:
+            return ctx.formula.gradient(x, grad), None
         out = torch.empty_like(x)
-        rows = max(1, BLOCK_ELEMENTS // x[0].numel() if x.device.type == "cpu" and len(x) else len(x))
+        rows = max(1, BLOCK_ELEMENTS // x[0].numel() if len(x) else 1)
         for parts in zip(x.split(rows), grad.split(rows), out.split(rows)):
-            ctx.differentiate(*parts)
-        return out, None, None
+            ctx.formula.backward(*parts)
+        return out, None
 
 
-def _lean(x: Tensor, function: Callable, backward: Callable) -> Tensor:
-    return remember(_Lean.apply(x, function, backward), torch.no_grad()(lambda: function(x)))
+def _lean(x: Tensor, formula: _Formula) -> Tensor:
+    return remember(_Lean.apply(x, formula), torch.no_grad()(lambda: formula.function(x)))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """``x * sigmoid(1.702 x)``, the activation of Qwen2-VL's tower; any shape."""
-    return _lean(x, _quick_gelu, _quick_gelu_backward)
+    return _lean(x, QUICK_GELU)
 
 
 class SwiGLU(MegatronModule):
@@ -82,4 +120,4 @@ class SwiGLU(MegatronModule):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _lean(x, _swiglu, _swiglu_backward)
+        return _lean(x, SWIGLU)

@@ -24,6 +24,10 @@ BLOCK = {None: 1, "delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128
 """Rows and widths are multiples of this: of a kernel's alignment, or of the block that shares a scale."""
 
 
+AMAX_HISTORY = 1024
+"""Steps whose largest value sets the scale of ``delayed``: Transformer Engine's own default."""
+
+
 def fp8_multiple(recipe: str | None) -> int:
     """What the rows of a pack must be divisible by on each rank; 1 without FP8."""
     return BLOCK[recipe]
@@ -33,7 +37,14 @@ def fp8_fields(model: ModelSettings) -> dict[str, object]:
     """Fields of Megatron's ``TransformerConfig`` for a block that runs in FP8; empty without."""
     if model.fp8 is None:
         return {}
-    return dict(fp8="hybrid" if model.fp8 != "mxfp8" else "e4m3", fp8_recipe=model.fp8, fp8_param=model.fp8_param)
+    return dict(
+        fp8="hybrid" if model.fp8 != "mxfp8" else "e4m3",
+        fp8_recipe=model.fp8,
+        fp8_param=model.fp8_param,
+        # Of delayed scaling. Megatron's own default, the last step's maximum alone, clips where batches differ.
+        fp8_amax_history_len=AMAX_HISTORY,
+        fp8_amax_compute_algo="max",
+    )
 
 
 def check_capability(recipe: str, capability: tuple[int, int] | None) -> None:

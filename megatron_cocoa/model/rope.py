@@ -15,30 +15,31 @@ from megatron_cocoa.architecture import TextArchitecture, VisionArchitecture
 
 
 class _Rotate(torch.autograd.Function):
-    """Writes both halves into one buffer and keeps the tables alone for the backward, which turns the other way.
-
-    Written out because concatenating halves of a few channels costs more than the rotation itself.
-    """
+    """Keeps the tables alone for the backward, which turns the other way."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, -1.0)
+        return _turn(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, 1.0), None, None
+        return _turn(grad, *ctx.saved_tensors, -1.0), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    if x.is_cuda:
+        from megatron_cocoa.model import kernels
+
+        return kernels.rotate(x, cos, sin, sign=sign)
+    # Both halves go into one buffer: concatenating a few channels costs a CPU more than the rotation itself.
     half = x.shape[-1] // 2
     wide = x.to(cos.dtype)
     first, second = wide[..., :half], wide[..., half:]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=sign)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=-sign)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
     return out.to(x.dtype)
 
 
@@ -47,7 +48,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: ``(tokens, heads, head_dim)``.
-        cos, sin: ``(tokens, head_dim / 2)``; the rotation runs in their dtype and returns to that of ``x``.
+        cos, sin: ``(tokens, head_dim / 2)``; the rotation runs in their dtype (on a GPU in
+            float32) and returns to that of ``x``.
     """
     return _Rotate.apply(x, cos, sin)
 

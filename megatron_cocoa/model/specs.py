@@ -25,6 +25,7 @@ from torch.nn import functional
 from megatron_cocoa.config import ModelSettings
 from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention
+from megatron_cocoa.model.compiled import compiled_on_gpu
 from megatron_cocoa.model.fp8 import check_capability
 from megatron_cocoa.model.norms import Norm
 from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
@@ -117,9 +118,14 @@ def get_bias_dropout_add(training: bool, fused: bool):
         if prob > 0.0 and training:
             x = functional.dropout(x if bias is None else x + bias, prob)
             return x + residual
-        return x + residual if bias is None else (x + bias).add_(residual)
+        return x + residual if bias is None else _add_both(x, bias, residual)
 
     return bias_dropout_add
+
+
+@compiled_on_gpu
+def _add_both(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return (x + bias).add_(residual)
 
 
 def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:

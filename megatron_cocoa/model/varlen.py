@@ -26,6 +26,7 @@ class VarlenCall:
 
     k_rows: rows of the pack that form the key sequence, in segment order; a slice where they are contiguous.
     cu_q, cu_k: int32 ``(segments + 1,)`` offsets on the device.
+    same_lengths: each segment has as many queries as keys.
     """
 
     q_rows: slice
@@ -35,6 +36,7 @@ class VarlenCall:
     max_q: int
     max_k: int
     causal: bool
+    same_lengths: bool
 
 
 def build_calls(table: SegmentTable, device: torch.device) -> tuple[VarlenCall, ...]:
@@ -56,6 +58,7 @@ def build_calls(table: SegmentTable, device: torch.device) -> tuple[VarlenCall, 
                 max_q=int(q_len.max()),
                 max_k=int(k_len.max()),
                 causal=bool(table.causal[members[0]]),
+                same_lengths=np.array_equal(q_len, k_len),
             )
         )
     return tuple(calls)
@@ -91,24 +94,34 @@ def _flash_attn(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, sca
 def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    ratio = query.shape[1] // key.shape[1]
-    key, value = (x if ratio == 1 else x.repeat_interleave(ratio, dim=1) for x in (key, value))
+    # Before torch 2.12 it took fewer key heads than query heads without being told.
+    told = "enable_gqa" in _varlen_parameters() and query.shape[1] != key.shape[1]
     window = (-1, 0) if call.causal else (-1, -1)
+    more = {"enable_gqa": True} if told else {}
     return varlen_attn(
-        query, key, value, call.cu_q, call.cu_k, call.max_q, call.max_k, scale=scale, window_size=window
+        query, key, value, call.cu_q, call.cu_k, call.max_q, call.max_k, scale=scale, window_size=window, **more
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _te_module(heads: int, groups: int, dim: int, scale: float):
+def _te_module(heads: int, groups: int, dim: int, scale: float, attention_type: str):
     te = importlib.import_module("transformer_engine.pytorch")
     return te.DotProductAttention(
-        heads, dim, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd", softmax_scale=scale
+        heads,
+        dim,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        softmax_scale=scale,
+        attention_type=attention_type,
     )
 
 
 def _transformer_engine(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, scale: float) -> Tensor:
-    module = _te_module(query.shape[1], key.shape[1], query.shape[2], scale)
+    # It takes lengths of keys for those of queries unless told otherwise, and no part of a longer tensor.
+    kind = "self" if call.same_lengths else "cross"
+    module = _te_module(query.shape[1], key.shape[1], query.shape[2], scale, kind)
+    query, key, value = (x.clone() if x.storage_offset() else x for x in (query, key, value))
     out = module(
         query,
         key,
@@ -128,10 +141,14 @@ def flash_kernel() -> Callable[..., Tensor] | None:
     if importlib.util.find_spec("flash_attn") is not None:
         return _flash_attn
     if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        parameters = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters
         # Its first release (torch 2.10) takes neither a scale nor a window.
-        return _torch_varlen if {"scale", "window_size"} <= set(parameters) else None
+        return _torch_varlen if {"scale", "window_size"} <= _varlen_parameters() else None
     return None
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    return frozenset(inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters)
 
 
 def transformer_engine_kernel() -> Callable[..., Tensor] | None:

@@ -28,6 +28,7 @@ def wrap_data_parallel(model: Model, parallel: ParallelSettings) -> Model:
         fp8_param_gather=model.config.fp8_param,
     )
     config = model.config
+    _fuse_gradient_accumulation(model)
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model.chunks)
@@ -40,6 +41,17 @@ def wrap_data_parallel(model: Model, parallel: ParallelSettings) -> Model:
     if parallel.overlap_param_gather:
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
     return replace(model, chunks=wrapped)
+
+
+def _fuse_gradient_accumulation(model: Model) -> None:
+    """Transformer Engine's weight gradients go straight into DDP's FP32 buffer, by the product that computes them.
+
+    Set here, not in the config: without DDP there is no such buffer, and Megatron's own linears need apex for it.
+    """
+    for chunk in model.chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
 
 @contextlib.contextmanager

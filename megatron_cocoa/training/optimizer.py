@@ -72,5 +72,6 @@ def _forget_initial_values(model: Model) -> None:
     """
     for chunk in model.chunks:
         for parameter in chunk.parameters():
-            if hasattr(parameter, "clear_high_precision_init_val"):
-                parameter.clear_high_precision_init_val()
+            for name in ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)

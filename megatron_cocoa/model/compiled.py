@@ -1,0 +1,26 @@
+"""Element-wise chains as one kernel on a GPU.
+
+Operation by operation, each of a chain reads and writes the GPU's memory; compiled, it reads and writes once. On a CPU
+such functions run as they are: there the layers have blocks and in-place operations of their own. torch's switch
+``TORCH_COMPILE_DISABLE=1`` turns compiling off where a machine has no compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def compiled_on_gpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` of tensors, compiled once for all sizes at its first call with a first argument on a GPU."""
+    # Compiling is set up at the first call: it takes longer to import than the rest of torch.
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True))
+
+    @functools.wraps(function)
+    def call(first: Tensor, *others: Tensor) -> Tensor:
+        return (compiled() if first.is_cuda else function)(first, *others)
+
+    return call

@@ -1,0 +1,62 @@
+"""The Triton kernels against plain expressions in float64, at widths with and without a power of two."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megatron_cocoa.model.activations import SWIGLU, _Lean, quick_gelu
+from megatron_cocoa.model.rope import rotate
+
+pytestmark = pytest.mark.gpu
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+"""Of one rounding, relative to the largest value."""
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert found.shape == wanted.shape
+    error = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert error <= ROUNDING[found.dtype]
+
+
+def values(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("width", [48, 1100, 3456])
+def test_activations(width, dtype):
+    """Claim: outputs and gradients of SwiGLU and quick GELU are the formula's, rounded once."""
+    x, grad = values(7, 1, 2 * width, dtype=dtype, seed=0), values(7, 1, width, dtype=dtype, seed=1)
+    exact = x.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    check((lambda t: _Lean.apply(t, SWIGLU)), x, F.silu(gate) * up, exact, grad)
+    exact = grad.double().requires_grad_()
+    check(quick_gelu, grad, exact * torch.sigmoid(1.702 * exact), exact, x[..., :width])
+
+
+def check(function, x, wanted, exact, grad) -> None:
+    mine = x.clone().requires_grad_()
+    out = function(mine)
+    out.backward(grad)
+    wanted.backward(grad.double())
+    assert_near(out.detach(), wanted.detach())
+    assert_near(mine.grad, exact.grad)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("heads, dim", [(28, 128), (4, 128), (16, 80), (3, 8)])
+def test_rotation(heads, dim, dtype):
+    """Claim: a view of a fused projection is rotated as the formula says, and its gradient turned back."""
+    fused, grad = values(50, heads + 2, dim, dtype=dtype, seed=0), values(50, heads, dim, dtype=dtype, seed=1)
+    angles = values(50, dim // 2, dtype=torch.float32, seed=2)
+    cos, sin = angles.cos(), angles.sin()
+    mine, exact = fused.clone().requires_grad_(), fused.double().requires_grad_()
+    out = rotate(mine[:, 1:-1], cos, sin)
+    first, second = exact[:, 1:-1].chunk(2, dim=-1)
+    c, s = cos.double()[:, None], sin.double()[:, None]
+    wanted = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    out.backward(grad)
+    wanted.backward(grad.double())
+    assert_near(out.detach(), wanted.detach())
+    assert_near(mine.grad, exact.grad)
