@@ -169,7 +169,11 @@ def measure(n: int, args: argparse.Namespace, backends: tuple[str, ...]) -> dict
             row[backend] = {"absent": str(reason)}
             continue
         ours = problem.segments(compiled(attend) if backend == "flex" else attend)
-        error = check(problem, ours, wanted, backend)
+        try:
+            error = check(problem, ours, wanted, backend)
+        except (ValueError, torch.OutOfMemoryError) as reason:
+            row[backend] = {"absent": str(reason)}
+            continue
         found = measure_pairs(ours, reference, repeats=args.repeats, calls=calls)
         row[backend] = {**found, "ours_peak_bytes": peak_bytes(ours), "largest_error": float(f"{error:.2g}")}
     return row

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -94,18 +94,17 @@ SECTIONS: dict[str, Callable[[bool], dict[str, object]]] = {
 }
 
 
-def run_sections(names: list[str], tiny: bool) -> dict[str, dict[str, object]]:
-    """Each section's result, or why it has none; never raises for what a section does."""
-    results: dict[str, dict[str, object]] = {}
+def run_sections(names: list[str], tiny: bool) -> Iterator[tuple[str, dict[str, object]]]:
+    """Each section's name and result, or why it has none; never raises for what a section does."""
     for name in names:
         begun = time.perf_counter()
         try:
-            results[name] = SECTIONS[name](tiny)
+            result = SECTIONS[name](tiny)
         except (Exception, SystemExit) as error:
-            results[name] = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
-        results[name]["section_seconds"] = round(time.perf_counter() - begun, 1)
+            result = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
+        result["section_seconds"] = round(time.perf_counter() - begun, 1)
         device.release_memory()
-    return results
+        yield name, result
 
 
 def table(results: dict[str, dict[str, object]]) -> str:
@@ -153,11 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("--tiny is for machines without a GPU")
     topology.initialize(ParallelSettings(), topology.LaunchInfo(0, 1, 0), seed=0)
     begun = time.perf_counter()
-    results = run_sections(args.sections, args.tiny)
-    topology.shutdown()
+    results: dict[str, dict[str, object]] = {}
     line = {"benchmark": "gpu_suite", "tiny": args.tiny, "gpu": device.device_name(), "results": results}
-    line |= {"seconds": round(time.perf_counter() - begun, 1), "versions": versions(), "hardware": hardware()}
-    Path(args.output).write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+    line |= {"versions": versions(), "hardware": hardware()}
+    for name, result in run_sections(args.sections, args.tiny):
+        results[name] = result
+        line["seconds"] = round(time.perf_counter() - begun, 1)
+        # After each: what was measured stays if a later section takes the process with it.
+        Path(args.output).write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+    topology.shutdown()
     if args.tiny:
         print("tiny sizes on a CPU: no number below says anything about a GPU")
     print(table(results))

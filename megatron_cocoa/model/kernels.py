@@ -87,7 +87,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0) -> Tensor:
 
     Args:
         x: ``(tokens, heads, head_dim)``; tokens and heads may have any strides.
-        cos, sin: contiguous ``(tokens, head_dim / 2)``.
+        cos, sin: ``(tokens, head_dim / 2)``; best contiguous, else they are copied.
 
     Returns:
         Contiguous, shape and dtype of ``x``.
@@ -99,7 +99,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0) -> Tensor:
     if out.numel():
         wide = triton.next_power_of_2(half)
         together = triton.next_power_of_2(min(heads, max(1, BLOCK // wide)))
-        _rotate_kernel[tokens, triton.cdiv(heads, together)](
-            x, cos, sin, out, heads, half, x.stride(0), x.stride(1), sign, HEADS=together, HALF=wide, num_warps=4
-        )
+        kernel = _rotate_kernel[tokens, triton.cdiv(heads, together)]
+        tables, strides = (cos.contiguous(), sin.contiguous()), x.stride()[:2]
+        kernel(x, *tables, out, heads, half, *strides, sign, HEADS=together, HALF=wide, num_warps=4)
     return out

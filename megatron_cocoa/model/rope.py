@@ -92,5 +92,6 @@ def mrope_tables(position_ids: Tensor, text: TextArchitecture, dtype: torch.dtyp
     """
     inv_freq = _inverse_frequencies(text.rope_theta, text.head_dim, position_ids.device)
     positions = position_ids.index_select(0, _axis_of_channel(text.mrope_section, position_ids.device))
-    angles = positions.t().float() * inv_freq
+    # Contiguous: rotation reads these rows in every layer.
+    angles = positions.t().float().contiguous() * inv_freq
     return angles.cos().to(dtype), angles.sin().to(dtype)

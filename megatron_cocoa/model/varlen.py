@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,6 +106,8 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, s
 
 @functools.lru_cache(maxsize=8)
 def _te_module(heads: int, groups: int, dim: int, scale: float, attention_type: str):
+    # Where it has no fused kernel it would compute all scores, fifty times slower, and say so in its debug log alone.
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     te = importlib.import_module("transformer_engine.pytorch")
     return te.DotProductAttention(
         heads,

@@ -8,10 +8,10 @@ import torch
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import ParallelSettings
-from megatron_cocoa.model.attention import attend_function
 from megatron_cocoa.model.build import build_model
 from megatron_cocoa.model.specs import resolve_implementation
 from megatron_cocoa.parallel import topology
+from tests.gpu.test_backends import backend_or_skip
 from tests.parity import compare, reference
 from tests.parity.cases import Case
 
@@ -36,9 +36,9 @@ def settings_or_skip(implementation: str, backend: str):
     model = replace(settings.model, dtype="bf16", transformer_impl=implementation, attention_backend=backend)
     try:
         resolve_implementation(model)
-        attend_function(backend, on_gpu=True)
     except ValueError as reason:
         pytest.skip(str(reason))
+    backend_or_skip(backend)
     return replace(settings, model=model)
 
 

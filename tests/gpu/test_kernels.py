@@ -45,11 +45,15 @@ def check(function, x, wanted, exact, grad) -> None:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("heads, dim", [(28, 128), (4, 128), (16, 80), (3, 8)])
-def test_rotation(heads, dim, dtype):
-    """Claim: a view of a fused projection is rotated as the formula says, and its gradient turned back."""
+def test_rotation(heads, dim, transposed, dtype):
+    """Claim: a view of a fused projection is rotated as the formula says, and its gradient turned back, whatever the
+    order of the tables in memory."""
     fused, grad = values(50, heads + 2, dim, dtype=dtype, seed=0), values(50, heads, dim, dtype=dtype, seed=1)
     angles = values(50, dim // 2, dtype=torch.float32, seed=2)
+    if transposed:
+        angles = angles.t().contiguous().t()
     cos, sin = angles.cos(), angles.sin()
     mine, exact = fused.clone().requires_grad_(), fused.double().requires_grad_()
     out = rotate(mine[:, 1:-1], cos, sin)
