@@ -44,7 +44,8 @@ class Ours:
             settings.model.make_vocab_size_divisible_by,
             settings.parallel.tensor_model_parallel_size,
         )
-        table = NameTable.from_config(config, padded_vocab_size=rows)
+        multiple = settings.model.vision_ffn_multiple
+        table = NameTable.from_config(config, padded_vocab_size=rows, vision_ffn_multiple=multiple)
         vocabulary = self.architecture.text.vocab_size
         # Row 0 hides text here, as it is on disk; the mean is put into a row that no example holds.
         source = WeightSource(folder, None, seed=0, mask_token_id=vocabulary - 1, used_rows=vocabulary)

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.gpu
 
 STEPS, BATCHES = 300, 10
 LR = 3e-4
-"""At 1e-3 a step learns by heart so fast that two attention kernels in BF16 end 5% apart, here 0.02%."""
+"""At 1e-3 a step learns by heart so fast that two attention kernels in BF16 end 5% apart, at this rate 0.02%."""
 MEAN_DIFFERENCE = 0.02
-"""Relative, of the mean loss over the last 50 steps; up to 0.9% was seen on an H100, either way."""
+"""Relative, of the mean loss over all steps: what was learnt by heart ends near zero, where nothing can be compared."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,5 +89,5 @@ def test_loss_in_fp8_follows_bf16(recipe, more):
         pytest.skip(str(reason))
     in_bf16, in_fp8 = bf16_losses(), losses(fp8=recipe, **more)
     assert in_bf16[-1] < 0.9 * in_bf16[0], "the task is not learnt, so nothing is compared"
-    last = [sum(found[-50:]) / 50 for found in (in_bf16, in_fp8)]
-    assert abs(last[1] - last[0]) <= MEAN_DIFFERENCE * last[0], last
+    means = [sum(found) / STEPS for found in (in_bf16, in_fp8)]
+    assert abs(means[1] - means[0]) <= MEAN_DIFFERENCE * means[0], means

@@ -46,7 +46,7 @@ def test_a_failing_section_is_recorded_and_the_others_run(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(gpu_suite, "SECTIONS", {"correctness": broken, "step_3b": lambda tiny: {}})
-    results = gpu_suite.run_sections(["correctness", "step_3b"], True)
+    results = dict(gpu_suite.run_sections(["correctness", "step_3b"], True))
     assert results["correctness"]["failed"] == "RuntimeError: out of memory" and "failed" not in results["step_3b"]
     assert "correctness: FAILED: RuntimeError: out of memory" in gpu_suite.table(results)
 
