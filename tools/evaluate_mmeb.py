@@ -46,6 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model-path", metavar="DIR", help="Hugging Face or sentence-transformers folder, or Megatron checkpoint")
     add("--processor-path", metavar="DIR", help="tokenizer and processor of a Megatron checkpoint that carries none")
+    add("--run-path", metavar="DIR",
+        help="output of the run whose losses the page shows (default: the one that the model lies in)")  # fmt: skip
     add("--data-path", metavar="DIR", help="TASK/test-*.parquet for each task, as in MMEB-eval")
     add("--image-root", metavar="DIR", help="image paths are relative to it and may not leave it")
     add("--output-path", metavar="DIR", help="folder for the scores")
@@ -93,6 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from megatron_cocoa.evaluation import mmeb_run
     from megatron_cocoa.evaluation.mmeb_tasks import read_benchmark
     from megatron_cocoa.parallel import topology
+    from megatron_cocoa.recipes.curves import training_curves
 
     sizes = ("image_size", "min_image_tokens", "max_image_tokens", "max_length")
     names = (*sizes, "dtype", "bridge_token", "batch_size", "num_workers", "baselines")
@@ -102,6 +105,7 @@ def evaluate(args: argparse.Namespace) -> int:
     launch = topology.LaunchInfo.from_environment()
     parallel = ParallelSettings(**{name: getattr(args, f"parallel.{name}") for name in (*LAYOUT, "sequence_parallel")})
     parallel.data_parallel_size(launch.world_size)
+    training_curves(args.model_path, args.run_path)  # a mistyped folder is told before hours of scoring
     say = _say if launch.rank == 0 else _keep_silent
     if launch.world_size > 1:
         topology.initialize(parallel, launch, seed=0)
@@ -160,11 +164,14 @@ def _finish(args: argparse.Namespace, say) -> int:
     from megatron_cocoa.evaluation.mmeb_page import render_page
     from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary
     from megatron_cocoa.evaluation.mmeb_summary import summarize as read
+    from megatron_cocoa.recipes.curves import training_curves
 
     output = Path(args.output_path)
     summary = read(output)
     write_atomically(output / "summary.json", json.dumps(summary.to_json(), indent=2) + "\n")
-    write_atomically(output / "report.html", render_page(summary, output=output, image_root=args.image_root))
+    curves = training_curves(args.model_path, args.run_path)
+    html = render_page(summary, output=output, image_root=args.image_root, curves=curves)
+    write_atomically(output / "report.html", html)
     say(render_summary(summary))
     say(f"report: {output / 'report.html'}")
     return EXIT_MEANINGLESS if degenerate(list(summary.scores.values())) else 0

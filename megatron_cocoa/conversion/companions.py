@@ -17,24 +17,29 @@ from megatron_cocoa.checkpoint.store import read_info
 SETTINGS_FILE = "settings.yaml"
 
 
-def run_settings(checkpoint: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint, which lie in its output folder; empty where there are none.
+def run_folder(checkpoint: Path) -> Path | None:
+    """The output folder of the run that a checkpoint lies in, None if it lies in none.
 
     A run writes ``OUTPUT/settings.yaml``, ``OUTPUT/STAGE/checkpoint``, and further ones one level deeper.
+    """
+    return next((f for f in checkpoint.resolve().parents[:3] if (f / SETTINGS_FILE).is_file()), None)
+
+
+def run_settings(checkpoint: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint, see ``run_folder``; empty where there are none.
 
     Raises:
         ValueError: if they are not readable YAML.
     """
-    for folder in checkpoint.resolve().parents[:3]:
-        file = folder / SETTINGS_FILE
-        if not file.is_file():
-            continue
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{file} is not readable YAML: {error}") from error
-        return content if isinstance(content, dict) else {}
-    return {}
+    folder = run_folder(checkpoint)
+    if folder is None:
+        return {}
+    file = folder / SETTINGS_FILE
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not readable YAML: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def find_companions(checkpoint: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from megatron_cocoa.evaluation.mmeb_files import EVIDENCE_SUFFIX
 from megatron_cocoa.evaluation.mmeb_summary import BASELINES, GROUPS, Summary
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, SPLITS
 from megatron_cocoa.evaluation.pictures import thumbnail_png
-from megatron_cocoa.evaluation.report_data import StripCandidate
+from megatron_cocoa.evaluation.report_curves import curves_section
+from megatron_cocoa.evaluation.report_data import StageCurve, StripCandidate
 from megatron_cocoa.evaluation.report_page import page
 from megatron_cocoa.evaluation.report_pictures import map_section, query_with_candidates
 from megatron_cocoa.evaluation.svg import DotRow, Mark, dot_chart
@@ -29,16 +31,20 @@ _METHOD = (
     "at random, majority the best constant answer, text only and picture only the same model with the other part of "
     "the query taken away (a dash where the query has no other part)."
 )
+_NO_RUN = "The model lies in no run's output folder, and --run-path named none."
 _HEADER = ("Task", "precision@1", "Ties lost", "Tied rows", "Chance", "Majority", "Text only", "Picture only", "Rows")
 
 
-def render_page(summary: Summary, *, output: str | Path, image_root: str | Path) -> str:
+def render_page(
+    summary: Summary, *, output: str | Path, image_root: str | Path, curves: Sequence[StageCurve] = ()
+) -> str:
     """The page (text; write it as UTF-8).
 
     Args:
         summary: of the score files.
         output: folder that also holds each task's evidence.
         image_root: where the pictures are.
+        curves: losses of the run that trained the model.
     """
     evidence = {name: _evidence(Path(output), name) for name in summary.scores}
     examples = _Examples(Path(image_root))
@@ -48,6 +54,7 @@ def render_page(summary: Summary, *, output: str | Path, image_root: str | Path)
         ("examples", "Hits and misses", _strips(examples, evidence, ("hits", "misses"))),
         ("worst", "Worst queries", _strips(examples, evidence, ("worst",))),
         ("map", "Embedding map", map_section(_maps(evidence))),
+        ("losses", "Losses of its training", curves_section(curves, otherwise=_NO_RUN)),
         ("settings", "Settings and versions", _settings(summary)),
         ("credits", "Credits", _credits(summary)),
     ]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from megatron_cocoa.evaluation import markup
 from megatron_cocoa.evaluation.markup import text
 from megatron_cocoa.evaluation.metrics import Estimate
+from megatron_cocoa.evaluation.report_curves import curves_section
 from megatron_cocoa.evaluation.report_data import (
     DIRECTION_NAMES,
     POOL_NAMES,
@@ -20,7 +21,6 @@ from megatron_cocoa.evaluation.report_data import (
     Credit,
     RecallRow,
     ReportData,
-    StageCurve,
 )
 from megatron_cocoa.evaluation.report_page import page
 from megatron_cocoa.evaluation.report_pictures import map_section, reconstruction_section, strip_section
@@ -32,7 +32,7 @@ from megatron_cocoa.evaluation.report_table import (
     times,
     times_chance,
 )
-from megatron_cocoa.evaluation.svg import DotRow, Mark, curve_chart, dot_chart
+from megatron_cocoa.evaluation.svg import DotRow, Mark, dot_chart
 
 __all__ = ["render_report", "render_table"]
 
@@ -52,7 +52,7 @@ def render_report(data: ReportData) -> str:
         ("summary", "Summary", _summary(data)),
         ("retrieval", "Retrieval", _retrieval(data.recall)),
         ("bridge", "What the bridge carries", _bridge(data.bridge)),
-        ("losses", "Losses by stage", _curves(data.curves)),
+        ("losses", "Losses by stage", curves_section(data.curves)),
         ("reconstructions", "Masked, reconstructed, original", reconstruction_section(data.reconstructions)),
         ("examples", "Hits and misses", strip_section([s for s in data.strips if s.kind != "worst"])),
         ("worst", "Worst queries", strip_section([s for s in data.strips if s.kind == "worst"])),
@@ -212,31 +212,6 @@ def _by_visible(evidence: Sequence[BridgeEvidence]) -> list[str]:
         if rows:
             tables.append(markup.table(f"{item.model}: by what is left of B", header, rows))
     return [f'<div class="panels">{"".join(tables)}</div>'] if tables else []
-
-
-def _curves(curves: Sequence[StageCurve]) -> list[str]:
-    if not curves:
-        return [markup.missing("No losses were recorded.")]
-    return [
-        f'<div class="panels">{"".join(_stage_figure(curve) for curve in curves)}</div>',
-        markup.note("Each loss has its own scale, whose axis need not start at zero."),
-    ]
-
-
-def _stage_figure(curve: StageCurve) -> str:
-    if not curve.steps or not curve.losses:
-        return f'<div class="wide">{markup.missing(f"Stage {curve.stage}: no losses were recorded.")}</div>'
-    panels = "".join(
-        curve_chart(curve.steps, values, title=name, unit=curve.units.get(name, "loss"), series=index % 3)
-        for index, (name, values) in enumerate(curve.losses.items())
-    )
-    took = "" if curve.seconds is None else f", {curve.seconds:.0f} s"
-    told = f"{len(curve.steps)} recorded steps{took}."
-    wide = ' class="wide"' if len(curve.losses) > 1 else ""
-    return (
-        f'<figure{wide}><h3>Stage {text(curve.stage)}</h3><div class="panels">{panels}</div>'
-        f"<figcaption>{text(told)}</figcaption></figure>"
-    )
 
 
 def _environment(data: ReportData) -> list[str]:

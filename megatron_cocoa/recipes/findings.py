@@ -18,18 +18,16 @@ from megatron_cocoa.evaluation.report_data import (
     Reconstruction,
     ReportData,
     RetrievalStrip,
-    StageCurve,
 )
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.curves import stage_curve
 from megatron_cocoa.recipes.resume import SETTINGS_FILE
 from megatron_cocoa.recipes.retrieval import recall_as_json
 from megatron_cocoa.recipes.stages import StageSummary
-from megatron_cocoa.training.log import read_metrics
 
 PACKAGES = ("megatron-core", "torch", "transformers", "sentencepiece", "numpy")
-LOSS_UNITS = {"mntp": "nats per token", "mae": "mean squared error", "contrastive": "nats per pair"}
 
 
 @dataclass
@@ -94,7 +92,9 @@ def _report_data(
         },
         resolved=(context.output / SETTINGS_FILE).read_text(encoding="utf-8"),
         recall=tuple(findings.recall),
-        curves=tuple(_curve(context, summary) for summary in findings.stages),
+        curves=tuple(
+            stage_curve(context.output / summary.name, seconds=summary.progress.seconds) for summary in findings.stages
+        ),
         bridge=tuple(findings.bridge),
         reconstructions=tuple(findings.reconstructions),
         strips=tuple(findings.strips),
@@ -102,18 +102,6 @@ def _report_data(
         credits=(TWEMOJI_CREDIT,) if context.is_toy else (),
         environment=_environment(),
         notes=tuple(describe(summary) for summary in findings.stages),
-    )
-
-
-def _curve(context: RunContext, summary: StageSummary) -> StageCurve:
-    lines = read_metrics(context.output / summary.name)
-    names = [name for name in LOSS_UNITS if lines and name in lines[0]]
-    return StageCurve(
-        stage=summary.name,
-        steps=tuple(int(line["step"]) for line in lines),
-        losses={name: tuple(line[name] for line in lines) for name in names},
-        units={name: LOSS_UNITS[name] for name in names},
-        seconds=summary.progress.seconds,
     )
 
 

@@ -1,4 +1,4 @@
-"""The launch script on a GPU in BF16: all stages with evaluation, a stop and its resume, FP8, the export's own check."""
+"""The launch script on a GPU in BF16: all stages with evaluation, a stop and its resume, FP8, the export's check."""
 
 import json
 import math

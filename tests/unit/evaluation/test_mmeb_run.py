@@ -12,6 +12,7 @@ from megatron_cocoa.evaluation.mmeb_page import render_page
 from megatron_cocoa.evaluation.mmeb_run import evaluate
 from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary, summarize
 from megatron_cocoa.evaluation.mmeb_tasks import Benchmark, Task
+from megatron_cocoa.evaluation.report_data import StageCurve
 from tests.unit.mmeb_folders import write_pictures, write_task
 
 TABLE = Benchmark("tiny", (Task("colours", "classification", "ind"), Task("places", "grounding", "ood")))
@@ -221,6 +222,10 @@ def test_the_page_is_whole_and_safe(folder):
     assert "<script" not in html and "&lt;script&gt;red" in html and "data:image/png;base64," in html
     assert "http" not in html.replace("http-equiv", "") and html.count("<svg") >= 4
     assert html == render_page(summarize(output), output=output, image_root=folder)
+    assert "--run-path named none" in html
+    curves = (StageCurve("bridge", (1, 2), {"mntp": (3.0, 2.5)}, {"mntp": "nats per token"}),)
+    trained = render_page(summarize(output), output=output, image_root=folder, curves=curves)
+    assert "Stage bridge" in trained and trained.count("<svg") == html.count("<svg") + 1
 
 
 def test_a_model_is_known_by_its_files(tmp_path):
