@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from megatron_cocoa.model.compiled import compiled_on_gpu
 from megatron_cocoa.model.remade import remember
+from megatron_cocoa.parallel.device import is_on_gpu
 
 BLOCK_ELEMENTS = 2**18
 """Of a backward pass that are worked on together on a CPU: what lies between stays in its caches, and there is enough
@@ -40,7 +41,7 @@ class _Formula:
 
 
 def _swiglu(x: Tensor) -> Tensor:
-    if x.is_cuda:
+    if is_on_gpu(x):
         from megatron_cocoa.model import kernels
 
         return kernels.swiglu(x)
@@ -95,7 +96,7 @@ class _Lean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
-        if x.is_cuda:
+        if is_on_gpu(x):
             return ctx.formula.gradient(x, grad), None
         out = torch.empty_like(x)
         rows = max(1, BLOCK_ELEMENTS // x[0].numel() if len(x) else 1)

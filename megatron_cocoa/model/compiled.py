@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_cocoa.parallel.device import is_on_gpu
+
 
 def compiled_on_gpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` of tensors, compiled once for all sizes at its first call with a first argument on a GPU."""
@@ -21,6 +23,6 @@ def compiled_on_gpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def call(first: Tensor, *others: Tensor) -> Tensor:
-        return (compiled() if first.is_cuda else function)(first, *others)
+        return (compiled() if is_on_gpu(first) else function)(first, *others)
 
     return call

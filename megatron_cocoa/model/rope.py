@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.architecture import TextArchitecture, VisionArchitecture
+from megatron_cocoa.parallel.device import is_on_gpu
 
 
 class _Rotate(torch.autograd.Function):
@@ -28,7 +29,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    if x.is_cuda:
+    if is_on_gpu(x):
         from megatron_cocoa.model import kernels
 
         return kernels.rotate(x, cos, sin, sign=sign)

@@ -49,6 +49,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
 
 
+def is_on_gpu(x: torch.Tensor) -> bool:
+    """Whether GPU kernels can work on ``x``."""
+    return x.is_cuda
+
+
 def distributed_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
