@@ -306,6 +306,8 @@ def _redirect_megatron() -> None:
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    # megatron-core 0.19: where there is one, norms stay tensors for it.
+    clip_grads.multi_tensor_scale_tensor_impl = None
     adam.install()
 
 
