@@ -155,7 +155,7 @@ def measure(n: int, args: argparse.Namespace, backends: tuple[str, ...]) -> dict
     forms = dense_forms(problem)
     # Enough calls for a tenth of a second on one CPU core, and for a hundredth on a GPU.
     work = sum(length**2 for length in problem.lengths) * args.heads * args.dim
-    calls = max(1, int((2e11 if device.has_gpu() else 2e8) // work))
+    calls = min(200, max(1, int((2e11 if device.has_gpu() else 2e8) // work)))
     name = fastest(forms, calls)
     reference = forms[name]
     wanted = reference()
