@@ -105,7 +105,8 @@ def evaluate(args: argparse.Namespace) -> int:
     launch = topology.LaunchInfo.from_environment()
     parallel = ParallelSettings(**{name: getattr(args, f"parallel.{name}") for name in (*LAYOUT, "sequence_parallel")})
     parallel.data_parallel_size(launch.world_size)
-    training_curves(args.model_path, args.run_path)  # a mistyped folder is told before hours of scoring
+    # Read first: a mistyped folder is told before hours of scoring.
+    curves = training_curves(args.model_path, args.run_path)
     say = _say if launch.rank == 0 else _keep_silent
     if launch.world_size > 1:
         topology.initialize(parallel, launch, seed=0)
@@ -125,7 +126,7 @@ def evaluate(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             say=say,
         )
-        return _finish(args, say) if launch.rank == 0 else 0
+        return _finish(args, curves, say) if launch.rank == 0 else 0
     finally:
         topology.shutdown()
 
@@ -159,17 +160,15 @@ def _load(args: argparse.Namespace, settings, parallel, benchmark):
     return encoder, identity(found.builder, found.options, benchmark), versions()
 
 
-def _finish(args: argparse.Namespace, say) -> int:
+def _finish(args: argparse.Namespace, curves, say) -> int:
     from megatron_cocoa.evaluation.mmeb_files import write_atomically
     from megatron_cocoa.evaluation.mmeb_page import render_page
     from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary
     from megatron_cocoa.evaluation.mmeb_summary import summarize as read
-    from megatron_cocoa.recipes.curves import training_curves
 
     output = Path(args.output_path)
     summary = read(output)
     write_atomically(output / "summary.json", json.dumps(summary.to_json(), indent=2) + "\n")
-    curves = training_curves(args.model_path, args.run_path)
     html = render_page(summary, output=output, image_root=args.image_root, curves=curves)
     write_atomically(output / "report.html", html)
     say(render_summary(summary))
