@@ -6,12 +6,24 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path  # noqa: E402
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 # Claims here are about results: a busy machine must not fail them, and a red run must be red again.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory) -> Path:
+    """A model folder and a data folder that a run trains on in seconds."""
+    from tests.distributed.tiny_run import write_folders
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_folders(folder)
+    return folder
 
 
 def checked(item: pytest.Item) -> str | None:

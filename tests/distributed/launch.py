@@ -28,6 +28,10 @@ SECONDS_PER_CHECK = 200
 MOST_LAUNCHES = 6
 """After as many failures the rest is given up: something is wrong with all of it."""
 
+# More ranks than a machine has GPUs, and float32 bounds: these checks run on the CPU route everywhere. Taken once:
+# tests that change their environment run while ranks start.
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
 _results: dict[int, Future[dict[str, dict]]] = {}
 _processes: list[subprocess.Popen] = []
 _background = ThreadPoolExecutor(1, "ranks")
@@ -85,10 +89,8 @@ def _launch(names: list[str], world_size: int, folder: Path) -> dict[str, dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     command += [str(ROOT / "tests/distributed/worker.py"), "--output", str(folder), "--only", *names]
     log = folder / "log"
-    # More ranks than a machine has GPUs, and float32 bounds: these checks run on the CPU route everywhere.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=ENVIRONMENT)
         _processes.append(process)
         try:
             timed_out = _wait(process, folder)

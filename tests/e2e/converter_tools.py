@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from megatron_cocoa.checkpoint.convert import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from tests.e2e.processes import environment
 from tests.parity.reference import tiny_config, tiny_huggingface
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,12 +18,6 @@ SECONDS = 900
 """Far above what any case needs: only a hang gets there."""
 
 IMPORT, EXPORT = ROOT / "tools" / "convert_hf_to_mcore.py", ROOT / "tools" / "convert_mcore_to_hf.py"
-
-
-def environment() -> dict[str, str]:
-    """Of the outside, without a launcher's variables."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in launcher} | {"OMP_NUM_THREADS": "1"}
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess[str]:

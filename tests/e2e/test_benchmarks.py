@@ -1,12 +1,13 @@
 """The benchmarks of training run, compare what they say, and print what they promise. No speed is tested."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--layers=2", "--vision-layers=2", "--samples=2")
@@ -15,8 +16,7 @@ TINY = ("--layers=2", "--vision-layers=2", "--samples=2")
 def run(script: str, *arguments: str) -> dict:
     """The JSON line of a benchmark; fails with its messages if it failed."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -7,9 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from tests.e2e.converter_tools import EXPORT, IMPORT, python, torchrun, write_model
+from tests.e2e.processes import full_disk_after
 from tests.unit.rewritten import rewrite_checkpoint
 
 NORM = "language_model.decoder.final_layernorm.weight"
@@ -221,14 +220,10 @@ def test_a_disk_that_fills_up_ends_in_one_message(sides, tmp_path):
     """Claim: when the system refuses a write, the tool says so with what to do, and removes what it had written."""
     source, mcore = sides
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
     for tool, arguments in (
         (IMPORT, ("--hf-path", source, "--mcore-path", tmp_path / "new")),
         (EXPORT, ("--mcore-path", mcore, "--hf-path", tmp_path / "new")),
     ):
-        done = python(tool, *arguments, preexec_fn=small_files)
+        done = python(tool, *arguments, preexec_fn=full_disk_after(200_000))
         assert done.returncode == 2 and "free space or choose another place" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []

@@ -1,13 +1,14 @@
 """The launch script as users type it: its three forms, and mistakes that must end at once in one clear message."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path("examples") / "pretrain_cocoa.sh"
@@ -34,12 +35,14 @@ if __name__ == "__main__":
 '''
 
 
-def launch(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    *command: str, cwd: Path, preexec_fn: Callable[[], None] | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run ``command`` with this interpreter's ``torchrun`` first on PATH and no launcher variables of the outside."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NNODES", "NPROC_PER_NODE")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = inherited | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=SECONDS)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=SECONDS,
+        preexec_fn=preexec_fn,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 import json
 import re
-import resource
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_cocoa.checkpoint.store import read_info
-from tests.distributed.tiny_run import write_folders
+from tests.e2e.processes import full_disk_after
 from tests.e2e.test_launch import ROOT, SCRIPT, launch
 
 STEPS = 3
@@ -18,14 +17,7 @@ SMOOTH = ("--optimizer.adam_eps=1e-5",)
 processor rounds (1.8e-4 in a loss seen). Far above rounding, updates follow the gradient."""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_folders(folder)
-    return folder
-
-
-def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **environment) -> subprocess.CompletedProcess:
+def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
     sizes = [
         f"--{stage}.{name}={value}"
         for stage in ("warmup", "bridge", "contrastive")
@@ -36,15 +28,15 @@ def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **enviro
     return launch(
         "torchrun", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / SCRIPT), "--preset", "toy",
         f"--model.path={folders / 'model'}", f"--data.path={folders / 'pairs'}", f"--output_dir={output}",
-        *sizes, *SMOOTH, *arguments, cwd=folders, **environment,
+        *sizes, *SMOOTH, *arguments, cwd=folders, **options,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def finished(folders, tmp_path_factory):
+def finished(tiny_folders, tmp_path_factory):
     """One complete run with evaluation and the baseline, on one rank."""
     output = tmp_path_factory.mktemp("run") / "output"
-    done = train(folders, output, "--evaluate", "--with-baseline", "--validation.interval=2")
+    done = train(tiny_folders, output, "--evaluate", "--with-baseline", "--validation.interval=2")
     assert done.returncode == 0, done.stdout + done.stderr
     return output, done
 
@@ -81,46 +73,45 @@ def test_validation_keeps_the_best_weights(finished):
     assert "contrastive, step 2: " in done.stdout + done.stderr
 
 
-def test_a_second_run_over_an_existing_output_is_refused(finished, folders):
+def test_a_second_run_over_an_existing_output_is_refused(finished, tiny_folders):
     """Claim: nothing of the first run is touched, and the message says what to do."""
     output, _ = finished
     before = (output / "results.json").read_bytes()
-    done = train(folders, output)
+    done = train(tiny_folders, output)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("holds an earlier run: name another --output_dir") == 1
     assert (output / "results.json").read_bytes() == before
 
 
-def test_what_stops_a_later_stage_is_found_before_anything_is_removed(finished, folders):
+def test_what_stops_a_later_stage_is_found_before_anything_is_removed(finished, tiny_folders):
     """Claim: a batch larger than stage 3's data is told before stage 1 runs, and the earlier run is still there."""
     output, _ = finished
-    done = train(folders, output, "--overwrite", "--contrastive.global_batch_size=4096")
+    done = train(tiny_folders, output, "--overwrite", "--contrastive.global_batch_size=4096")
     assert done.returncode != 0 and "contrastive.global_batch_size is 4096" in done.stderr
     assert "warmup:" not in done.stderr and (output / "results.json").is_file()
 
 
-def test_a_run_never_removes_the_weights_that_it_starts_from(finished, folders):
+def test_a_run_never_removes_the_weights_that_it_starts_from(finished, tiny_folders):
     """Claim: a checkpoint inside of the folder that is to be overwritten is refused."""
     output, _ = finished
     load = output / "bridge" / "checkpoint"
-    done = train(folders, output, "--overwrite", f"--model.load={load}", "--stages=contrastive")
+    done = train(tiny_folders, output, "--overwrite", f"--model.load={load}", "--stages=contrastive")
     assert done.returncode != 0 and "which would be overwritten" in done.stderr and load.is_dir()
 
 
-def test_overwrite_never_empties_a_folder_that_holds_no_run(folders, tmp_path):
+def test_overwrite_never_empties_a_folder_that_holds_no_run(tiny_folders, tmp_path):
     """Claim: a mistyped output folder keeps its files."""
     (tmp_path / "thesis.tex").write_text("years of work")
-    done = train(folders, tmp_path, "--overwrite", "true")
+    done = train(tiny_folders, tmp_path, "--overwrite", "true")
     assert done.returncode != 0 and "it is left as it is" in done.stderr
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_four_ranks_train_what_one_rank_trains(finished, folders, tmp_path):
+def test_four_ranks_train_what_one_rank_trains(finished, tiny_folders, tmp_path):
     """Claim: the script's own form with TP2 x PP2 gives the single process's losses."""
     output = tmp_path / "output"
-    done = train(
-        folders, output, "--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2", ranks=4
-    )
+    degrees = ("--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2")
+    done = train(tiny_folders, output, *degrees, ranks=4)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tensor 2 x pipeline 2 x context 1 x data 1" in done.stdout
     for stage in ("warmup", "bridge", "contrastive"):
@@ -132,28 +123,22 @@ def test_four_ranks_train_what_one_rank_trains(finished, folders, tmp_path):
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_disk_that_takes_no_more_ends_in_one_message(folders, tmp_path):
+def test_a_disk_that_takes_no_more_ends_in_one_message(tiny_folders, tmp_path):
     """Claim: a checkpoint that cannot be written is removed, and the run says why it stopped.
 
     A limit on file size stands for the full disk: the write fails in the same place, with an OSError.
     """
     output = tmp_path / "output"
-    limit = 300_000
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        done = train(folders, output, "--stages", "bridge")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    done = train(tiny_folders, output, "--stages", "bridge", preexec_fn=full_disk_after(300_000))
     text = done.stdout + done.stderr
     assert done.returncode != 0
     assert text.count("could not be written, nothing was kept of it; free space on its disk") == 1, text
     assert not list((output / "bridge").glob("checkpoint*"))
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused_before_training(folders):
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tiny_folders):
     """Claim: a path that takes no files is told at once."""
-    done = train(folders, Path("/proc/nowhere"))
+    done = train(tiny_folders, Path("/proc/nowhere"))
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("cannot be written") == 1
     assert "Kernels" not in done.stdout

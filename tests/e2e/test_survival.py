@@ -1,14 +1,11 @@
 """A run that is ended from outside: by a signal, by the death of a rank, by a full disk; and what it goes on with."""
 
 import json
-import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from PIL import Image
 
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.training.stage_checkpoints import complete_steps
-from tests.distributed.tiny_run import write_folders
+from tests.e2e.processes import environment, full_disk_after
 from tests.e2e.test_launch import ROOT, SCRIPT
 
 STEPS, INTERVAL = 12, 3
@@ -28,14 +25,9 @@ SECONDS = 150
 """Far above what a run needs; only a hang gets there."""
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_folders(folder)
-    return folder
-
-
-def start(folders: Path, output: Path, *arguments: str, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
+def start(
+    folders: Path, output: Path, *arguments: str, ranks: int = 1, restarts: int = 0, **options
+) -> subprocess.Popen:
     """The run as a user starts it; its output goes to ``<output>.log``."""
     sizes = [
         f"--{stage}.{name}={value}"
@@ -50,10 +42,10 @@ def start(folders: Path, output: Path, *arguments: str, ranks: int = 1, restarts
         f"--output_dir={output}", "--stages=[bridge,contrastive]", f"--checkpoint.save_interval={INTERVAL}",
         "--resume=true", *sizes, *arguments,
     ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     with output.with_suffix(".log").open("a") as log:
-        return subprocess.Popen(command, cwd=folders, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=folders, env=environment(), stdout=log, stderr=subprocess.STDOUT, **options
+        )
 
 
 def finish(process: subprocess.Popen) -> int:
@@ -85,9 +77,9 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(folders, tmp_path_factory) -> Path:
+def unbroken(tiny_folders, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "output"
-    assert finish(start(folders, output)) == 0, output.with_suffix(".log").read_text()[-3000:]
+    assert finish(start(tiny_folders, output)) == 0, output.with_suffix(".log").read_text()[-3000:]
     return output
 
 
@@ -98,10 +90,10 @@ def assert_same_run(output: Path, unbroken: Path) -> None:
         assert not list((output / stage).glob("checkpoints/*"))
 
 
-def test_a_signal_ends_the_run_with_a_checkpoint(folders, unbroken, tmp_path):
+def test_a_signal_ends_the_run_with_a_checkpoint(tiny_folders, unbroken, tmp_path):
     """Claim: SIGTERM costs no step: the checkpoint is of the last one, and the run ends where an unbroken one ends."""
     output = tmp_path / "output"
-    process = start(folders, output, "--checkpoint.save_interval=1000")
+    process = start(tiny_folders, output, "--checkpoint.save_interval=1000")
     wait_for_step(process, output, "bridge", 4)
     (rank,) = ranks_of(process)
     rank.send_signal(signal.SIGTERM)
@@ -110,18 +102,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint(folders, unbroken, tmp_path):
     text = output.with_suffix(".log").read_text()
     assert f"Stopped in stage bridge after step {done} of {STEPS} (signal SIGTERM)" in text
     assert 4 <= done < STEPS and [p.name for p in (output / "bridge/checkpoints").iterdir()] == [f"step-{done:08d}"]
-    assert finish(start(folders, output)) == 0
+    assert finish(start(tiny_folders, output)) == 0
     assert f"bridge goes on after step {done}" in output.with_suffix(".log").read_text()
     assert_same_run(output, unbroken)
 
 
-def test_torchrun_restarts_a_run_whose_rank_was_killed(folders, unbroken, tmp_path):
+def test_torchrun_restarts_a_run_whose_rank_was_killed(tiny_folders, unbroken, tmp_path):
     """Claim: with --max-restarts and --resume a kill costs at most the steps since the last complete checkpoint.
 
     And nothing of the killed rank lives on: the writers of its last checkpoint end, the process behind them as well.
     """
     output = tmp_path / "output"
-    process = start(folders, output, "--checkpoint.asynchronous=true", restarts=2)
+    process = start(tiny_folders, output, "--checkpoint.asynchronous=true", restarts=2)
     for stage, step in (("bridge", 5), ("contrastive", 7)):
         wait_for_step(process, output, stage, step)
         (rank,) = ranks_of(process)
@@ -138,10 +130,10 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(folders, unbroken, tmp_pa
     assert_same_run(output, unbroken)
 
 
-def test_the_death_of_a_rank_ends_all_ranks(folders, tmp_path):
+def test_the_death_of_a_rank_ends_all_ranks(tiny_folders, tmp_path):
     """Claim: nobody waits for a rank that is gone, and the message says which one and how."""
     output = tmp_path / "output"
-    process = start(folders, output, "--parallel.tensor_model_parallel_size=2", ranks=2)
+    process = start(tiny_folders, output, "--parallel.tensor_model_parallel_size=2", ranks=2)
     wait_for_step(process, output, "bridge", 2)
     ranks = ranks_of(process)
     ranks[1].kill()
@@ -152,30 +144,26 @@ def test_the_death_of_a_rank_ends_all_ranks(folders, tmp_path):
     assert re.search(r"exitcode\s*: -9", output.with_suffix(".log").read_text())
 
 
-def test_other_settings_are_refused_with_exit_code_2(unbroken, folders):
+def test_other_settings_are_refused_with_exit_code_2(unbroken, tiny_folders):
     """Claim: a run is not resumed as another run, and nothing of it is touched."""
     before = (unbroken / "settings.yaml").read_bytes()
     log = unbroken.with_suffix(".log")
     log.write_text("")
-    assert finish(start(folders, unbroken, "--seed=4", "--contrastive.lr=0.5")) != 0
+    assert finish(start(tiny_folders, unbroken, "--seed=4", "--contrastive.lr=0.5")) != 0
     text = log.read_text()
     assert text.count("cannot be resumed under other settings: ") == 1
     assert "seed was 1234, is 4; contrastive.lr was" in text and re.search(r"exitcode\s*: 2 ", text)
     assert (unbroken / "settings.yaml").read_bytes() == before
 
 
-def test_a_full_disk_at_a_checkpoint_ends_all_ranks_with_one_message(folders, tmp_path):
+def test_a_full_disk_at_a_checkpoint_ends_all_ranks_with_one_message(tiny_folders, tmp_path):
     """Claim: a write in the background that fails on any rank fails on all, and leaves nothing half-written.
 
     A limit on file size stands for the full disk: the write fails in the same place, with an OSError.
     """
     output = tmp_path / "output"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
-    try:
-        process = start(folders, output, "--checkpoint.asynchronous=true", ranks=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    full = full_disk_after(300_000)
+    process = start(tiny_folders, output, "--checkpoint.asynchronous=true", ranks=2, preexec_fn=full)
     assert finish(process) != 0
     text = output.with_suffix(".log").read_text()
     assert "could not be written, nothing was kept of it; free space on its disk" in text, text[-3000:]
@@ -190,7 +178,7 @@ def steps_done(output: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_twenty_kills_lose_nothing_but_time(folders, tmp_path, asynchronous):
+def test_twenty_kills_lose_nothing_but_time(tiny_folders, tmp_path, asynchronous):
     """Claim: killed at random moments, writes of checkpoints included, the run ends bit for bit like an unbroken one.
 
     Every start goes on from the last checkpoint that was complete at the kill; none loads a torn one. Both stages are
@@ -199,13 +187,13 @@ def test_twenty_kills_lose_nothing_but_time(folders, tmp_path, asynchronous):
     options = [f"--{stage}.steps={KILL_STEPS}" for stage in ("bridge", "contrastive")]
     options += [f"--checkpoint.asynchronous={asynchronous}"]
     unbroken, output, chance = tmp_path / "unbroken", tmp_path / "output", random.Random(7)
-    assert finish(start(folders, unbroken, *options)) == 0
+    assert finish(start(tiny_folders, unbroken, *options)) == 0
     log, kills, torn = output.with_suffix(".log"), [], 0
     part = 2 * KILL_STEPS / (KILLS + 1)
     for number in range(KILLS):
         size = log.stat().st_size if log.is_file() else 0
         target, delay = int(part * (number + chance.random())), chance.uniform(0.0, 0.6)
-        process = start(folders, output, *options)
+        process = start(tiny_folders, output, *options)
         # The log of steps is cut back to the checkpoint before training starts.
         while process.poll() is None and ("step/s" not in log.read_text()[size:] or steps_done(output) < target):
             time.sleep(0.01)
@@ -227,7 +215,7 @@ def test_twenty_kills_lose_nothing_but_time(folders, tmp_path, asynchronous):
             assert is_complete or done - (steps[-1] if steps else 0) <= slack + 1, (stage, done, steps)
         if chance.random() < 0.5:
             psutil.wait_procs(started, timeout=20)
-    assert finish(start(folders, output, *options)) == 0
+    assert finish(start(tiny_folders, output, *options)) == 0
     print(f"kills after steps {kills} of {2 * KILL_STEPS}, {torn} while a checkpoint was being written or removed")
     assert kills[0] < KILL_STEPS < kills[-1] and len(set(kills)) > KILLS // 2
     for stage in ("bridge", "contrastive"):
@@ -237,16 +225,16 @@ def test_twenty_kills_lose_nothing_but_time(folders, tmp_path, asynchronous):
 
 
 @pytest.mark.slow
-def test_memory_stays_flat(folders, tmp_path):
+def test_memory_stays_flat(tiny_folders, tmp_path):
     """Claim: 2,000 steps of stage 3 with pictures of many sizes end within 5% of the resident memory at step 200."""
     rng, output = random.Random(3), tmp_path / "output"
     data = tmp_path / "pairs"
-    shutil.copytree(folders / "pairs", data)
+    shutil.copytree(tiny_folders / "pairs", data)
     for picture in (data / "images").iterdir():
         with Image.open(picture) as image:
             image.resize((14 * rng.randint(2, 16), 14 * rng.randint(2, 16))).save(picture)
     process = start(
-        folders, output, f"--data.path={data}", "--stages=[contrastive]", "--contrastive.steps=2000",
+        tiny_folders, output, f"--data.path={data}", "--stages=[contrastive]", "--contrastive.steps=2000",
         "--checkpoint.save_interval=500",
     )  # fmt: skip
     assert process.wait(timeout=3600) == 0, output.with_suffix(".log").read_text()[-3000:]

@@ -12,7 +12,6 @@ import pytest
 from megatron_cocoa.config import STAGES, ModelSettings
 from megatron_cocoa.model.specs import resolve_implementation
 from megatron_cocoa.parallel import device
-from tests.distributed.tiny_run import write_folders
 from tests.e2e.test_launch import ROOT
 from tests.e2e.test_run import train
 from tests.e2e.test_survival import finish, losses, ranks_of, start, wait_for_step
@@ -25,16 +24,9 @@ weights. A resume that lost its optimizer or its place in the data is off by far
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_folders(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(folders, tmp_path_factory) -> Path:
+def finished(tiny_folders, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "output"
-    done = train(folders, output, "--model.dtype=bf16", "--evaluate", "--validation.interval=2")
+    done = train(tiny_folders, output, "--model.dtype=bf16", "--evaluate", "--validation.interval=2")
     assert done.returncode == 0, done.stdout + done.stderr
     present = device.optional_kernels()["Transformer Engine"]
     assert ("no Transformer Engine" in done.stdout) == (present is None)
@@ -52,21 +44,21 @@ def test_all_stages_run(finished):
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_a_stopped_run_goes_on(folders, tmp_path, asynchronous):
+def test_a_stopped_run_goes_on(tiny_folders, tmp_path, asynchronous):
     """Claim: stopped by SIGTERM and resumed, with the distributed optimizer, a run ends where an unbroken one ends."""
     more = [
         "--model.dtype=bf16", f"--checkpoint.asynchronous={asynchronous}", "--parallel.use_distributed_optimizer=true",
         "--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true",
     ]  # fmt: skip
     unbroken, output = tmp_path / "unbroken", tmp_path / "output"
-    assert finish(start(folders, unbroken, *more)) == 0, unbroken.with_suffix(".log").read_text()[-3000:]
-    process = start(folders, output, *more)
+    assert finish(start(tiny_folders, unbroken, *more)) == 0, unbroken.with_suffix(".log").read_text()[-3000:]
+    process = start(tiny_folders, output, *more)
     wait_for_step(process, output, "bridge", 4)
     (rank,) = ranks_of(process)
     rank.send_signal(signal.SIGTERM)
     assert finish(process) == 0
     assert len(losses(output, "bridge")) < len(losses(unbroken, "bridge"))
-    assert finish(start(folders, output, *more)) == 0, output.with_suffix(".log").read_text()[-3000:]
+    assert finish(start(tiny_folders, output, *more)) == 0, output.with_suffix(".log").read_text()[-3000:]
     assert "bridge goes on after step" in output.with_suffix(".log").read_text()
     for stage in ("bridge", "contrastive"):
         assert losses(output, stage) == pytest.approx(losses(unbroken, stage), rel=RESUMED)
@@ -74,14 +66,14 @@ def test_a_stopped_run_goes_on(folders, tmp_path, asynchronous):
 
 @pytest.mark.parametrize("more", [[], ["--model.fp8_vision=true"]], ids=["language", "both"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_a_run_in_fp8(folders, finished, tmp_path, recipe, more):
+def test_a_run_in_fp8(tiny_folders, finished, tmp_path, recipe, more):
     """Claim: the script trains in FP8, packs padded as it needs, near what BF16 gives."""
     try:
         resolve_implementation(ModelSettings(fp8=recipe))
     except ValueError as reason:
         pytest.skip(str(reason))
     output = tmp_path / "output"
-    done = train(folders, output, "--model.dtype=bf16", f"--model.fp8={recipe}", *more)
+    done = train(tiny_folders, output, "--model.dtype=bf16", f"--model.fp8={recipe}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES:
         assert losses(output, stage) == pytest.approx(losses(finished, stage), rel=0.1)
