@@ -158,6 +158,7 @@ class Reference:
             patches=real.patches,
             frame_pairs=real.frame_pairs,
             window_pairs=real.window_pairs,
+            read_rows=tokens,
             supervised=0 if self.stage == "contrastive" else tokens,
             masked_units=real.masked_units,
             decoder_tokens=tokens if runs_decoder else 0,

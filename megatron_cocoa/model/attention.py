@@ -37,6 +37,9 @@ class SequenceContext(PackedSeqParams):
     layer_segments: tables of the layers that differ, by 1-based layer number (the tower's full-attention blocks).
     cos, sin:       ``(tokens, head_dim / 2)`` rotary tables of the whole pack. Rotation runs in their dtype and
                     returns to the activations' one.
+    read_rows:      int64 ``(rows_read,)``, of this context-parallel share: all that anything reads of the last layer's
+                    output, which then has these rows alone (``model/layer.py``). None where every row is read.
+    last_layer:     1-based number of that layer.
     """
 
     qkv_format: str = "sbhd"
@@ -44,6 +47,12 @@ class SequenceContext(PackedSeqParams):
     layer_segments: dict[int, SegmentTable] | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    read_rows: Tensor | None = None
+    last_layer: int | None = None
+
+    def rows_after(self, layer_number: int) -> Tensor | None:
+        """The rows with which the layer with this 1-based number goes on after attention; None for all."""
+        return self.read_rows if layer_number == self.last_layer else None
 
     def segments_of(self, layer_number: int) -> SegmentTable:
         """The table of the layer with this 1-based number."""
@@ -146,7 +155,7 @@ class SegmentAttention(MegatronModule):
             packed_seq_params: the shared context; masks come from it alone, the other arguments are unused.
 
         Returns:
-            ``(tokens_local, 1, heads_local * head_dim)``.
+            ``(tokens_local, 1, heads_local * head_dim)``, or of the rows alone with which the layer goes on.
 
         Raises:
             ValueError: if the segment table does not cover the rows at hand.
@@ -164,6 +173,9 @@ class SegmentAttention(MegatronModule):
         out = self.attend(query, key, value.contiguous(), table, self.softmax_scale)
         if self.context_group is not None:
             out = heads_to_sequence(out, self.context_group)
+        rows = context.rows_after(self.layer_number)
+        if rows is not None:
+            out = out.index_select(0, rows)
         return out.reshape(out.shape[0], 1, -1)
 
     def _to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,6 +90,7 @@ def build_model(
             post_process=rank == size - 1 and index == num_chunks - 1,
             with_image_decoder=with_image_decoder,
             learned_temperature=learned_temperature,
+            row_multiple=row_multiple(settings),
             vp_stage=index if num_chunks > 1 else None,
         ).to(target or device.device())
         for index in range(num_chunks)
@@ -100,6 +101,16 @@ def build_model(
         if settings.model.fp8_vision and chunk.pre_process:
             pad_rows(chunk.vision_model.decoder, fp8_multiple(settings.model.fp8))
     return Model(chunks, configs.language, architecture)
+
+
+def row_multiple(settings: TrainSettings) -> int:
+    """What the rows of a context-parallel share must be divisible by.
+
+    Sequence parallelism gives each tensor-parallel rank an equal part, FP8 kernels take whole blocks of rows.
+    """
+    parallel = settings.parallel
+    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return tensor * fp8_multiple(settings.model.fp8)
 
 
 def mark_tensor_parallel(chunk: nn.Module) -> None:

@@ -6,6 +6,9 @@ They give model FLOP/s utilisation (MFU, Chowdhery et al., arXiv 2204.02311, app
 what an implementation chose to repeat or to pad: recomputed layers, the second forward pass of gradient caching, the
 tail of a pack. They give hardware utilisation (HFU).
 
+The last layer's keys and values are needed at every row, its output where something reads it: so many rows of its
+output projection and MLP count. Its queries and scores, and adapters, count for all rows.
+
 Not counted in either: norms, activations, rotary positions, softmax, optimizer, the similarity matrix of the
 contrastive loss, and what a kernel recomputes inside (flash attention's scores). Vocabulary and ffn padding, the
 padding of attention buckets, and the tower's pass over an empty pack are work, but not useful work.
@@ -41,8 +44,10 @@ class Workload:
     patches:          patches of all pictures.
     frame_pairs:      query-key pairs of one tower block that sees whole frames.
     window_pairs:     those of a block that sees windows; equal to ``frame_pairs`` for a tower without windows.
+    read_rows:        rows of the last language layer's output that something reads: all of them where the image decoder
+                      runs, else those of token head and embeddings.
     supervised:       rows of the token head.
-    masked_units:     rows of the image decoder's last linear.
+    masked_units:     rows of the image decoder's last linear, which alone are read of its last layer.
     decoder_tokens, decoder_pairs: rows and pairs of each of the image decoder's layers: the pack's, where it runs.
     """
 
@@ -54,6 +59,7 @@ class Workload:
     patches: int = 0
     frame_pairs: int = 0
     window_pairs: int = 0
+    read_rows: int = 0
     supervised: int = 0
     masked_units: int = 0
     decoder_tokens: int = 0
@@ -70,6 +76,10 @@ class Workload:
         table = compile_segments(batch.mask_kind, batch.sample_lengths, batch.bridge_positions)
         tokens, pairs = table.length, table.num_score_entries()
         runs_decoder = batch.unit_positions is not None
+        supervised, embeddings = (
+            0 if positions is None else positions.shape[0]
+            for positions in (batch.text_positions, batch.embedding_positions)
+        )
         grids = [grid_pairs(tuple(grid), vision) for grid in batch.grid_thw]
         return cls(
             samples=len(batch.sample_lengths),
@@ -80,7 +90,8 @@ class Workload:
             patches=batch.num_patches,
             frame_pairs=sum(frames for frames, _ in grids),
             window_pairs=sum(windows for _, windows in grids),
-            supervised=0 if batch.text_positions is None else batch.text_positions.shape[0],
+            read_rows=tokens if runs_decoder else supervised + embeddings,
+            supervised=supervised,
             masked_units=batch.unit_positions.shape[0] if runs_decoder else 0,
             decoder_tokens=tokens if runs_decoder else 0,
             decoder_pairs=pairs if runs_decoder else 0,
@@ -209,19 +220,18 @@ def step_flops(
     ]
     text, head_rows = architecture.text, workload.supervised
     train_language = not freeze.language
-    decoder = [
-        number * decoder_layers
-        for number in _decoder_layer(architecture, workload.decoder_tokens, workload.decoder_pairs)
-    ]
+    decoder = _decoder_layers(
+        architecture, decoder_layers, workload.decoder_tokens, workload.decoder_pairs, workload.masked_units
+    )
     unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
     pixel_head = 2 * workload.masked_units * text.hidden_size * unit_dim
-    layers = [
-        number * text.num_hidden_layers for number in _decoder_layer(architecture, workload.tokens, workload.pairs)
-    ]
-    tail = [
-        number * text.num_hidden_layers
-        for number in _decoder_layer(architecture, workload.tail_tokens, workload.tail_pairs)
-    ]
+    layers, tail = (
+        _decoder_layers(architecture, text.num_hidden_layers, *part)
+        for part in (
+            (workload.tokens, workload.pairs, workload.read_rows),
+            (workload.tail_tokens, workload.tail_pairs, 0),
+        )
+    )
     return StepFlops(
         parts=(
             *tower,
@@ -259,10 +269,14 @@ def _tower(
     )
 
 
-def _decoder_layer(architecture: QwenVLArchitecture, tokens: int, pairs: int) -> tuple[int, int]:
-    """Forward operations of one language layer: linears, attention."""
+def _decoder_layers(
+    architecture: QwenVLArchitecture, number: int, tokens: int, pairs: int, read: int
+) -> tuple[int, int]:
+    """Forward operations of language layers: linears, attention. Behind the last one's attention, of ``read`` rows."""
     text = architecture.text
     query = text.num_attention_heads * text.head_dim
     key_value = text.num_key_value_heads * text.head_dim
-    weights = text.hidden_size * (2 * query + 2 * key_value + 3 * text.intermediate_size)
-    return 2 * tokens * weights, 4 * pairs * query
+    before = text.hidden_size * (query + 2 * key_value)
+    after = text.hidden_size * (query + 3 * text.intermediate_size)
+    linear = 2 * (number * tokens * before + ((number - 1) * tokens + read) * after)
+    return linear, 4 * number * pairs * query

@@ -7,15 +7,18 @@ gathered first, and the backward hands each rank its own part of an already whol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.specs import BackendSpecProvider, block_spec
 from megatron_cocoa.model.transformer_configs import ModelConfigs, without_sequence_parallel
@@ -24,18 +27,22 @@ from megatron_cocoa.parallel.collectives import sum_over
 
 @dataclass(frozen=True)
 class LocalRows:
-    """This context-parallel rank's contiguous share ``[first, last)`` of a pack."""
+    """This context-parallel rank's contiguous share ``[first, last)`` of a pack of ``tokens`` rows."""
 
     first: int
     last: int
+    tokens: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.last - self.first == self.tokens
 
     def select(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Of global row numbers, which entries lie here: their indices, and their local rows."""
+        if self.is_whole:
+            return torch.arange(positions.shape[0], device=positions.device), positions
         inside = ((positions >= self.first) & (positions < self.last)).nonzero().squeeze(1)
         return inside, positions.index_select(0, inside) - self.first
-
-    def covers(self, tokens: int) -> bool:
-        return self.first == 0 and self.last == tokens
 
 
 def local_rows(tokens: int, group) -> LocalRows:
@@ -50,7 +57,41 @@ def local_rows(tokens: int, group) -> LocalRows:
             f"a pack of {tokens} tokens is not divisible by context parallel size {size}: pad it with a tail segment"
         )
     share = tokens // size
-    return LocalRows(group.rank() * share, (group.rank() + 1) * share)
+    return LocalRows(group.rank() * share, (group.rank() + 1) * share, tokens)
+
+
+def padded_rows(rows: Tensor, multiple: int) -> Tensor:
+    """``rows`` and as many further ones, which nobody reads, as make a multiple of ``multiple`` that is not zero."""
+    return functional.pad(rows, (0, -rows.shape[0] % multiple or (0 if rows.shape[0] else multiple)))
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Which rows of this context-parallel share the heads read of one batch.
+
+    text, units, embeddings: indices into the batch's list of that head, and their local rows; None where the head
+                             does not run.
+    language:                int64: the rows that token head and embeddings read of the language model, in this order.
+    """
+
+    text: tuple[Tensor, Tensor] | None
+    units: tuple[Tensor, Tensor] | None
+    embeddings: tuple[Tensor, Tensor] | None
+    language: Tensor
+
+    @classmethod
+    def of(cls, batch: PackedBatch, rows: LocalRows) -> HeadRows:
+        every = (batch.text_positions, batch.unit_positions, batch.embedding_positions)
+        text, units, embeddings = (None if positions is None else rows.select(positions) for positions in every)
+        none = batch.input_ids.new_zeros(0)
+        language = torch.cat([none if head is None else head[1] for head in (text, embeddings)])
+        return cls(text, units, embeddings, language)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Where the token head's rows end in ``language``, and the embeddings'."""
+        text, embeddings = (0 if head is None else head[1].shape[0] for head in (self.text, self.embeddings))
+        return text, text + embeddings
 
 
 def whole_rows(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
@@ -60,21 +101,20 @@ def whole_rows(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
     return hidden_states.squeeze(1)
 
 
-def gather_embeddings(hidden_rows: Tensor, positions: Tensor, rows: LocalRows, group) -> Tensor:
-    """Hidden states at global ``positions``, on every context-parallel rank.
+def gather_embeddings(found: Tensor, inside: Tensor, total: int, group) -> Tensor:
+    """All embeddings of a pack, on every context-parallel rank.
 
     Args:
-        hidden_rows: ``(tokens_cp, hidden)``, this rank's share.
-        positions: int64 ``(embeddings,)`` global rows.
+        found: ``(embeddings_local, hidden)``, those in this rank's share.
+        inside: int64 ``(embeddings_local,)``: which of all they are.
+        total: embeddings of the pack.
 
     Returns:
-        ``(embeddings, hidden)``.
+        ``(total, hidden)``.
     """
     if group.size() == 1:
-        return hidden_rows.index_select(0, positions)
-    inside, local = rows.select(positions)
-    mine = hidden_rows.new_zeros(positions.shape[0], hidden_rows.shape[1])
-    return sum_over(mine.index_copy(0, inside, hidden_rows.index_select(0, local)), group)
+        return found
+    return sum_over(found.new_zeros(total, found.shape[1]).index_copy(0, inside, found), group)
 
 
 class ImageDecoder(MegatronModule):
@@ -82,11 +122,19 @@ class ImageDecoder(MegatronModule):
 
     From MoCa (arXiv 2506.23115), the only published relative that shows one: one layer that starts from layer
     ``num_hidden_layers // 2`` of the language model, the linear map from N(0, 0.02). It reads hidden states
-    after the final norm, with the same segments and rotary positions as the backbone.
+    after the final norm, with the same segments and rotary positions as the backbone. ``row_multiple`` is ``QwenVL``'s.
     """
 
-    def __init__(self, architecture: QwenVLArchitecture, configs: ModelConfigs, provider: BackendSpecProvider):
+    def __init__(
+        self,
+        architecture: QwenVLArchitecture,
+        configs: ModelConfigs,
+        provider: BackendSpecProvider,
+        *,
+        row_multiple: int = 1,
+    ):
         super().__init__(config=configs.image_decoder)
+        self.row_multiple = row_multiple
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.decoder = TransformerBlock(
             config=configs.image_decoder,
@@ -117,7 +165,9 @@ class ImageDecoder(MegatronModule):
         Returns:
             ``(units_local, merge_unit * patch_dim)``.
         """
+        read = padded_rows(local_positions, self.row_multiple)
+        context = replace(context, read_rows=read, last_layer=self.config.num_layers)
         decoded = self.decoder(hidden_states=hidden_states, attention_mask=None, packed_seq_params=context)
-        rows = whole_rows(decoded, self.config.sequence_parallel).index_select(0, local_positions)
+        rows = whole_rows(decoded, self.config.sequence_parallel)[: local_positions.shape[0]]
         pixels, _ = self.pixel_head(rows.unsqueeze(1))
         return pixels.squeeze(1)

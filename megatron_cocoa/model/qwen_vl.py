@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, scatter_to_sequence_parallel_region
@@ -11,7 +13,15 @@ from torch import Tensor
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import ModelOutput, PackedBatch
 from megatron_cocoa.model.attention import SequenceContext
-from megatron_cocoa.model.heads import ImageDecoder, LocalRows, gather_embeddings, local_rows, whole_rows
+from megatron_cocoa.model.heads import (
+    HeadRows,
+    ImageDecoder,
+    LocalRows,
+    gather_embeddings,
+    local_rows,
+    padded_rows,
+    whole_rows,
+)
 from megatron_cocoa.model.language import LanguageModel
 from megatron_cocoa.model.logit_scale import bounded_logit_scale, new_logit_scale
 from megatron_cocoa.model.recompute import input_of_layers
@@ -31,6 +41,8 @@ class QwenVL(MegatronModule):
         configs: Megatron configs at the layout at hand.
         provider: local or Transformer Engine modules.
         tower_provider: the tower's, where its attention runs on another backend.
+        row_multiple: what the rows read of the last layer are padded to: each tensor parallel rank has an equal part
+            under sequence parallelism, and FP8 kernels take whole blocks.
         vocab_multiple: padding of the vocabulary.
         pre_process: this chunk holds tower and embedding.
         post_process: this chunk holds final norm and heads.
@@ -52,12 +64,14 @@ class QwenVL(MegatronModule):
         learned_temperature: float | None = None,
         vp_stage: int | None = None,
         tower_provider: BackendSpecProvider | None = None,
+        row_multiple: int = 1,
     ):
         super().__init__(config=configs.language)
         self.model_type = ModelType.encoder_or_decoder
         self.architecture = architecture
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = architecture.tie_word_embeddings
+        self.row_multiple = row_multiple
         self.context_group = ProcessGroupCollection.use_mpu_process_groups().cp
         if pre_process:
             self.vision_model = VisionModel(architecture.vision, configs, tower_provider or provider)
@@ -73,7 +87,7 @@ class QwenVL(MegatronModule):
         )
         self.image_decoder = None
         if post_process and with_image_decoder:
-            self.image_decoder = ImageDecoder(architecture, configs, provider)
+            self.image_decoder = ImageDecoder(architecture, configs, provider, row_multiple=row_multiple)
         self.logit_scale = None
         if post_process and learned_temperature is not None:
             self.logit_scale = new_logit_scale(learned_temperature)
@@ -101,10 +115,20 @@ class QwenVL(MegatronModule):
         rows = local_rows(batch.num_tokens, self.context_group)
         context = self._context(batch)
         hidden_states = self._embed(batch, rows) if self.pre_process else None
-        hidden_states = self.language_model(hidden_states, context)
         if not self.post_process:
-            return hidden_states
-        return self._heads(batch, rows, context, hidden_states, return_hidden_states)
+            return self.language_model(hidden_states, context)
+        reads = HeadRows.of(batch, rows)
+        reads_all = return_hidden_states or (reads.units is not None and self.image_decoder is not None)
+        if not reads_all:
+            read = padded_rows(reads.language, self.row_multiple)
+            context = replace(context, read_rows=read, last_layer=self.config.num_layers)
+        hidden_states = self.language_model(hidden_states, context)
+        output = self._heads(batch, reads, context, hidden_states)
+        if return_hidden_states:
+            hidden_rows = whole_rows(hidden_states, self.config.sequence_parallel)
+            shares = (hidden_rows.shape[0],) * self.context_group.size()
+            output.hidden_states = gather_rows(hidden_rows, shares, self.context_group)
+        return output
 
     def _context(self, batch: PackedBatch) -> SequenceContext:
         table = compile_segments(
@@ -125,7 +149,7 @@ class QwenVL(MegatronModule):
         if positions.shape[0] != features.shape[0]:
             raise ValueError(f"{positions.shape[0]} image placeholder tokens for {features.shape[0]} image features")
         embeddings = embeddings.index_copy(0, positions, features.unsqueeze(1))
-        if not rows.covers(batch.num_tokens):
+        if not rows.is_whole:
             embeddings = embeddings[rows.first : rows.last]
         if self.config.sequence_parallel:
             self._check_sequence_parallel(embeddings.shape[0])
@@ -141,28 +165,27 @@ class QwenVL(MegatronModule):
             )
 
     def _heads(
-        self, batch: PackedBatch, rows: LocalRows, context: SequenceContext, hidden_states: Tensor, return_hidden: bool
+        self, batch: PackedBatch, reads: HeadRows, context: SequenceContext, hidden_states: Tensor
     ) -> ModelOutput:
         output = ModelOutput()
         hidden_rows = whole_rows(hidden_states, self.config.sequence_parallel)
-        if batch.text_positions is not None:
-            inside, local = rows.select(batch.text_positions)
-            labels = batch.text_labels.index_select(0, inside)
-            output.token_nll = self.language_model.token_nll(hidden_rows.index_select(0, local), labels)
-        if batch.unit_positions is not None and self.image_decoder is not None:
-            inside, local = rows.select(batch.unit_positions)
+        if context.read_rows is None:
+            hidden_rows = hidden_rows.index_select(0, reads.language)
+        text_rows, embedding_rows, _ = hidden_rows.tensor_split(reads.ends)
+        if reads.text is not None:
+            labels = batch.text_labels.index_select(0, reads.text[0])
+            output.token_nll = self.language_model.token_nll(text_rows, labels)
+        if reads.units is not None and self.image_decoder is not None:
+            inside, local = reads.units
             output.predicted_units = self.image_decoder(hidden_states, context, local)
             output.unit_targets = batch.unit_targets.index_select(0, inside)
             if batch.unit_patches is not None:
                 output.unit_patches = batch.unit_patches.index_select(0, inside)
-        if batch.embedding_positions is not None:
-            output.embeddings = gather_embeddings(hidden_rows, batch.embedding_positions, rows, self.context_group)
+        if reads.embeddings is not None:
+            total = batch.embedding_positions.shape[0]
+            output.embeddings = gather_embeddings(embedding_rows, reads.embeddings[0], total, self.context_group)
             if self.logit_scale is not None:
                 output.logit_scale = bounded_logit_scale(self.logit_scale)
-        if return_hidden:
-            output.hidden_states = gather_rows(
-                hidden_rows, (hidden_rows.shape[0],) * self.context_group.size(), self.context_group
-            )
         return output
 
     def full_logits(self, hidden_rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,6 +27,7 @@ from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention
 from megatron_cocoa.model.compiled import compiled_on_gpu
 from megatron_cocoa.model.fp8 import check_capability
+from megatron_cocoa.model.layer import ReadRowsLayer
 from megatron_cocoa.model.norms import Norm
 from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
 from megatron_cocoa.parallel import device
@@ -141,7 +142,7 @@ def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_lay
     fused = provider.fuse_layernorm_and_linear()
     linear_qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=ReadRowsLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(

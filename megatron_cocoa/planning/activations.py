@@ -122,6 +122,7 @@ def layer_memory(
     recompute: Recompute,
     layers_per_block: int = 1,
     trains: bool = True,
+    read: int | None = None,
 ) -> LayerMemory:
     """Memory of one layer.
 
@@ -132,23 +133,27 @@ def layer_memory(
         recompute: of this layer.
         layers_per_block: layers that one recomputed block holds under ``full``.
         trains: False where its weights are frozen and gradients pass through it: linears then keep no input.
+        read: rows with which a last layer goes on after attention (``model/layer.py``); None for all.
     """
-    outside = _rows_outside(shape, rows)
-    residual = outside * shape.hidden * shape.element
-    attention = _attention(shape, rows, kernels)
-    rest = 2 * norm_saved(shape, rows) + _mlp_input(shape, rows)
+    after = rows if read is None else read
+    residual, residual_after = (_rows_outside(shape, n) * shape.hidden * shape.element for n in (rows, after))
+    output = after * shape.query * shape.element // shape.tensor_parallel
+    attention = _attention(shape, rows)
+    if read is not None or kernels.attention_copies:
+        attention += output if trains else 0
+    elif shape.context_parallel > 1:
+        attention += output
+    rest = norm_saved(shape, rows) + norm_saved(shape, after) + _mlp_input(shape, after)
     if trains and not kernels.remakes_inputs:
         # The inputs that the weights' gradients need.
-        rest += 2 * residual + rows * shape.ffn * shape.element // shape.tensor_parallel
-    if not trains:
-        attention -= rows * shape.query * shape.element // shape.tensor_parallel if kernels.attention_copies else 0
+        rest += residual + residual_after + after * shape.ffn * shape.element // shape.tensor_parallel
     everything = rest + attention
-    working = _working(shape, rows, kernels)
+    working = _working(shape, after, kernels)
     if recompute == "none":
         return LayerMemory(everything, 0, working)
     if recompute == "full":
         return LayerMemory(-(-residual // layers_per_block), layers_per_block * everything, working)
-    kept = _attention_inputs(shape, rows)
+    kept = _attention_inputs(shape, rows) + output
     return LayerMemory(rest + kept, attention, working)
 
 
@@ -161,17 +166,16 @@ def _rows_outside(shape: LayerShape, rows: int) -> int:
     return -(-rows // shape.tensor_parallel) if shape.sequence_parallel else rows
 
 
-def _attention(shape: LayerShape, rows: int, kernels: Kernels) -> int:
+def _attention(shape: LayerShape, rows: int) -> int:
     """Values, rotated keys and queries, output, row statistics."""
-    copied = shape.query if kernels.attention_copies or shape.context_parallel > 1 else 0
-    width = 2 * shape.key_value + 2 * shape.query + copied
+    width = 2 * shape.key_value + 2 * shape.query
     return rows * (width * shape.element + 4 * shape.heads) // shape.tensor_parallel
 
 
 def _attention_inputs(shape: LayerShape, rows: int) -> int:
-    """What checkpointed core attention keeps: the projection, queries where they are a copy, and its output."""
+    """What checkpointed core attention keeps beside its output: the projection, and queries where they are a copy."""
     copied = shape.query if shape.query != shape.key_value else 0
-    width = shape.query + 2 * shape.key_value + copied + shape.query
+    width = shape.query + 2 * shape.key_value + copied
     return rows * width * shape.element // shape.tensor_parallel
 
 

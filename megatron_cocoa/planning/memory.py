@@ -11,6 +11,7 @@ Not counted: the CUDA context, communication buffers, and fragmentation. ``HEADR
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from megatron_cocoa.architecture import QwenVLArchitecture
@@ -200,7 +201,8 @@ def _microbatch(
     is_first, is_last = pipeline_rank == 0, pipeline_rank == parallel.pipeline_model_parallel_size - 1
     shape = language_shape(architecture, settings.model, parallel)
     rows = -(-pack.tokens // parallel.context_parallel_size)
-    layer = layer_memory(
+    of_layer = functools.partial(
+        layer_memory,
         shape,
         rows,
         kernels,
@@ -208,22 +210,30 @@ def _microbatch(
         layers_per_block=settings.recompute.language_num_layers,
         trains=not settings.freeze.language,
     )
+    read = None
+    if is_last and not pack.runs_decoder:
+        read = -(-(pack.supervised + pack.embeddings) // parallel.context_parallel_size)
+    layer, last = of_layer(), of_layer(read=read)
     number = layers_of_stage(text.num_hidden_layers, parallel, pipeline_rank) // chunks
     outside = -(-rows // shape.tensor_parallel) if shape.sequence_parallel else rows
     residual, whole = outside * shape.hidden * shape.element, rows * shape.hidden * shape.element
     # Sequence parallelism gathers whole rows before a linear and scatters its input's gradient after it.
     gathered = 2 * whole if shape.sequence_parallel else 0
     language = number * layer.saved + pack.tokens * text.head_dim * shape.element
-    if not kernels.releases_outputs and not is_last:
+    if not kernels.releases_outputs and (chunks > 1 or not is_last):
         language += residual
     tower, tower_layer = _tower(architecture, settings, pack, kernels) if is_first else (0, LayerMemory(0, 0, 0))
     head, moment = 0, 0
     if is_last:
         head, moment = _heads(architecture, settings, pack, kernels, rows)
-        language += norm_saved(shape, rows)
+        # The last layer and the final norm lie in the last chunk alone, as the heads do.
+        head += last.saved - layer.saved + norm_saved(shape, rows if read is None else read)
         if is_first and pack.reorders:
             # The pixels as they came, while the loss is computed; only their reordered copy is kept.
             moment += pack.patches * architecture.vision.patch_dim * shape.element
+    # Of the last layer; or of one before it, when the last is gone (of another chunk, when it may still be there).
+    gone = last.saved if chunks == 1 else 0
+    backward = max(last.rerun + last.working, layer.rerun + layer.working - gone)
     vocabulary = _vocabulary_rows(architecture, settings) * text.hidden_size * shape.element if is_first else 0
     is_shared = architecture.tie_word_embeddings and is_first and is_last and pack.supervised > 0
     return _MicrobatchMemory(
@@ -231,7 +241,7 @@ def _microbatch(
         language=language,
         head=head,
         tower_backward=tower_layer.rerun + tower_layer.working,
-        language_backward=layer.rerun + layer.working + gathered,
+        language_backward=backward + last.saved - layer.saved + gathered,
         head_moment=moment,
         embedding_gradient=vocabulary + whole,
         waiting=vocabulary if is_shared else 0,
@@ -289,9 +299,12 @@ def _heads(
     weight = vocabulary * text.hidden_size * shape.element if supervised and trains else 0
     moment = max(logits * shape.element, weight - logits * (4 - shape.element))
     if pack.runs_decoder:
-        layer = layer_memory(shape, rows, kernels, recompute="none")
+        of_layer = functools.partial(layer_memory, shape, rows, kernels, recompute="none")
+        layer, last = of_layer(), of_layer(read=units)
+        before = settings.warmup.decoder_layers - 1
         pixels = units * vision.merge_unit * vision.patch_dim
-        saved += settings.warmup.decoder_layers * layer.saved + units * shape.hidden * shape.element + pixels * 4
+        saved += before * layer.saved + last.saved + units * shape.hidden * shape.element + pixels * 4
         error = pixels * (3 * shape.element + (8 if shape.element == 4 else 12) - 4)
-        moment = max(moment, error, layer.working - pixels * 4)
+        working = max(last.working, layer.working - last.saved if before else 0)
+        moment = max(moment, error, working - pixels * 4)
     return saved, moment

@@ -148,10 +148,8 @@ def _cost(
 def _balanced(architecture: QwenVLArchitecture, settings: TrainSettings, pack: PackShape) -> TrainSettings | None:
     """``settings`` with as many layers on the first stage as leave room for the tower's work; None where none can."""
     layers, pipeline = architecture.text.num_hidden_layers, settings.parallel.pipeline_model_parallel_size
-    parts = {
-        part.name: part.linear
-        for part in step_flops(architecture, Workload(tokens=pack.tokens, patches=pack.patches)).parts
-    }
+    workload = Workload(tokens=pack.tokens, patches=pack.patches, read_rows=pack.tokens)
+    parts = {part.name: part.linear for part in step_flops(architecture, workload).parts}
     tower = (parts["vision_layers"] + parts["merger"]) / (parts["language_layers"] / layers)
     wanted = (layers + tower) / pipeline - tower
     possible = [first for first in range(1, layers) if (layers - first) % (pipeline - 1) == 0]

@@ -19,7 +19,7 @@ from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
-from megatron_cocoa.model.fp8 import fp8_multiple
+from megatron_cocoa.model.build import row_multiple
 from megatron_cocoa.model.language import padded_vocab_size
 from megatron_cocoa.recipes.resume import SETTINGS_FILE, holds_run
 
@@ -57,13 +57,8 @@ class RunContext:
 
     @property
     def pad_to_multiple_of(self) -> int:
-        """Packs must be divisible by this: context-parallel shares, each by tensor parallel under its sequence form.
-
-        FP8 kernels take rows in multiples of 16 or more on each rank.
-        """
-        parallel = self.settings.parallel
-        tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        return tensor * parallel.context_parallel_size * fp8_multiple(self.settings.model.fp8)
+        """Packs must be divisible by this: into context-parallel shares, each by what layers need of their rows."""
+        return self.settings.parallel.context_parallel_size * row_multiple(self.settings)
 
 
 def evaluation_parts(

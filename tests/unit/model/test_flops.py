@@ -70,7 +70,8 @@ def test_hugging_faces_model_runs_what_is_counted(family, samples):
         positions = [reference.huggingface_positions(model, s) for s in encoded]
         batch = reference.pack(encoded, positions, MaskKind.BIDIRECTIONAL)
         # Hugging Face computes masked pairs too, so its bridged run equals a bidirectional one.
-        expected = step_flops(architecture, Workload.of(batch, architecture.vision))
+        workload = Workload.of(batch, architecture.vision)
+        expected = step_flops(architecture, replace(workload, read_rows=workload.tokens))
         with torch.no_grad():
             assert counted(forward) == expected.forward
         assert counted(lambda: forward().backward()) == expected.useful
@@ -79,7 +80,7 @@ def test_hugging_faces_model_runs_what_is_counted(family, samples):
 @pytest.mark.parametrize("kind", MaskKind)
 @pytest.mark.parametrize("with_units", [True, False], ids=["image-decoder", "no-units"])
 def test_our_model_runs_what_is_counted(tiny_with_decoder, monkeypatch, kind, with_units):
-    """Claim: every mask kind costs its segments and not a pair more, and each head its own rows alone."""
+    """Claim: every mask kind costs its segments and not a pair more, and heads and last layers what is read of them."""
     monkeypatch.setattr(sdpa_plan, "CALL_COST", 0)  # no segment is padded to another's size
     batch, architecture = _pack(tiny_with_decoder, kind, with_units), tiny_with_decoder.chunk.architecture
     workload = Workload.of(batch, architecture.vision)
@@ -128,14 +129,14 @@ def test_frozen_parts_run_what_is_counted(tiny_with_decoder, monkeypatch, frozen
 
 
 def _pack(tiny, kind, with_units):
-    """Samples and bridges such that every block is non-empty; all text rows are supervised."""
+    """Samples and bridges such that every block is non-empty; all text rows are supervised, no row is embedded."""
     samples = tiny.encode(PICTURES, kind)
-    return tiny.pack(samples, kind, with_units=with_units)
+    return replace(tiny.pack(samples, kind, with_units=with_units), embedding_positions=None)
 
 
 def _ours(chunk, batch, *, backward: bool = False) -> int:
     def run():
-        output = chunk(replace(batch, embedding_positions=None))
+        output = chunk(batch)
         if backward:
             units = output.predicted_units
             (output.token_nll.sum() + (0 if units is None else units.sum())).backward()
@@ -206,7 +207,7 @@ def test_a_3b_and_a_7b_picture_by_hand():
         merger = 2 * (patches // 4) * (5120 * 5120 + 5120 * hidden)
         weights = hidden * (hidden + 2 * key_value) + hidden * hidden + 3 * hidden * ffn
         language = layers * (2 * tokens * weights + 4 * tokens**2 * hidden)
-        found = step_flops(architecture, Workload.of(batch, architecture.vision))
+        found = step_flops(architecture, replace(Workload.of(batch, architecture.vision), read_rows=tokens))
         assert found.forward == tower + merger + language
         # Everything trains: backward is twice forward, but pixels need no gradient.
         assert found.useful == 3 * found.forward - 2 * patches * 1176 * 1280
@@ -219,8 +220,8 @@ def test_hardware_operations_count_what_is_repeated_and_padded():
     padded = Workload.of(_layout_only([500], MaskKind.BIDIRECTIONAL, grids=[(1, 8, 8)], tail=12), architecture.vision)
     base = step_flops(architecture, plain)
     assert base.useful == base.hardware == step_flops(architecture, padded).useful
-    layer_weights = 2048 * (2 * 2048 + 512 + 3 * 11008)
-    tail = 3 * 36 * (2 * 12 * layer_weights + 4 * 12**2 * 2048)
+    before, after = 2048 * (2048 + 512), 2048 * (2048 + 3 * 11008)
+    tail = 3 * (2 * 12 * (36 * before + 35 * after) + 36 * 4 * 12**2 * 2048)
     assert step_flops(architecture, padded).hardware == base.hardware + tail
     cached = step_flops(architecture, plain, extra_forward_passes=1)
     assert (cached.useful, cached.hardware) == (base.useful, base.hardware + base.forward)
