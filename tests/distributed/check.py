@@ -10,6 +10,7 @@ MODULES = (
     "tests.parity.checks",
     "tests.distributed.adapters",
     "tests.distributed.collectives",
+    "tests.distributed.converting",
     "tests.distributed.faults",
     "tests.distributed.mask_kinds",
     "tests.distributed.memory",

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
-from tests.e2e.converter_tools import EXPORT, IMPORT, python, torchrun, write_model
+from tests.e2e.converter_tools import EXPORT, IMPORT, python, torchrun
 from tests.e2e.processes import full_disk_after
+from tests.huggingface_folders import write_model
 from tests.unit.rewritten import rewrite_checkpoint
 
 NORM = "language_model.decoder.final_layernorm.weight"

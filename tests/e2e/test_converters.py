@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
@@ -22,54 +21,12 @@ from tests.e2e.converter_tools import (
     IMPORT,
     ROOT,
     SECONDS,
-    assert_same_weights,
     environment,
     python,
     run,
     torchrun,
-    write_model,
 )
-
-CASES = {
-    "every-tied": ("qwen2_5_vl", True, torch.bfloat16),
-    "every-untied": ("qwen2_vl", False, torch.float32),
-    "untied": ("qwen2_5_vl", False, torch.bfloat16),
-    "tied": ("qwen2_vl", True, torch.float32),
-}
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory) -> tuple[Path, dict]:
-    """All cases through all layouts on four ranks that are started once."""
-    folder = tmp_path_factory.mktemp("layouts")
-    for name, model in CASES.items():
-        write_model(folder / name / "hf", *model)
-    done = torchrun(4, ROOT / "tests" / "e2e" / "converter_cases.py", "--folder", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads((folder / "results.json").read_text())
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_checkpoints_load_at_every_layout(layouts, case):
-    """Claim: Megatron loads a converted checkpoint at any TP, PP, VPP and DP with every bit, padding rows zero."""
-    found = layouts[1][case]
-    assert found.pop("error", None) is None, found
-    assert {name: wrong for name, wrong in found.items() if wrong} == {}
-    expected = {"tp2-pp2", "resaved", "layout"}
-    if case.startswith("every"):
-        expected |= {"dp4", "tp4", "pp4", "pp2-vpp2", "pp2-uneven"}
-    if case == "every-tied":
-        # An image decoder that went through a Hugging Face folder and back, from one layout to another.
-        expected |= {"decoder"}
-    assert set(found) == expected
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_round_trip_through_another_layout_is_bit_exact(layouts, case):
-    """Claim: HF -> mcore -> load and save at TP2 x PP2 -> HF gives back every tensor, bit for bit."""
-    folder, found = layouts
-    assert "error" not in found[case], found[case]
-    assert_same_weights(folder / case / "hf", folder / case / "back")
+from tests.huggingface_folders import different_weights, write_model
 
 
 def test_torchrun_converts_once(tmp_path):
@@ -80,10 +37,8 @@ def test_torchrun_converts_once(tmp_path):
     assert done.stdout.count("done after") == 1
     done = torchrun(2, EXPORT, "--mcore-path", tmp_path / "mcore", "--hf-path", tmp_path / "back")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_weights(source, tmp_path / "back")
+    assert different_weights(source, tmp_path / "back") == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "mcore"]
-    again = torchrun(2, IMPORT, "--hf-path", source, "--mcore-path", tmp_path / "mcore")
-    assert again.returncode != 0 and (again.stdout + again.stderr).count("error: ") == 1
 
 
 @pytest.mark.parametrize("tool", [IMPORT, EXPORT], ids=lambda tool: tool.stem)
@@ -147,9 +102,9 @@ def test_twenty_random_kills_leave_nothing_or_something_refused(tmp_path):
                 readers[tool](leftover)
         if target.exists() and tool is IMPORT:
             convert_mcore_to_hf(target, tmp_path / "back", overwrite=True)
-            assert_same_weights(hf, tmp_path / "back")
+            assert different_weights(hf, tmp_path / "back") == []
         elif target.exists():
-            assert_same_weights(hf, target)
+            assert different_weights(hf, target) == []
         outcomes["complete" if target.exists() else "absent"] += 1
         outcomes["leftover"] += bool(leftovers)
         shutil.rmtree(target.parent, ignore_errors=True)

@@ -3,12 +3,13 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_cocoa.checkpoint.store import read_info
-from tests.e2e.processes import full_disk_after
+from tests.e2e.processes import environment, full_disk_after
 from tests.e2e.test_launch import ROOT, SCRIPT, launch
 
 STEPS = 3
@@ -17,7 +18,8 @@ SMOOTH = ("--optimizer.adam_eps=1e-5",)
 processor rounds (1.8e-4 in a loss seen). Far above rounding, updates follow the gradient."""
 
 
-def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+def arguments(folders: Path, output: Path, *more: str) -> list[str]:
+    """What follows the script on the command line."""
     sizes = [
         f"--{stage}.{name}={value}"
         for stage in ("warmup", "bridge", "contrastive")
@@ -25,11 +27,15 @@ def train(folders: Path, output: Path, *arguments: str, ranks: int = 1, **option
             ("steps", STEPS), ("lr_warmup_steps", 1), ("global_batch_size", 8), ("micro_batch_size", 2),
         )
     ]  # fmt: skip
-    return launch(
-        "torchrun", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / SCRIPT), "--preset", "toy",
-        f"--model.path={folders / 'model'}", f"--data.path={folders / 'pairs'}", f"--output_dir={output}",
-        *sizes, *SMOOTH, *arguments, cwd=folders, **options,
-    )  # fmt: skip
+    return [
+        "--preset=toy", f"--model.path={folders / 'model'}", f"--data.path={folders / 'pairs'}",
+        f"--output_dir={output}", *sizes, *SMOOTH, *more,
+    ]  # fmt: skip
+
+
+def train(folders: Path, output: Path, *more: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    launcher = ("torchrun", "--standalone", f"--nproc-per-node={ranks}", str(ROOT / SCRIPT))
+    return launch(*launcher, *arguments(folders, output, *more), cwd=folders, **options)
 
 
 @pytest.fixture(scope="module")
@@ -73,47 +79,78 @@ def test_validation_keeps_the_best_weights(finished):
     assert "contrastive, step 2: " in done.stdout + done.stderr
 
 
-def test_a_second_run_over_an_existing_output_is_refused(finished, tiny_folders):
-    """Claim: nothing of the first run is touched, and the message says what to do."""
+REFUSE = """
+import contextlib, io, json, sys
+sys.path.insert(0, "tools")
+import train
+for name, arguments in json.load(sys.stdin).items():
+    sys.argv, said = ["train.py", *arguments], io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = train.main()
+    print("RESULT" + json.dumps([name, status, said.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(finished, tiny_folders, tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Status and words of runs that must not start, one after the other in one process; ``finished`` stands as it was.
+
+    ``tests/e2e/test_launch.py`` shows that the launch script ends in this status, with such a message once.
+    """
     output, _ = finished
-    before = (output / "results.json").read_bytes()
-    done = train(tiny_folders, output)
-    assert done.returncode != 0
-    assert (done.stdout + done.stderr).count("holds an earlier run: name another --output_dir") == 1
-    assert (output / "results.json").read_bytes() == before
+    bridge, full = output / "bridge" / "checkpoint", tmp_path_factory.mktemp("full")
+    (full / "thesis.tex").write_text("years of work")
+    cases = {
+        "earlier run": (output,),
+        "later stage": (output, "--overwrite=true", "--contrastive.global_batch_size=4096"),
+        "own weights": (output, "--overwrite=true", f"--model.load={bridge}", "--stages=[contrastive]"),
+        "no run": (full, "--overwrite=true"),
+        "no files": (Path("/proc/nowhere"),),
+        "another run": (output, "--resume=true", "--seed=4", "--contrastive.lr=0.5"),
+    }
+    files = (output / "results.json", output / "settings.yaml", full / "thesis.tex")
+    kept = {path: path.read_bytes() for path in files}
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        input=json.dumps({name: arguments(tiny_folders, *case) for name, case in cases.items()}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in files} == kept
+    found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    return {name: (status, said) for name, status, said in found}
 
 
-def test_what_stops_a_later_stage_is_found_before_anything_is_removed(finished, tiny_folders):
-    """Claim: a batch larger than stage 3's data is told before stage 1 runs, and the earlier run is still there."""
-    output, _ = finished
-    done = train(tiny_folders, output, "--overwrite", "--contrastive.global_batch_size=4096")
-    assert done.returncode != 0 and "contrastive.global_batch_size is 4096" in done.stderr
-    assert "warmup:" not in done.stderr and (output / "results.json").is_file()
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("earlier run", "holds an earlier run: name another --output_dir"),
+        ("own weights", "which would be overwritten"),
+        ("no run", "it is left as it is"),
+        ("no files", "cannot be written"),
+        ("later stage", "contrastive.global_batch_size is 4096"),
+        ("another run", "cannot be resumed under other settings: seed was 1234, is 4; contrastive.lr was"),
+    ],
+)
+def test_a_run_that_would_harm_is_refused(refused, finished, case, message):
+    """Claim: one message, status 2, before a step is trained, and nothing of an earlier run or of other files is lost.
+
+    Over an earlier run, over the weights that it starts from, over a folder that holds no run, where nothing can be
+    written, with a batch larger than the data of a later stage, and as a resumption of another run.
+    """
+    status, said = refused[case]
+    assert status == 2 and said.count(message) == 1, said
+    assert "step/s" not in said and (finished[0] / "bridge" / "checkpoint").is_dir()
 
 
-def test_a_run_never_removes_the_weights_that_it_starts_from(finished, tiny_folders):
-    """Claim: a checkpoint inside of the folder that is to be overwritten is refused."""
-    output, _ = finished
-    load = output / "bridge" / "checkpoint"
-    done = train(tiny_folders, output, "--overwrite", f"--model.load={load}", "--stages=contrastive")
-    assert done.returncode != 0 and "which would be overwritten" in done.stderr and load.is_dir()
+def test_two_ranks_train_what_one_rank_trains(finished, tiny_folders, tmp_path):
+    """Claim: the script's own form gives the single process's losses on two pipeline stages.
 
-
-def test_overwrite_never_empties_a_folder_that_holds_no_run(tiny_folders, tmp_path):
-    """Claim: a mistyped output folder keeps its files."""
-    (tmp_path / "thesis.tex").write_text("years of work")
-    done = train(tiny_folders, tmp_path, "--overwrite", "true")
-    assert done.returncode != 0 and "it is left as it is" in done.stderr
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_four_ranks_train_what_one_rank_trains(finished, tiny_folders, tmp_path):
-    """Claim: the script's own form with TP2 x PP2 gives the single process's losses."""
+    Every layout is compared step by step in ``tests/distributed/training.py``.
+    """
     output = tmp_path / "output"
-    degrees = ("--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=2")
-    done = train(tiny_folders, output, *degrees, ranks=4)
+    done = train(tiny_folders, output, "--parallel.pipeline_model_parallel_size=2", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tensor 2 x pipeline 2 x context 1 x data 1" in done.stdout
+    assert "tensor 1 x pipeline 2 x context 1 x data 1" in done.stdout
     for stage in ("warmup", "bridge", "contrastive"):
         wanted, found = (
             [json.loads(line)["loss"] for line in (path / stage / "metrics.jsonl").read_text().splitlines()]
@@ -134,14 +171,6 @@ def test_a_disk_that_takes_no_more_ends_in_one_message(tiny_folders, tmp_path):
     assert done.returncode != 0
     assert text.count("could not be written, nothing was kept of it; free space on its disk") == 1, text
     assert not list((output / "bridge").glob("checkpoint*"))
-
-
-def test_an_output_folder_that_cannot_be_written_is_refused_before_training(tiny_folders):
-    """Claim: a path that takes no files is told at once."""
-    done = train(tiny_folders, Path("/proc/nowhere"))
-    assert done.returncode != 0
-    assert (done.stdout + done.stderr).count("cannot be written") == 1
-    assert "Kernels" not in done.stdout
 
 
 def test_missing_data_packages_are_named_with_the_command_that_installs_them(tmp_path):

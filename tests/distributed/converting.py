@@ -1,39 +1,41 @@
-"""Started by torchrun on four ranks: converted checkpoints loaded by Megatron at other layouts, and saved again.
+"""Checks of converted checkpoints: loaded by Megatron at other layouts, saved again, and turned back.
 
-    torchrun --standalone --nproc-per-node 4 tests/e2e/converter_cases.py --folder DIR
-
-Each case has a Hugging Face folder ``DIR/<name>/hf``; one whose name begins with ``every`` goes through all layouts,
-the others through one. What is found goes to ``DIR/results.json``.
+Each case has a Hugging Face folder; one whose name begins with ``every`` goes through all layouts, the others through
+one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import traceback
+import functools
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.checkpoint import store
+from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.live import global_name
+from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore, read_config
+from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
+from megatron_cocoa.model.build import build_model
+from megatron_cocoa.parallel import topology
+from tests.distributed.check import Check
+from tests.huggingface_folders import different_weights, write_model
 
-from megatron_cocoa.architecture import QwenVLArchitecture  # noqa: E402
-from megatron_cocoa.checkpoint import store  # noqa: E402
-from megatron_cocoa.checkpoint.convert import same_bits  # noqa: E402
-from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader  # noqa: E402
-from megatron_cocoa.checkpoint.live import global_name  # noqa: E402
-from megatron_cocoa.checkpoint.mapping import NameTable  # noqa: E402
-from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader  # noqa: E402
-from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings  # noqa: E402
-from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore, read_config  # noqa: E402
-from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf  # noqa: E402
-from megatron_cocoa.model.build import build_model  # noqa: E402
-from megatron_cocoa.parallel import topology  # noqa: E402
-
+CASES = {
+    "every-tied": ("qwen2_5_vl", True, torch.bfloat16),
+    "every-untied": ("qwen2_vl", False, torch.float32),
+    "untied": ("qwen2_5_vl", False, torch.bfloat16),
+    "tied": ("qwen2_vl", True, torch.float32),
+}
 LAYOUTS = {
     "dp4": dict(),
     "tp4": dict(tensor_model_parallel_size=4),
@@ -82,36 +84,49 @@ def spoil(model) -> None:
                 parameter.fill_(float("nan"))
 
 
-def run_case(case: Path) -> dict:
+def converted(name: str) -> dict[str, list[str]]:
+    """What is wrong after each step, over all ranks; nothing where all is right."""
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared, src=0)
+        found = _run_case(name, Path(shared[0]))
+        dist.barrier()
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return {step: sum((rank.get(step, []) for rank in everyone), []) for rank in everyone for step in rank}
+
+
+def _run_case(name: str, case: Path) -> dict[str, list[str]]:
     source, mcore = case / "hf", case / "mcore"
     if dist.get_rank() == 0:
+        write_model(source, *CASES[name])
         convert_hf_to_mcore(source, mcore, vision_ffn_multiple=VISION_FFN_MULTIPLE)
     dist.barrier()
     with TorchDistReader(mcore) as reader:
         words = {str(reader.dtype(key)) for key in reader.keys()}
     dtype = "bf16" if words == {"torch.bfloat16"} else "fp32"
     found: dict = {}
-    for name, layout in LAYOUTS.items():
-        if name != RESAVED and not case.name.startswith("every"):
+    for layout_name, layout in LAYOUTS.items():
+        if layout_name != RESAVED and not name.startswith("every"):
             continue
         model = build(source, layout, dtype)
         spoil(model)
         store.load_checkpoint(mcore, model.bare_chunks)
-        found[name] = wrong_parameters(model, source)
+        found[layout_name] = wrong_parameters(model, source)
         # Megatron's own call, with its default strictness: every key and every empty state must be there.
         dist_checkpointing.load(store.sharded_state(model.bare_chunks), str(mcore))
-        if name == RESAVED:
+        if layout_name == RESAVED:
             info = store.read_info(mcore)
             store.save_checkpoint(case / "resaved", model.bare_chunks, info)
             model = build(source, LAYOUTS["dp4"], dtype)
             store.load_checkpoint(case / "resaved", model.bare_chunks)
             found["resaved"] = wrong_parameters(model, source)
-    if case.name == "every-tied":
+    if name == "every-tied":
         found["decoder"] = decoder_differences(case, dtype)
     if dist.get_rank() == 0:
         convert_mcore_to_hf(case / "resaved", case / "back", companions=source)
         found["layout"] = layout_differences(mcore, case / "resaved")
-    dist.barrier()
+        found["back"] = different_weights(source, case / "back")
     return found
 
 
@@ -156,25 +171,4 @@ def decoder_differences(case: Path, dtype: str) -> list[str]:
     return names if decoder else ["the checkpoint holds no image decoder"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    folder = parser.parse_args().folder
-    launch = topology.LaunchInfo.from_environment()
-    topology.initialize(ParallelSettings(distributed_timeout_minutes=1.0), launch, seed=0)
-    results = {}
-    for case in sorted(path.parent for path in folder.glob("*/hf")):
-        try:
-            found = run_case(case)
-        except Exception:  # noqa: BLE001  the test shows the text
-            found = {"error": [traceback.format_exc()]}
-        gathered: list = [None] * launch.world_size
-        dist.all_gather_object(gathered, found)
-        results[case.name] = {key: sum((g.get(key, []) for g in gathered), []) for g in gathered for key in g}
-        if launch.rank == 0:
-            (folder / "results.json").write_text(json.dumps(results, indent=1))
-    topology.shutdown()
-
-
-if __name__ == "__main__":
-    main()
+CHECKS = {f"convert-{name}": Check(4, functools.partial(converted, name)) for name in CASES}
