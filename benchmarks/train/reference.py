@@ -163,6 +163,7 @@ class Reference:
             masked_units=real.masked_units,
             decoder_tokens=tokens if runs_decoder else 0,
             decoder_pairs=pairs if runs_decoder else 0,
+            decoder_read_rows=tokens if runs_decoder else 0,
         )
 
     def step(self, batches: Sequence) -> tuple[float, float]:

@@ -47,8 +47,9 @@ class Workload:
     read_rows:        rows of the last language layer's output that something reads: all of them where the image decoder
                       runs, else those of token head and embeddings.
     supervised:       rows of the token head.
-    masked_units:     rows of the image decoder's last linear, which alone are read of its last layer.
+    masked_units:     rows of the image decoder's last linear.
     decoder_tokens, decoder_pairs: rows and pairs of each of the image decoder's layers: the pack's, where it runs.
+    decoder_read_rows: rows of its last layer's output that something reads.
     """
 
     samples: int = 0
@@ -64,6 +65,7 @@ class Workload:
     masked_units: int = 0
     decoder_tokens: int = 0
     decoder_pairs: int = 0
+    decoder_read_rows: int = 0
 
     @classmethod
     def of(cls, batch: PackedBatch, vision: VisionArchitecture) -> Workload:
@@ -76,9 +78,9 @@ class Workload:
         table = compile_segments(batch.mask_kind, batch.sample_lengths, batch.bridge_positions)
         tokens, pairs = table.length, table.num_score_entries()
         runs_decoder = batch.unit_positions is not None
-        supervised, embeddings = (
+        supervised, embeddings, masked = (
             0 if positions is None else positions.shape[0]
-            for positions in (batch.text_positions, batch.embedding_positions)
+            for positions in (batch.text_positions, batch.embedding_positions, batch.unit_positions)
         )
         grids = [grid_pairs(tuple(grid), vision) for grid in batch.grid_thw]
         return cls(
@@ -92,9 +94,10 @@ class Workload:
             window_pairs=sum(windows for _, windows in grids),
             read_rows=tokens if runs_decoder else supervised + embeddings,
             supervised=supervised,
-            masked_units=batch.unit_positions.shape[0] if runs_decoder else 0,
+            masked_units=masked,
             decoder_tokens=tokens if runs_decoder else 0,
             decoder_pairs=pairs if runs_decoder else 0,
+            decoder_read_rows=masked,
         )
 
     def __add__(self, other: Workload) -> Workload:
@@ -221,7 +224,7 @@ def step_flops(
     text, head_rows = architecture.text, workload.supervised
     train_language = not freeze.language
     decoder = _decoder_layers(
-        architecture, decoder_layers, workload.decoder_tokens, workload.decoder_pairs, workload.masked_units
+        architecture, decoder_layers, workload.decoder_tokens, workload.decoder_pairs, workload.decoder_read_rows
     )
     unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
     pixel_head = 2 * workload.masked_units * text.hidden_size * unit_dim
