@@ -52,11 +52,19 @@ def _keeping_recipe(x: Tensor) -> Iterator[None]:
 
 
 class RemadeColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's, whose input is made again for the weight's gradient."""
+    """Megatron's, whose input is made again for the weight's gradient; it adds a bias itself, and in place.
 
-    def forward(self, input_: Tensor, *args, **kwargs):
+    Megatron and its callers would write output and bias to another tensor as wide as the ffn.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_bias_add = True
+
+    def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
         with _keeping_recipe(input_):
-            return super().forward(input_, *args, **kwargs)
+            output, bias = super().forward(input_, *args, **kwargs)
+        return output if bias is None else output.add_(bias), None
 
 
 class RemadeRowParallelLinear(RowParallelLinear):

@@ -130,3 +130,25 @@ def test_rms_norm_equals_torchs_in_double_precision(dtype):
     for mine, theirs in ((out, wanted), (leaves[0].grad, exact[0].grad), (leaves[1].grad, exact[1].grad)):
         assert mine.dtype is dtype
         assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("skip_bias_add", [False, True])
+def test_a_bias_is_added_whoever_should_have_added_it(skip_bias_add):
+    """Claim: output and gradients are Megatron's with its bias, to the bit, and no bias is left to the caller."""
+    found = []
+    for linear_class in (ColumnParallelLinear, RemadeColumnParallelLinear):
+        torch.manual_seed(0)
+        linear = linear_class(
+            HIDDEN, FFN, config=config(), init_method=torch.nn.init.normal_, bias=True, gather_output=False,
+            skip_bias_add=skip_bias_add,
+        )  # fmt: skip
+        with torch.no_grad():
+            linear.bias.copy_(torch.randn(FFN))
+        x = torch.randn(ROWS, 1, HIDDEN).requires_grad_()
+        output, bias = linear(x)
+        if linear_class is RemadeColumnParallelLinear:
+            assert bias is None
+        output = output if bias is None else output + bias
+        output.square().sum().backward()
+        found.append([output.detach(), x.grad, linear.weight.grad, linear.bias.grad])
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(found[1], found[0]))
