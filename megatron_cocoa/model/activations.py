@@ -115,10 +115,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class SwiGLU(MegatronModule):
-    """``silu(gate) * up`` (arXiv 2002.05202) of ``(tokens, 1, 2 * ffn_local)`` laid out ``[gate, up]``."""
+    """``silu(gate) * up`` (arXiv 2002.05202) of ``(tokens, 1, 2 * ffn_local)`` laid out ``[gate, up]``.
+
+    Without gradients the result is written over ``gate``: nothing else reads the projection before it.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _lean(x, SWIGLU)
+        if torch.is_grad_enabled() or is_on_gpu(x):
+            return _lean(x, SWIGLU)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate, inplace=True).mul_(up)

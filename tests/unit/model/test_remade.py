@@ -152,3 +152,11 @@ def test_a_bias_is_added_whoever_should_have_added_it(skip_bias_add):
         output.square().sum().backward()
         found.append([output.detach(), x.grad, linear.weight.grad, linear.bias.grad])
     assert all(torch.equal(mine, wanted) for mine, wanted in zip(found[1], found[0]))
+
+
+def test_swiglu_without_gradients_is_the_same():
+    """Claim: what is written over its input has the bits of what training computes."""
+    x = torch.randn(ROWS, 1, 2 * FFN)
+    wanted = SwiGLU(config())(x.clone().requires_grad_()).detach()
+    with torch.no_grad():
+        assert torch.equal(SwiGLU(config())(x), wanted)
