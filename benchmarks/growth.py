@@ -104,7 +104,7 @@ def seconds_of(ours: Ours, batches: list, repeats: int) -> float:
 
 
 def measure_growth(args: argparse.Namespace) -> list[dict]:
-    """Seconds and operations of each pack."""
+    """Seconds and operations of each pack, each printed to stderr when it is known."""
     ours, config = build(args, args.layers, 1)
     points = []
     for series in ("many", "one"):
@@ -124,6 +124,7 @@ def measure_growth(args: argparse.Namespace) -> list[dict]:
                     "attention_flops": attention,
                 }
             )
+            print(json.dumps(points[-1]), file=sys.stderr, flush=True)
     return points
 
 
