@@ -11,7 +11,8 @@ output projection and MLP count. Its queries and scores, and adapters, count for
 
 Not counted in either: norms, activations, rotary positions, softmax, optimizer, the similarity matrix of the
 contrastive loss, and what a kernel recomputes inside (flash attention's scores). Vocabulary and ffn padding, the
-padding of attention buckets, and the tower's pass over an empty pack are work, but not useful work.
+padding of attention buckets and of the rows read, the image decoder's pass over a tail, and the tower's over an empty
+pack are work, but not useful work.
 
 Everything is a sum of integers over the pack's host-side layout, so no device is asked. Quantities of several packs
 add up, on one rank or over ranks: sum the ``Workload``, then count once.
@@ -39,6 +40,7 @@ class Workload:
     samples:          packed sequences; for pairs, both sides count.
     tokens:           rows of samples.
     tail_tokens:      rows after the last sample, which are padding.
+    tail_read_rows:   those that the last language layer runs to its end: all where the image decoder runs, else none.
     pairs:            query-key pairs of one language layer, by the exact segments of the mask kind.
     tail_pairs:       those among tail rows.
     patches:          patches of all pictures.
@@ -55,6 +57,7 @@ class Workload:
     samples: int = 0
     tokens: int = 0
     tail_tokens: int = 0
+    tail_read_rows: int = 0
     pairs: int = 0
     tail_pairs: int = 0
     patches: int = 0
@@ -87,6 +90,7 @@ class Workload:
             samples=len(batch.sample_lengths),
             tokens=tokens,
             tail_tokens=tail,
+            tail_read_rows=tail if runs_decoder else 0,
             pairs=pairs,
             tail_pairs=tail * tail,
             patches=batch.num_patches,
@@ -232,7 +236,7 @@ def step_flops(
         _decoder_layers(architecture, text.num_hidden_layers, *part)
         for part in (
             (workload.tokens, workload.pairs, workload.read_rows),
-            (workload.tail_tokens, workload.tail_pairs, 0),
+            (workload.tail_tokens, workload.tail_pairs, workload.tail_read_rows),
         )
     )
     return StepFlops(

@@ -123,9 +123,10 @@ class QwenVL(MegatronModule):
             read = padded_rows(reads.language, self.row_multiple)
             context = replace(context, read_rows=read, last_layer=self.config.num_layers)
         hidden_states = self.language_model(hidden_states, context)
-        output = self._heads(batch, reads, context, hidden_states)
+        hidden_rows = whole_rows(hidden_states, self.config.sequence_parallel)
+        read_rows = hidden_rows.index_select(0, reads.language) if reads_all else hidden_rows
+        output = self._heads(batch, reads, context, hidden_states, read_rows)
         if return_hidden_states:
-            hidden_rows = whole_rows(hidden_states, self.config.sequence_parallel)
             shares = (hidden_rows.shape[0],) * self.context_group.size()
             output.hidden_states = gather_rows(hidden_rows, shares, self.context_group)
         return output
@@ -165,13 +166,11 @@ class QwenVL(MegatronModule):
             )
 
     def _heads(
-        self, batch: PackedBatch, reads: HeadRows, context: SequenceContext, hidden_states: Tensor
+        self, batch: PackedBatch, reads: HeadRows, context: SequenceContext, hidden_states: Tensor, read_rows: Tensor
     ) -> ModelOutput:
+        """``read_rows``: ``(rows, hidden)``, whole rows, those of ``reads.language`` first."""
         output = ModelOutput()
-        hidden_rows = whole_rows(hidden_states, self.config.sequence_parallel)
-        if context.read_rows is None:
-            hidden_rows = hidden_rows.index_select(0, reads.language)
-        text_rows, embedding_rows, _ = hidden_rows.tensor_split(reads.ends)
+        text_rows, embedding_rows, _ = read_rows.tensor_split(reads.ends)
         if reads.text is not None:
             labels = batch.text_labels.index_select(0, reads.text[0])
             output.token_nll = self.language_model.token_nll(text_rows, labels)

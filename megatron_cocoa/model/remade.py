@@ -59,6 +59,8 @@ class RemadeColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if self.gather_output and self.bias is not None:
+            raise ValueError("this linear adds a bias to its own columns: for gather_output take ColumnParallelLinear")
         self.skip_bias_add = True
 
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, None]:

@@ -223,6 +223,8 @@ def test_hardware_operations_count_what_is_repeated_and_padded():
     before, after = 2048 * (2048 + 512), 2048 * (2048 + 3 * 11008)
     tail = 3 * (2 * 12 * (36 * before + 35 * after) + 36 * 4 * 12**2 * 2048)
     assert step_flops(architecture, padded).hardware == base.hardware + tail
+    read = replace(padded, tail_read_rows=12)
+    assert step_flops(architecture, read).hardware == base.hardware + tail + 3 * 2 * 12 * after
     cached = step_flops(architecture, plain, extra_forward_passes=1)
     assert (cached.useful, cached.hardware) == (base.useful, base.hardware + base.forward)
     parts = {part.name: part for part in base.parts}
