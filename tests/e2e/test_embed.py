@@ -1,7 +1,6 @@
 """The command line tools that export a model and embed a corpus, as processes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.e2e.processes import environment
 from tests.unit.exported_folders import Folders, write_exported
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +41,8 @@ def command(folders: Folders, output: Path, *, ranks: int = 1) -> list[str]:
 
 
 def run(arguments: list[str]) -> str:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    variables = environment(CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

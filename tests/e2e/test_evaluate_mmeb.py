@@ -1,13 +1,13 @@
 """The evaluation tool as processes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.processes import environment
 from tests.unit.exported_folders import Folders, write_exported
 from tests.unit.mmeb_folders import write_small_benchmark
 
@@ -30,8 +30,8 @@ def command(folders: Folders, output: Path, *more: str, model: Path | None = Non
 
 
 def run(arguments: list[str], *, status: int = 0) -> str:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    variables = environment(CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
