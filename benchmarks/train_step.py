@@ -17,7 +17,9 @@ import gc
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -33,6 +35,7 @@ from megatron_cocoa.config import (  # noqa: E402
     STAGES,
     ModelSettings,
     ParallelSettings,
+    Recompute,
     RecomputeSettings,
     TrainSettings,
 )
@@ -56,7 +59,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="side of the pictures in pixels, instead of each stage's own")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="fp32")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none", help="ours alone")
+    modes = dict(choices=get_args(Recompute), default="none")
+    parser.add_argument("--recompute-language", **modes, help="ours alone")
+    parser.add_argument("--recompute-vision", **modes, help="ours alone")
+    parser.add_argument("--recompute-vision-layers", type=int, help="that recompute their MLP, all by default")
     parser.add_argument("--threads", type=int, help="of both sides")
     parser.add_argument("--no-memory", action="store_true", help="leave out the two steps that memory takes")
     args = parser.parse_args()
@@ -81,6 +87,7 @@ def main() -> None:
         "dtype": args.dtype,
         "repeats": args.repeats,
         "threads": torch.get_num_threads(),
+        "recompute": asdict(settings_of(args).recompute),
         "results": results,
         "versions": versions(),
         "hardware": hardware(),
@@ -109,7 +116,11 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
             # The published 3420 keeps a GPU's matrix products from their fast kernels; zeros beside it change nothing.
             vision_ffn_multiple=128 if device.has_gpu() else 1,
         ),
-        recompute=RecomputeSettings(language=args.recompute, vision=args.recompute),
+        recompute=RecomputeSettings(
+            language=args.recompute_language,
+            vision=args.recompute_vision,
+            vision_num_layers=args.recompute_vision_layers,
+        ),
     )
 
 

@@ -8,7 +8,7 @@ fields are checked at construction, before any process group exists, so that a w
 from megatron_cocoa.config.adapter import LANGUAGE_TARGETS, VISION_TARGETS, AdapterSettings
 from megatron_cocoa.config.data import DataSettings, SourceSettings
 from megatron_cocoa.config.evaluation import EvaluationSettings
-from megatron_cocoa.config.model import FreezeSettings, ModelSettings, RecomputeSettings
+from megatron_cocoa.config.model import FreezeSettings, ModelSettings, Recompute, RecomputeSettings
 from megatron_cocoa.config.names import STAGES, TEMPERATURE_RANGE
 from megatron_cocoa.config.parallel import ParallelSettings
 from megatron_cocoa.config.run import CheckpointSettings, OptimizerSettings, ValidationSettings
@@ -34,6 +34,7 @@ __all__ = [
     "ModelSettings",
     "OptimizerSettings",
     "ParallelSettings",
+    "Recompute",
     "RecomputeSettings",
     "STAGES",
     "SourceSettings",

@@ -7,6 +7,8 @@ from typing import Literal
 
 from megatron_cocoa.config.checks import require
 
+Recompute = Literal["none", "mlp", "selective", "full"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -90,12 +92,31 @@ class RecomputeSettings:
     """Activation recompute, separately for tower and language model.
 
     Args:
-        vision, language: ``full`` recomputes whole layers; ``selective`` core attention alone, which frees nothing
-            beside kernels that keep no scores, as all of this project's do.
-        language_num_layers, vision_num_layers: layers per recomputed block under ``full``.
+        vision, language: ``full`` recomputes whole layers; ``mlp`` MLPs alone (of local layers without adapters their
+            first projection alone), which keep half of what a layer keeps and more; ``selective`` core attention
+            alone, which frees nothing beside kernels that keep no scores, as all of this project's do.
+        vision_num_layers, language_num_layers: under ``full`` layers per recomputed block, 1 by default; under ``mlp``
+            the first so many layers of each pipeline stage (and virtual chunk) are recomputed, all by default.
     """
 
-    vision: Literal["none", "selective", "full"] = "none"
-    language: Literal["none", "selective", "full"] = "none"
-    vision_num_layers: int = 1
-    language_num_layers: int = 1
+    vision: Recompute = "none"
+    language: Recompute = "none"
+    vision_num_layers: int | None = None
+    language_num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vision", "language"):
+            number, mode = getattr(self, f"{name}_num_layers"), getattr(self, name)
+            require(number is None or number >= 1, f"recompute.{name}_num_layers is {number}, needs 1 or more")
+            require(
+                number is None or mode in ("mlp", "full"),
+                f"recompute.{name}_num_layers is {number} and recompute.{name} {mode}: it counts layers under mlp and "
+                f"full alone",
+            )
+
+    def mlp_layers(self, name: Literal["vision", "language"], layers: int) -> int:
+        """How many of ``layers`` layers of one stage run their MLP again."""
+        if getattr(self, name) != "mlp":
+            return 0
+        number = getattr(self, f"{name}_num_layers")
+        return layers if number is None else min(number, layers)

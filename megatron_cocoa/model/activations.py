@@ -1,8 +1,9 @@
 """The MLPs' activations with a backward of their own: SwiGLU, and the quick GELU of Qwen2-VL's tower.
 
 Autograd's versions keep up to five tensors of the ffn's width; these keep their input alone, from which a linear that
-follows makes its own input again (``remade``). Megatron's MLP takes a plain activation as a function; SwiGLU plugs in
-where it takes a Transformer Engine module (``use_te_activation_func``), which is a slot for any module.
+follows makes its own input again (``remade``), and on a CPU write its gradient over it. Megatron's MLP takes a plain
+activation as a function; SwiGLU plugs in where it takes a Transformer Engine module (``use_te_activation_func``), which
+is a slot for any module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_cocoa.model.compiled import compiled_on_gpu
-from megatron_cocoa.model.remade import remember
+from megatron_cocoa.model.remade import recipe_of, remember
 from megatron_cocoa.parallel.device import is_on_gpu
 
 BLOCK_ELEMENTS = 2**18
@@ -31,12 +32,12 @@ QUICK_GELU_SCALE = 1.702
 class _Formula:
     """An element-wise function and its derivative in two forms.
 
-    backward: ``(x, grad, out)``, in few passes over memory: for blocks on a CPU.
+    backward: ``(x, grad)``, over ``x``, in few passes over memory: for blocks on a CPU.
     gradient: ``(x, grad)``, by one kernel: for a GPU.
     """
 
     function: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor, Tensor], None]
+    backward: Callable[[Tensor, Tensor], None]
     gradient: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -49,11 +50,11 @@ def _swiglu(x: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _swiglu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+def _swiglu_backward(x: Tensor, grad: Tensor) -> None:
     gate, up = x.chunk(2, dim=-1)
-    gate_grad, up_grad = out.chunk(2, dim=-1)
-    torch.ops.aten.silu.out(gate, out=up_grad).mul_(grad)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+    outer = grad * up
+    torch.ops.aten.silu.out(gate, out=up).mul_(grad)
+    torch.ops.aten.silu_backward.grad_input(outer, gate, grad_input=gate)
 
 
 def _swiglu_gradient(x: Tensor, grad: Tensor) -> Tensor:
@@ -67,11 +68,11 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return torch.sigmoid(x * QUICK_GELU_SCALE).mul_(x)
 
 
-def _quick_gelu_backward(x: Tensor, grad: Tensor, out: Tensor) -> None:
+def _quick_gelu_backward(x: Tensor, grad: Tensor) -> None:
     """With ``s`` the sigmoid and ``y = x s``: ``s (1 + 1.702 (x - y))``."""
     sigmoid = torch.sigmoid(x * QUICK_GELU_SCALE)
-    torch.addcmul(x, x, sigmoid, value=-1, out=out)
-    out.mul_(QUICK_GELU_SCALE).add_(1).mul_(sigmoid).mul_(grad)
+    torch.addcmul(x, x, sigmoid, value=-1, out=x)
+    x.mul_(QUICK_GELU_SCALE).add_(1).mul_(sigmoid).mul_(grad)
 
 
 @compiled_on_gpu
@@ -84,34 +85,62 @@ SWIGLU = _Formula(_swiglu, _swiglu_backward, _swiglu_gradient)
 QUICK_GELU = _Formula(_quick_gelu, _quick_gelu_backward, _quick_gelu_gradient)
 
 
+class _Again:
+    """An activation's input that is made again, once for the linear behind the activation and its own backward."""
+
+    def __init__(self, remake: Callable[[], Tensor]) -> None:
+        self._remake, self._made = remake, None
+
+    def look(self) -> Tensor:
+        if self._made is None:
+            self._made = self._remake()
+        return self._made
+
+    def take(self) -> Tensor:
+        made, self._made = self.look(), None
+        return made
+
+
 class _Lean(torch.autograd.Function):
-    """An activation that keeps its input alone; on a CPU its backward works through it block by block."""
+    """An activation that keeps its input alone, or nothing; on a CPU its backward works through it block by block.
+
+    There the gradient takes the input's place: what follows has made what it needs of it, and what comes before does
+    not need its own output. A second backward pass through the same graph is refused by autograd's version check.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, formula: _Formula) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.formula = formula
+    def forward(ctx, x: Tensor, formula: _Formula, again: _Again | None) -> Tensor:
+        if again is None:
+            ctx.save_for_backward(x)
+        ctx.formula, ctx.again = formula, again
         return formula.function(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0] if ctx.again is None else ctx.again.take()
         if is_on_gpu(x):
-            return ctx.formula.gradient(x, grad), None
-        out = torch.empty_like(x)
+            return ctx.formula.gradient(x, grad), None, None
         rows = max(1, BLOCK_ELEMENTS // x[0].numel() if len(x) else 1)
-        for parts in zip(x.split(rows), grad.split(rows), out.split(rows)):
+        for parts in zip(x.split(rows), grad.split(rows)):
             ctx.formula.backward(*parts)
-        return out, None
+        return x, None, None
 
 
 def _lean(x: Tensor, formula: _Formula) -> Tensor:
-    return remember(_Lean.apply(x, formula), torch.no_grad()(lambda: formula.function(x)))
+    remake = recipe_of(x)
+    again = None if remake is None else _Again(remake)
+    source = (lambda: x) if again is None else again.look
+    return remember(_Lean.apply(x, formula, again), torch.no_grad()(lambda: formula.function(source())))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """``x * sigmoid(1.702 x)``, the activation of Qwen2-VL's tower; any shape."""
     return _lean(x, QUICK_GELU)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU (arXiv 1606.08415) by the error function, the merger's activation; any shape."""
+    return remember(F.gelu(x), torch.no_grad()(lambda: F.gelu(x)))
 
 
 class SwiGLU(MegatronModule):

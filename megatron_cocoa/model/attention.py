@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cocoa.model import flex, sdpa, varlen
+from megatron_cocoa.model.remade import reshaped
 from megatron_cocoa.model.rope import rotate
 from megatron_cocoa.model.segments import SegmentTable
 from megatron_cocoa.parallel import device
@@ -176,7 +177,7 @@ class SegmentAttention(MegatronModule):
         rows = context.rows_after(self.layer_number)
         if rows is not None:
             out = out.index_select(0, rows)
-        return out.reshape(out.shape[0], 1, -1)
+        return reshaped(out, out.shape[0], 1, -1)
 
     def _to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = self.context_group.size()

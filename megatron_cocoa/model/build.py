@@ -74,9 +74,10 @@ def build_model(
         fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
         decoder_layers=settings.warmup.decoder_layers,
     )
-    # An adapter reads what its projection reads, which a norm fused into the projection would hide.
-    provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used)
-    tower_provider = build_provider(settings.model, fuse_norms=not settings.adapter.is_used, tower=True)
+    provider, tower_provider = (
+        build_provider(settings.model, recompute=settings.recompute, is_adapted=settings.adapter.is_used, tower=tower)
+        for tower in (False, True)
+    )
     num_chunks = settings.parallel.virtual_pipeline_model_parallel_size or 1
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), settings.parallel.pipeline_model_parallel_size
     chunks = [

@@ -23,14 +23,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Literal
 
 from megatron_cocoa.architecture import QwenVLArchitecture, VisionArchitecture
 from megatron_cocoa.batch import PackedBatch
-from megatron_cocoa.config import FreezeSettings, RecomputeSettings
+from megatron_cocoa.config import FreezeSettings, Recompute, RecomputeSettings
 from megatron_cocoa.model.segments import compile_segments
-
-Repeat = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,7 @@ class PartFlops:
     input_gradient:    whether gradients flow through it: once the linears, twice the attention.
     weight_gradient:   whether its own weights train: once the linears.
     repeated:          what recompute runs again.
+    mlp:               forward operations that recompute of MLPs repeats.
     """
 
     name: str
@@ -148,7 +146,8 @@ class PartFlops:
     attention: int
     input_gradient: bool
     weight_gradient: bool
-    repeated: Repeat = "none"
+    repeated: Recompute = "none"
+    mlp: int = 0
 
     @property
     def forward(self) -> int:
@@ -161,9 +160,9 @@ class PartFlops:
 
     @property
     def recomputed(self) -> int:
-        if not self.input_gradient or self.repeated == "none":
+        if not self.input_gradient:
             return 0
-        return self.forward if self.repeated == "full" else self.attention
+        return {"none": 0, "mlp": self.mlp, "selective": self.attention, "full": self.forward}[self.repeated]
 
 
 @dataclass(frozen=True)
@@ -196,6 +195,8 @@ def step_flops(
     *,
     freeze: FreezeSettings = FreezeSettings(),
     recompute: RecomputeSettings = RecomputeSettings(),
+    repeats_whole_mlps: bool = False,
+    pipeline_stages: int = 1,
     extra_forward_passes: int = 0,
     language_adapter_parameters: int = 0,
     vision_adapter_parameters: int = 0,
@@ -212,51 +213,73 @@ def step_flops(
         freeze: frozen parts have no weight gradient; the tower, below which nothing trains, no gradient at all.
             Through the language model gradients always flow, since the mask token's row trains.
         recompute: counts towards ``hardware`` alone.
+        repeats_whole_mlps: under recompute ``mlp``; else an MLP's first projection alone (see ``model/layer.py``).
+        pipeline_stages: parts of the language model, of equally many layers, each of which counts its recomputed
+            MLPs by itself.
         extra_forward_passes: 1 where a step runs forward once more without gradients (gradient caching).
         language_adapter_parameters, vision_adapter_parameters: elements of low-rank adapters (whole model, not
             sharded) on the linears of all layers; each costs two operations a row, and they train.
         decoder_layers: of the image decoder.
     """
     vision_trains = not freeze.vision or vision_adapter_parameters > 0
-    tower = _tower(architecture.vision, workload, freeze, recompute.vision, vision_trains)
+    vision, text = architecture.vision, architecture.text
+    tower = _tower(vision, workload, freeze, recompute, vision_trains, repeats_whole_mlps)
     adapters = [
         PartFlops("vision_adapters", 2 * workload.patches * vision_adapter_parameters, 0, True, True, recompute.vision),
         PartFlops(
             "language_adapters", 2 * workload.tokens * language_adapter_parameters, 0, True, True, recompute.language
         ),
     ]
-    text, head_rows = architecture.text, workload.supervised
+    head_rows = workload.supervised
     train_language = not freeze.language
     decoder = _decoder_layers(
         architecture, decoder_layers, workload.decoder_tokens, workload.decoder_pairs, workload.decoder_read_rows
     )
-    unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
+    unit_dim = vision.merge_unit * vision.patch_dim
     pixel_head = 2 * workload.masked_units * text.hidden_size * unit_dim
+    of_pack = (
+        ("language_layers", workload.tokens, workload.pairs, workload.read_rows),
+        ("tail", workload.tail_tokens, workload.tail_pairs, workload.tail_read_rows),
+    )
+    number = text.num_hidden_layers
+    again = pipeline_stages * recompute.mlp_layers("language", number // pipeline_stages)
+    repeated_maps = (3 if repeats_whole_mlps else 2) * text.hidden_size * text.intermediate_size
     layers, tail = (
-        _decoder_layers(architecture, text.num_hidden_layers, *part)
-        for part in (
-            (workload.tokens, workload.pairs, workload.read_rows),
-            (workload.tail_tokens, workload.tail_pairs, workload.tail_read_rows),
+        PartFlops(
+            name,
+            *_decoder_layers(architecture, number, rows, pairs, read),
+            True,
+            train_language,
+            recompute.language,
+            2 * (again * rows - (rows - read if again == number else 0)) * repeated_maps,
         )
+        for name, rows, pairs, read in of_pack
     )
     return StepFlops(
         parts=(
             *tower,
-            PartFlops("language_layers", *layers, True, train_language, recompute.language),
+            layers,
             *(part for part in adapters if part.linear),
             PartFlops("token_head", 2 * head_rows * text.hidden_size * text.vocab_size, 0, True, train_language),
             PartFlops("image_decoder", decoder[0] + pixel_head, decoder[1], True, True),
         ),
-        tail=(PartFlops("tail", *tail, True, train_language, recompute.language),),
+        tail=(tail,),
         extra_forward_passes=extra_forward_passes,
     )
 
 
 def _tower(
-    vision: VisionArchitecture, workload: Workload, freeze: FreezeSettings, repeated: Repeat, trains: bool
+    vision: VisionArchitecture,
+    workload: Workload,
+    freeze: FreezeSettings,
+    recompute: RecomputeSettings,
+    trains: bool,
+    repeats_whole_mlps: bool,
 ) -> tuple[PartFlops, ...]:
     hidden, patches = vision.hidden_size, workload.patches
-    ffn = (3 if vision.gated else 2) * hidden * vision.intermediate_size
+    one_map = hidden * vision.intermediate_size
+    ffn = (3 if vision.gated else 2) * one_map
+    repeated_maps = ffn if repeats_whole_mlps else ffn - one_map
     num_full = len(vision.fullatt_block_indexes) if vision.window_size is not None else vision.depth
     pairs = num_full * workload.frame_pairs + (vision.depth - num_full) * workload.window_pairs
     merged = hidden * vision.merge_unit
@@ -269,7 +292,8 @@ def _tower(
             4 * pairs * hidden,
             trains,
             not freeze.vision,
-            repeated,
+            recompute.vision,
+            2 * patches * recompute.mlp_layers("vision", vision.depth) * repeated_maps,
         ),
         # The merger's norm trains with it, so gradients reach its first linear's input wherever it trains.
         PartFlops("merger", merger, 0, trains or not freeze.merger, not freeze.merger),

@@ -155,7 +155,7 @@ class QwenVL(MegatronModule):
         if self.config.sequence_parallel:
             self._check_sequence_parallel(embeddings.shape[0])
             embeddings = scatter_to_sequence_parallel_region(embeddings)
-        return input_of_layers(embeddings.contiguous(), self.config)
+        return input_of_layers(embeddings.contiguous(), self.language_model.decoder)
 
     def _check_sequence_parallel(self, tokens: int) -> None:
         size = self.config.tensor_model_parallel_size

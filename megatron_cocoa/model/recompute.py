@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 
-def input_of_layers(hidden_states: Tensor, config: TransformerConfig) -> Tensor:
-    """``hidden_states`` as the first layer needs them: asking for a gradient where layers are recomputed.
+def input_of_layers(hidden_states: Tensor, block: TransformerBlock) -> Tensor:
+    """``hidden_states`` as the first layer of ``block`` needs them: asking for a gradient where it recomputes.
 
-    Recompute of whole layers is one function of its input to autograd. Where the embedding below is frozen that input
-    asks for no gradient, and the adapters inside would silently get none.
+    What Megatron recomputes, a layer or an MLP, is one function of its input to autograd. Where the embedding below is
+    frozen that input asks for no gradient, and the adapters inside would silently get none.
     """
-    if config.recompute_granularity == "full" and torch.is_grad_enabled() and not hidden_states.requires_grad:
+    recomputes = block.config.recompute_granularity is not None and torch.is_grad_enabled()
+    if recomputes and not hidden_states.requires_grad and any(p.requires_grad for p in block.parameters()):
         hidden_states.requires_grad_()
     return hidden_states

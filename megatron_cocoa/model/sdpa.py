@@ -13,10 +13,13 @@ G key-value heads, R = H / G, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_cocoa.model.remade import remember
 from megatron_cocoa.model.sdpa_plan import Bucket, SdpaPlan, build_plan
 from megatron_cocoa.model.segments import SegmentTable
 
@@ -38,13 +41,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, scale
         channels = query.shape[1] * query.shape[2]
         plan = table.plans["sdpa"] = build_plan(table, query.device, channels=channels)
     if plan.is_one_view:
-        return _run_bucket(plan.buckets[0], query, key, value, scale)
-    queries, keys, values = _TakeQueries.apply(query, plan), _TakeKeys.apply(key, plan), _TakeKeys.apply(value, plan)
-    outputs = [_run_bucket(bucket, *rows, scale) for bucket, *rows in zip(plan.buckets, queries, keys, values)]
-    return _Join.apply(plan, *outputs)
+        parts = [(query, key, value)]
+    else:
+        parts = list(zip(_TakeQueries.apply(query, plan), _TakeKeys.apply(key, plan), _TakeKeys.apply(value, plan)))
+    outputs = [_run_bucket(bucket, *rows, scale) for bucket, rows in zip(plan.buckets, parts)]
+    rows = [as_rows(out) for out, as_rows in outputs]
+    joined = rows[0] if plan.is_one_view else _Join.apply(plan, *rows)
+    if not joined.requires_grad:
+        return joined
+    # SDPA keeps its outputs anyway, so that a linear which reads the joined rows need not keep them.
+    kept = [(out.detach(), as_rows) for out, as_rows in outputs]
+    return remember(joined, lambda: _in_order([as_rows(out) for out, as_rows in kept], plan))
 
 
-def _run_bucket(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _run_bucket(
+    bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What SDPA returns, and what makes ``(N * Q, H, D)`` of it."""
     heads, groups, dim = query.shape[1], key.shape[1], query.shape[2]
     ratio = heads // groups
     n, q_len, k_len = bucket.num, bucket.q_len, bucket.k_len
@@ -58,11 +71,12 @@ def _run_bucket(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scale
         out = scaled_dot_product_attention(
             q_NHQD, k_NGKD, v_NGKD, attn_mask=bucket.mask, is_causal=bucket.causal, scale=scale, enable_gqa=by_kernel
         )
-        return out.transpose(1, 2).reshape(n * q_len, heads, dim)
+        return out, lambda out: out.transpose(1, 2).reshape(n * q_len, heads, dim)
     # The R query heads of a group share its keys: laid along the query axis they need no repeated keys.
     q_NGqD = query.view(n, q_len, groups, ratio, dim).permute(0, 2, 3, 1, 4).reshape(n, groups, ratio * q_len, dim)
     out = scaled_dot_product_attention(q_NGqD, k_NGKD, v_NGKD, attn_mask=bucket.mask, scale=scale)
-    return out.view(n, groups, ratio, q_len, dim).permute(0, 3, 1, 2, 4).reshape(n * q_len, heads, dim)
+    split = (n, groups, ratio, q_len, dim)
+    return out, lambda out: out.view(split).permute(0, 3, 1, 2, 4).reshape(n * q_len, heads, dim)
 
 
 def _fills_threads(num: int, device: torch.device) -> bool:
@@ -78,7 +92,7 @@ def _pick(x: Tensor, rows: Tensor | slice) -> Tensor:
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
-def _in_order(parts: tuple[Tensor, ...], plan: SdpaPlan) -> Tensor:
+def _in_order(parts: Sequence[Tensor], plan: SdpaPlan) -> Tensor:
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined if plan.output_rows is None else joined.index_select(0, plan.output_rows)
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_cocoa.config import ModelSettings
+from megatron_cocoa.config import ModelSettings, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.attention import SegmentAttention
 from megatron_cocoa.model.compiled import compiled_on_gpu
@@ -34,10 +34,15 @@ from megatron_cocoa.parallel import device
 
 
 class LocalProvider(LocalSpecProvider):
-    """Megatron-Core's own linears with this project's norm, activation and attention."""
+    """Megatron-Core's own linears with this project's norm, activation and attention.
 
-    def __init__(self, attention_backend: str):
-        self.attention_backend = attention_backend
+    Args:
+        attention_backend: of core attention.
+        layer_arguments: keyword arguments of every ``ReadRowsLayer``.
+    """
+
+    def __init__(self, attention_backend: str, layer_arguments: dict[str, object]):
+        self.attention_backend, self.layer_arguments = attention_backend, layer_arguments
 
     def column_parallel_linear(self) -> type:
         return RemadeColumnParallelLinear
@@ -55,8 +60,13 @@ class LocalProvider(LocalSpecProvider):
         return SwiGLU
 
 
-def transformer_engine_provider(attention_backend: str, *, fuse_norms: bool) -> BackendSpecProvider:
-    """Transformer Engine's linears and norms with this project's attention."""
+def transformer_engine_provider(
+    attention_backend: str, layer_arguments: dict[str, object], *, fuse_norms: bool
+) -> BackendSpecProvider:
+    """Transformer Engine's linears and norms with this project's attention; arguments as of ``LocalProvider``.
+
+    ``fuse_norms`` computes a norm inside of the projection after it.
+    """
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class TransformerEngineProvider(TESpecProvider):
@@ -69,7 +79,9 @@ def transformer_engine_provider(attention_backend: str, *, fuse_norms: bool) -> 
         def fuse_layernorm_and_linear(self) -> bool:
             return fuse_norms
 
-    return TransformerEngineProvider()
+    provider = TransformerEngineProvider()
+    provider.layer_arguments = layer_arguments
+    return provider
 
 
 def resolve_implementation(settings: ModelSettings) -> str:
@@ -92,20 +104,34 @@ def resolve_implementation(settings: ModelSettings) -> str:
     return settings.transformer_impl
 
 
-def build_provider(settings: ModelSettings, *, fuse_norms: bool = True, tower: bool = False) -> BackendSpecProvider:
+def repeats_whole_mlps(settings: TrainSettings) -> bool:
+    """Whether recompute of MLPs runs all of an MLP again, as Megatron does, or its first projection alone."""
+    return settings.adapter.is_used or resolve_implementation(settings.model) == "transformer_engine"
+
+
+def build_provider(
+    settings: ModelSettings,
+    *,
+    recompute: RecomputeSettings = RecomputeSettings(),
+    is_adapted: bool = False,
+    tower: bool = False,
+) -> BackendSpecProvider:
     """The provider of a run's settings.
 
     Args:
         settings: of the model.
-        fuse_norms: let Transformer Engine compute a norm inside of the projection after it.
+        recompute: how many layers recompute their MLP, where the config asks for that.
+        is_adapted: adapters will stand beside the projections. They read what their projection reads, which a norm
+            fused into it would hide, and change what it returns.
         tower: for the tower, which may have an attention backend of its own.
     """
-    backend = settings.attention_backend
-    if tower and settings.vision_attention_backend is not None:
-        backend = settings.vision_attention_backend
+    backend, recomputed = settings.attention_backend, recompute.language_num_layers
+    if tower:
+        backend, recomputed = settings.vision_attention_backend or backend, recompute.vision_num_layers
+    arguments = dict(recomputed_layers=recomputed, is_adapted=is_adapted)
     if resolve_implementation(settings) == "transformer_engine":
-        return transformer_engine_provider(backend, fuse_norms=fuse_norms)
-    return LocalProvider(backend)
+        return transformer_engine_provider(backend, arguments, fuse_norms=not is_adapted)
+    return LocalProvider(backend, arguments)
 
 
 def get_bias_dropout_add(training: bool, fused: bool):
@@ -143,6 +169,7 @@ def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_lay
     linear_qkv = provider.column_parallel_layer_norm_linear() if fused else provider.column_parallel_linear()
     layer = ModuleSpec(
         module=ReadRowsLayer,
+        params=provider.layer_arguments,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(

@@ -15,8 +15,8 @@ from megatron.core.utils import init_method_normal
 from torch.nn import functional as F
 
 from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
-from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
-from megatron_cocoa.model.activations import quick_gelu
+from megatron_cocoa.config import ModelSettings, ParallelSettings, Recompute, RecomputeSettings
+from megatron_cocoa.model.activations import gelu, quick_gelu
 from megatron_cocoa.model.attention import check_head_split
 from megatron_cocoa.model.fp8 import check_fp8_widths, fp8_fields
 from megatron_cocoa.parallel import device
@@ -160,12 +160,13 @@ def _common(model: ModelSettings, parallel: ParallelSettings) -> dict:
     )
 
 
-def _recompute(granularity: str, num_layers: int) -> dict:
-    if granularity == "none":
+def _recompute(mode: Recompute, num_layers: int | None) -> dict:
+    if mode == "none":
         return {}
-    if granularity == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=num_layers)
+    if mode == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=num_layers or 1)
+    # How many layers do so under ``mlp`` is no field of Megatron's: model/layer.py counts them.
+    return dict(recompute_granularity="selective", recompute_modules=["mlp" if mode == "mlp" else "core_attn"])
 
 
 def _vision(architecture: QwenVLArchitecture, model: ModelSettings, common: dict) -> TransformerConfig:
@@ -198,7 +199,7 @@ def _projection(architecture: QwenVLArchitecture, common: dict) -> TransformerCo
         hidden_size=vision.out_hidden_size,
         ffn_hidden_size=vision.hidden_size * vision.merge_unit,
         gated_linear_unit=False,
-        activation_func=F.gelu,
+        activation_func=gelu,
         add_bias_linear=True,
     )
 

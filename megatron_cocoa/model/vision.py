@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatron_cocoa.architecture import VisionArchitecture
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.recompute import input_of_layers
+from megatron_cocoa.model.remade import reshaped
 from megatron_cocoa.model.rope import vision_tables
 from megatron_cocoa.model.specs import BackendSpecProvider, block_spec, projection_spec
 from megatron_cocoa.model.transformer_configs import ModelConfigs
@@ -108,21 +109,40 @@ class VisionModel(MegatronModule):
         if pixel_values.shape[0] != len(layout.patch_order):
             needed = len(layout.patch_order)
             raise ValueError(f"{pixel_values.shape[0]} patches for grids {list(grid_thw)}: {needed} needed")
-        to_device = lambda rows: torch.from_numpy(rows).to(pixel_values.device)  # noqa: E731
+        embedded = self.patch_embed(pixel_values)
         if layout.is_reordered:
-            pixel_values = pixel_values.index_select(0, to_device(layout.patch_order))
-        cos, sin = vision_tables(to_device(layout.positions), self.architecture)
+            # Rather than the pixels, whose copy would be kept for the weight's gradient.
+            embedded = _reorder(embedded, layout.patch_order)
+        cos, sin = vision_tables(torch.from_numpy(layout.positions).to(pixel_values.device), self.architecture)
         hidden = self.decoder(
-            hidden_states=input_of_layers(self.patch_embed(pixel_values).unsqueeze(1), self.config),
+            hidden_states=input_of_layers(embedded.unsqueeze(1), self.decoder),
             attention_mask=None,
             packed_seq_params=self._context(layout, cos, sin),
         )
-        merged = self.projection(hidden.reshape(-1, 1, hidden.shape[-1] * self.architecture.merge_unit)).squeeze(1)
-        return merged.index_select(0, to_device(np.argsort(layout.unit_order))) if layout.is_reordered else merged
+        merged = self.projection(reshaped(hidden, -1, 1, hidden.shape[-1] * self.architecture.merge_unit)).squeeze(1)
+        return _reorder(merged, np.argsort(layout.unit_order)) if layout.is_reordered else merged
 
     def _context(self, layout: VisionLayout, cos: Tensor, sin: Tensor) -> SequenceContext:
         full = {index + 1: layout.frames for index in self.architecture.fullatt_block_indexes}
         return SequenceContext(segments=layout.windows, layer_segments=full, cos=cos, sin=sin)
+
+
+def _reorder(rows: Tensor, order: np.ndarray) -> Tensor:
+    """``rows[order]`` for a permutation of all of them."""
+    return _Reorder.apply(rows, *(torch.from_numpy(x).to(rows.device) for x in (order, np.argsort(order))))
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; the gradient is gathered by the inverse, where torch's would be added up from zeros."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient.index_select(0, ctx.inverse), None, None
 
 
 def divide_pictures(grid_thw: Sequence[Grid], parts: int) -> list[tuple[int, int]]:

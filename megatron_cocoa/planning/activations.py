@@ -10,13 +10,10 @@ attention and MLP has rows / t.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.config import ModelSettings, ParallelSettings
+from megatron_cocoa.config import ModelSettings, ParallelSettings, Recompute
 from megatron_cocoa.model.transformer_configs import padded_vision_ffn
-
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -25,20 +22,19 @@ class Kernels:
 
     remakes_inputs:   linears behind a norm or an activation make their input again (this project's local layers);
                       Transformer Engine's keep it.
-    attention_copies: attention leaves its output in another order than the pack's, and it is copied (SDPA over
-                      buckets of segments); variable-length kernels write it in place.
+    in_place:         an activation's gradient is written over its input (on a CPU).
     releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``).
     copies_reductions: a reduce-scatter works on a copy of its input (gloo; NCCL writes where it reads).
     """
 
     remakes_inputs: bool
-    attention_copies: bool
+    in_place: bool
     releases_outputs: bool
     copies_reductions: bool
 
 
-GPU_KERNELS = Kernels(remakes_inputs=False, attention_copies=False, releases_outputs=True, copies_reductions=False)
-CPU_KERNELS = Kernels(remakes_inputs=True, attention_copies=True, releases_outputs=False, copies_reductions=True)
+GPU_KERNELS = Kernels(remakes_inputs=False, in_place=False, releases_outputs=True, copies_reductions=False)
+CPU_KERNELS = Kernels(remakes_inputs=True, in_place=True, releases_outputs=False, copies_reductions=True)
 
 
 @dataclass(frozen=True)
@@ -139,18 +135,22 @@ def layer_memory(
     residual, residual_after = (_rows_outside(shape, n) * shape.hidden * shape.element for n in (rows, after))
     output = after * shape.query * shape.element // shape.tensor_parallel
     attention = _attention(shape, rows)
-    if read is not None or kernels.attention_copies:
-        attention += output if trains else 0
-    elif shape.context_parallel > 1:
+    if shape.context_parallel > 1 or (read is not None and trains):
+        # The rows that the output projection reads are then others than attention's.
         attention += output
     rest = norm_saved(shape, rows) + norm_saved(shape, after) + _mlp_input(shape, after)
     if trains and not kernels.remakes_inputs:
         # The inputs that the weights' gradients need.
         rest += residual + residual_after + after * shape.ffn * shape.element // shape.tensor_parallel
     everything = rest + attention
+    mlp = _mlp_input(shape, after)
+    if trains and not kernels.remakes_inputs:
+        mlp += after * shape.ffn * shape.element // shape.tensor_parallel
     working = _working(shape, after, kernels)
     if recompute == "none":
         return LayerMemory(everything, 0, working)
+    if recompute == "mlp":
+        return LayerMemory(everything - mlp, mlp, working)
     if recompute == "full":
         return LayerMemory(-(-residual // layers_per_block), layers_per_block * everything, working)
     kept = _attention_inputs(shape, rows) + output
@@ -192,7 +192,7 @@ def _working(shape: LayerShape, rows: int, kernels: Kernels) -> int:
     """
     width = shape.ffn * shape.element // shape.tensor_parallel
     wide = 2 if shape.gated else 1
-    activation = rows * width * (wide + 1)
+    activation = rows * width * (1 if kernels.in_place else wide + 1)
     first = width * wide * shape.hidden - (0 if kernels.remakes_inputs else rows * width)
     second = width * shape.hidden + rows * width * (1 + kernels.remakes_inputs)
     return max(activation, first, second) + 2 * _rows_outside(shape, rows) * shape.hidden * shape.element

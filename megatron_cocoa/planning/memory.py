@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.config import Recompute, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.language import padded_vocab_size
 from megatron_cocoa.planning.activations import (
     GPU_KERNELS,
@@ -206,20 +207,21 @@ def _microbatch(
         shape,
         rows,
         kernels,
-        recompute=settings.recompute.language,
-        layers_per_block=settings.recompute.language_num_layers,
+        layers_per_block=settings.recompute.language_num_layers or 1,
         trains=not settings.freeze.language,
     )
     read = None
     if is_last and not pack.runs_decoder:
         read = -(-(pack.supervised + pack.embeddings) // parallel.context_parallel_size)
-    layer, last = of_layer(), of_layer(read=read)
     number = layers_of_stage(text.num_hidden_layers, parallel, pipeline_rank) // chunks
+    modes = _layer_modes(settings.recompute, "language", number)
+    layers = [of_layer(recompute=mode) for mode in modes]
+    layer, last = layers[-1], of_layer(recompute=modes[-1], read=read)
     outside = -(-rows // shape.tensor_parallel) if shape.sequence_parallel else rows
     residual, whole = outside * shape.hidden * shape.element, rows * shape.hidden * shape.element
     # Sequence parallelism gathers whole rows before a linear and scatters its input's gradient after it.
     gathered = 2 * whole if shape.sequence_parallel else 0
-    language = number * layer.saved + pack.tokens * text.head_dim * shape.element
+    language = sum(layer.saved for layer in layers) + pack.tokens * text.head_dim * shape.element
     if not kernels.releases_outputs and (chunks > 1 or not is_last):
         language += residual
     tower, tower_layer = _tower(architecture, settings, pack, kernels) if is_first else (0, LayerMemory(0, 0, 0))
@@ -228,12 +230,9 @@ def _microbatch(
         head, moment = _heads(architecture, settings, pack, kernels, rows)
         # The last layer and the final norm lie in the last chunk alone, as the heads do.
         head += last.saved - layer.saved + norm_saved(shape, rows if read is None else read)
-        if is_first and pack.reorders:
-            # The pixels as they came, while the loss is computed; only their reordered copy is kept.
-            moment += pack.patches * architecture.vision.patch_dim * shape.element
     # Of the last layer; or of one before it, when the last is gone (of another chunk, when it may still be there).
-    gone = last.saved if chunks == 1 else 0
-    backward = max(last.rerun + last.working, layer.rerun + layer.working - gone)
+    gone, before = last.saved if chunks == 1 else 0, layers[max(0, number - 2)]
+    backward = max(last.rerun + last.working, before.rerun + before.working - gone)
     vocabulary = _vocabulary_rows(architecture, settings) * text.hidden_size * shape.element if is_first else 0
     is_shared = architecture.tie_word_embeddings and is_first and is_last and pack.supervised > 0
     return _MicrobatchMemory(
@@ -246,6 +245,15 @@ def _microbatch(
         embedding_gradient=vocabulary + whole,
         waiting=vocabulary if is_shared else 0,
     )
+
+
+def _layer_modes(recompute: RecomputeSettings, name: Literal["vision", "language"], number: int) -> list[Recompute]:
+    """What each of a chunk's layers recomputes."""
+    mode: Recompute = getattr(recompute, name)
+    if mode != "mlp":
+        return [mode] * number
+    again = recompute.mlp_layers(name, number)
+    return ["mlp"] * again + ["none"] * (number - again)
 
 
 def _vocabulary_rows(architecture: QwenVLArchitecture, settings: TrainSettings) -> int:
@@ -261,23 +269,25 @@ def _tower(
     vision, parallel = architecture.vision, settings.parallel
     shape = tower_shape(architecture, settings.model, parallel)
     rows = -(-pack.patches // parallel.context_parallel_size)
-    layer = layer_memory(
-        shape,
-        rows,
-        kernels,
-        recompute=settings.recompute.vision,
-        layers_per_block=settings.recompute.vision_num_layers,
-    )
+    layers = [
+        layer_memory(
+            shape, rows, kernels, recompute=mode, layers_per_block=settings.recompute.vision_num_layers or 1
+        )
+        for mode in _layer_modes(settings.recompute, "vision", vision.depth)
+    ]
     units = pack.patches // vision.merge_unit
     features = units * vision.out_hidden_size * shape.element
     wide = rows * vision.hidden_size * shape.element
     saved = features
     if not (settings.freeze.vision and settings.freeze.merger):
-        saved += norm_saved(shape, rows) + wide + 2 * wide // shape.tensor_parallel
+        saved += norm_saved(shape, rows) + wide // shape.tensor_parallel
+        if not kernels.remakes_inputs:
+            saved += wide + wide // shape.tensor_parallel
     if settings.freeze.vision:
         return saved, LayerMemory(0, 0, 0)
     tables = rows * (vision.hidden_size // vision.num_heads) * 4
-    return saved + vision.depth * layer.saved + rows * vision.patch_dim * shape.element + tables, layer
+    saved += sum(layer.saved for layer in layers)
+    return saved + rows * vision.patch_dim * shape.element + tables, layers[-1]
 
 
 def _heads(
@@ -287,7 +297,7 @@ def _heads(
 
     The cross-entropy keeps its softmax in FP32 and meets logits, or their gradient, in the model's dtype; then comes
     the gradient of the output layer's weight. The pixels' error is taken in FP32, beside prediction and two copies
-    of the targets in the model's dtype, and its difference is kept.
+    of the targets in the model's dtype, and its difference is kept, in whose place its gradient comes.
     """
     text, vision, context = architecture.text, architecture.vision, settings.parallel.context_parallel_size
     shape = language_shape(architecture, settings.model, settings.parallel)
@@ -304,7 +314,7 @@ def _heads(
         before = settings.warmup.decoder_layers - 1
         pixels = units * vision.merge_unit * vision.patch_dim
         saved += before * layer.saved + last.saved + units * shape.hidden * shape.element + pixels * 4
-        error = pixels * (3 * shape.element + (8 if shape.element == 4 else 12) - 4)
+        error = pixels * (3 * shape.element + (4 if shape.element == 4 else 12) - 4)
         working = max(last.working, layer.working - last.saved if before else 0)
         moment = max(moment, error, working - pixels * 4)
     return saved, moment

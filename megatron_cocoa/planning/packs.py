@@ -23,7 +23,6 @@ class PackShape:
     masked_units: rows of the image decoder's last linear.
     runs_decoder: whether the image decoder runs.
     embeddings:   rows that are embeddings; two a pair, and its hard negatives.
-    reorders:     pixels are copied into window order.
     """
 
     tokens: int
@@ -32,7 +31,6 @@ class PackShape:
     masked_units: int = 0
     runs_decoder: bool = False
     embeddings: int = 0
-    reorders: bool = False
 
     @classmethod
     def of(cls, batch: PackedBatch, architecture: QwenVLArchitecture) -> PackShape:
@@ -45,7 +43,6 @@ class PackShape:
             masked_units=0 if units is None else units.shape[0],
             runs_decoder=units is not None,
             embeddings=0 if batch.embedding_positions is None else batch.embedding_positions.shape[0],
-            reorders=architecture.vision.window_size is not None,
         )
 
 
@@ -95,7 +92,6 @@ def expected_pack(
         masked_units=masked_units,
         runs_decoder=stage == "warmup",
         embeddings=samples if stage == "contrastive" else 0,
-        reorders=architecture.vision.window_size is not None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import FreezeSettings, TrainSettings
 from megatron_cocoa.model.flops import Workload, step_flops
+from megatron_cocoa.model.specs import repeats_whole_mlps
 from megatron_cocoa.parallel.peak_flops import peak_flops
 
 
@@ -51,12 +52,16 @@ class SpeedMeter:
         """
         if seconds <= 0:
             raise ValueError(f"a step took {seconds} seconds: speed needs a positive time")
+        parallel = self.settings.parallel
+        stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
         flops = step_flops(
             self.architecture,
             workload,
             # With adapters every pretrained weight is frozen, whatever ``freeze`` says.
             freeze=FreezeSettings(True, True, True) if self.settings.adapter.is_used else self.settings.freeze,
             recompute=self.settings.recompute,
+            repeats_whole_mlps=repeats_whole_mlps(self.settings),
+            pipeline_stages=stages,
             extra_forward_passes=extra_forward_passes,
             language_adapter_parameters=self.language_adapter_parameters,
             vision_adapter_parameters=self.vision_adapter_parameters,

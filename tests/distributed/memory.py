@@ -124,6 +124,7 @@ def measured_step(
     family: str = "qwen2_5_vl",
     dtype: str = "fp32",
     recompute: str = "none",
+    recomputed_layers: int | None = None,
     num_microbatches: int = 1,
     freeze: dict | None = None,
     **parallel,
@@ -137,7 +138,7 @@ def measured_step(
     settings = TrainSettings(
         model=ModelSettings(dtype=dtype, transformer_impl="local"),
         parallel=layout,
-        recompute=RecomputeSettings(vision=recompute, language=recompute),
+        recompute=RecomputeSettings(recompute, recompute, recomputed_layers, recomputed_layers),
         freeze=FreezeSettings(**(freeze or {})),
         warmup=WarmupSettings(**sizes),
         bridge=BridgeSettings(**sizes),
@@ -243,7 +244,7 @@ ONE_RANK: dict[str, dict] = {
     for stage in STAGES
     for family in FAMILIES
     for dtype in ("fp32", "bf16")
-    for recompute in ("none", "selective", "full")
+    for recompute in ("none", "mlp", "selective", "full")
 } | {
     f"memory-frozen-{part}": dict(stage="bridge", freeze={part: True}) for part in ("vision", "merger", "language")
 }  # fmt: skip
@@ -251,6 +252,9 @@ ONE_RANK: dict[str, dict] = {
 TWO_RANKS: dict[str, dict] = {
     "memory-tp2": dict(stage="bridge", tensor_model_parallel_size=2),
     "memory-tp2-sp-full": dict(dtype="bf16", recompute="full", tensor_model_parallel_size=2, sequence_parallel=True),
+    "memory-pp2-mlp-layers": dict(
+        recompute="mlp", recomputed_layers=1, num_microbatches=4, pipeline_model_parallel_size=2
+    ),
     "memory-pp2": dict(num_microbatches=4, pipeline_model_parallel_size=2),
     "memory-pp2-vpp2": dict(
         stage="contrastive", num_microbatches=4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
@@ -264,6 +268,7 @@ TWO_RANKS: dict[str, dict] = {
 DEFAULT = (
     "memory-warmup-qwen2_5_vl-bf16-none",
     "memory-bridge-qwen2_vl-fp32-selective",
+    "memory-bridge-qwen2_5_vl-fp32-mlp",
     "memory-contrastive-qwen2_5_vl-fp32-full",
     "memory-frozen-language",
     *TWO_RANKS,

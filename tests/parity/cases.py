@@ -42,7 +42,7 @@ def _layout(tp=1, pp=1, cp=1, vpp=None, sp=False, **more) -> dict:
 BOTH = ("qwen2_vl", "qwen2_5_vl")
 INPUTS = ("text_only", "one_image", "several_images", "video", "mixed")
 
-FULL, SELECTIVE = (dict(vision=how, language=how) for how in ("full", "selective"))
+FULL, MLP, SELECTIVE = (dict(vision=how, language=how) for how in ("full", "mlp", "selective"))
 BRIDGED = (MaskKind.EOS_BRIDGED, MaskKind.EOS_BRIDGED_STRICT)
 
 
@@ -65,6 +65,9 @@ SINGLE = [
     Case("recompute-full", recompute=FULL),
     Case("recompute-full-2-layers", recompute=dict(language="full", language_num_layers=2)),
     Case("recompute-selective", recompute=SELECTIVE),
+    Case("recompute-mlp", recompute=MLP),
+    Case("recompute-mlp-2-layers", recompute=dict(vision="mlp", vision_num_layers=2)),
+    Case("recompute-mlp-qwen2_vl", family="qwen2_vl", recompute=MLP),
     Case("recompute-vision-only", recompute=dict(vision="full")),
     Case("frozen-vision", freeze=dict(vision=True)),
     Case("frozen-merger", freeze=dict(merger=True)),
@@ -85,6 +88,7 @@ TWO = [
     Case("tp2-untied", 2, tied=False, parallel=_layout(tp=2)),
     Case("tp2-recompute-full", 2, parallel=_layout(tp=2), recompute=FULL),
     Case("tp2-recompute-selective", 2, parallel=_layout(tp=2), recompute=SELECTIVE),
+    Case("tp2-sp-recompute-mlp", 2, parallel=_layout(tp=2, sp=True), recompute=MLP),
     Case("tp2-sp-recompute-full", 2, parallel=_layout(tp=2, sp=True), recompute=dict(language="full")),
     Case("tp2-vision-ffn-padded", 2, parallel=_layout(tp=2), model=dict(vision_ffn_multiple=16)),
     Case("tp2-frozen-vision", 2, parallel=_layout(tp=2), freeze=dict(vision=True, merger=True)),
@@ -105,6 +109,7 @@ TWO += [
     Case("pp2-vpp2", 2, num_microbatches=4, parallel=_layout(pp=2, vpp=2)),
     Case("pp2-vpp2-untied", 2, tied=False, num_microbatches=4, parallel=_layout(pp=2, vpp=2)),
     Case("pp2-vpp2-recompute-full", 2, num_microbatches=4, parallel=_layout(pp=2, vpp=2), recompute=FULL),
+    Case("pp2-vpp2-recompute-mlp", 2, num_microbatches=4, parallel=_layout(pp=2, vpp=2), recompute=MLP),
     Case("pp2-recompute-full", 2, num_microbatches=5, parallel=_layout(pp=2), recompute=FULL),
     Case("pp2-frozen-vision", 2, num_microbatches=5, parallel=_layout(pp=2), freeze=dict(vision=True, merger=True)),
     Case("pp2-frozen-language", 2, num_microbatches=5, parallel=_layout(pp=2), freeze=dict(language=True)),

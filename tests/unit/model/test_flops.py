@@ -231,6 +231,14 @@ def test_hardware_operations_count_what_is_repeated_and_padded():
     full = step_flops(architecture, plain, recompute=RecomputeSettings(vision="full", language="selective"))
     assert full.useful == base.useful
     assert full.hardware == base.hardware + parts["vision_layers"].forward + parts["language_layers"].attention
+    rows, patches = plain.tokens, plain.patches
+    maps = 2 * patches * 1280 * 3420, 2 * rows * 2048 * 11008
+    for whole, number in ((False, 2), (True, 3)):
+        some = RecomputeSettings(vision="mlp", vision_num_layers=5, language="mlp", language_num_layers=7)
+        found = step_flops(architecture, plain, recompute=some, repeats_whole_mlps=whole, pipeline_stages=2)
+        assert found.hardware == base.hardware + number * (5 * maps[0] + 2 * 7 * maps[1])
+    every = step_flops(architecture, plain, recompute=RecomputeSettings(language="mlp"))
+    assert every.hardware == base.hardware + 2 * 35 * maps[1], "nothing is read of the last layer, so nothing repeated"
     frozen = FreezeSettings(vision=True)
     both = [
         step_flops(architecture, plain, freeze=frozen, recompute=RecomputeSettings(vision=v)) for v in ("none", "full")

@@ -1,15 +1,19 @@
 """Linears that make their input again: the same gradients as Megatron's own, with nothing of the input kept."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megatron_cocoa.model import activations
-from megatron_cocoa.model.activations import SwiGLU, quick_gelu
+from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.model import activations, sdpa
+from megatron_cocoa.model.activations import SwiGLU, gelu, quick_gelu
 from megatron_cocoa.model.norms import Norm, _RMSNorm
-from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
+from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear, reshaped
+from megatron_cocoa.model.segments import compile_segments
 
 ROWS, HIDDEN, FFN = 12, 16, 24
 
@@ -71,8 +75,12 @@ def test_gradients_are_those_of_linears_that_keep_their_input(normalization, gat
 
 def kept_bytes(parts: torch.nn.ModuleList) -> int:
     """Of all storages beside parameters and the input that live on after the forward pass."""
-    x = torch.randn(ROWS, 1, HIDDEN, requires_grad=True)
-    known = {t.untyped_storage().data_ptr() for t in [x, *parts.parameters()]}
+    return bytes_kept_by(lambda x: run(parts, x), parts)
+
+
+def bytes_kept_by(call: Callable[[torch.Tensor], torch.Tensor], module: torch.nn.Module, width: int = HIDDEN) -> int:
+    x = torch.randn(ROWS, 1, width, requires_grad=True)
+    known = {t.untyped_storage().data_ptr() for t in [x, *module.parameters()]}
     kept = {}
 
     def pack(tensor):
@@ -82,7 +90,7 @@ def kept_bytes(parts: torch.nn.ModuleList) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run(parts, x)
+        output = call(x)
     assert output.requires_grad
     return sum(kept.values())
 
@@ -95,6 +103,87 @@ def test_only_the_activations_input_and_a_number_a_row_are_kept(gated):
     plain = kept_bytes(mlp(ColumnParallelLinear, RowParallelLinear, own))
     assert lean == 4 * ROWS * (FFN * (1 + gated) + 1)
     assert plain == lean + 4 * ROWS * (HIDDEN + FFN)
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("frozen", [None, 1, 3])
+def test_a_projection_is_run_again_for_its_activation(normalization, gated, frozen):
+    """Claim: with ``remakes_output`` nothing of the ffn's width is kept and gradients stay the same, bit for bit."""
+    own = config(normalization=normalization, gated_linear_unit=gated)
+    found, kept = [], []
+    for again in (False, True):
+        parts = mlp(RemadeColumnParallelLinear, RemadeRowParallelLinear, own)
+        parts[1].remakes_output = again
+        if frozen is not None:
+            parts[frozen].weight.requires_grad_(False)
+        found.append(gradients(parts))
+        kept.append(kept_bytes(parts))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[0] - kept[1] == 4 * ROWS * FFN * (1 + gated)
+
+
+def test_an_input_without_a_recipe_is_kept_for_a_projection_that_is_run_again():
+    """Claim: the projection runs again on the very rows that it read, also where its own weight is frozen."""
+    _, first, activation, second = mlp(RemadeColumnParallelLinear, RemadeRowParallelLinear, config())
+    first.weight.requires_grad_(False)
+    x, found = torch.randn(ROWS, 1, HIDDEN), []
+    for again in (False, True):
+        first.remakes_output = again
+        leaf = x.clone().requires_grad_()
+        second(activation(first(leaf * 1.0)[0]))[0].square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("kind", [MaskKind.BIDIRECTIONAL, MaskKind.EOS_BRIDGED])
+def test_attentions_output_is_kept_once(kind, groups):
+    """Claim: behind attention over buckets the projection joins the buckets' outputs again, bit for bit."""
+    heads, dim = 4, 8
+    table = compile_segments(kind, (5, 7), (3, 9) if kind.needs_bridge else ())
+    own = config(num_attention_heads=heads)
+    common = dict(config=own, init_method=torch.nn.init.ones_, bias=False, skip_bias_add=True, input_is_parallel=True)
+    key = torch.randn(ROWS, groups, dim, generator=torch.Generator().manual_seed(4))
+    gradients, kept = [], []
+    for kind_of_linear in (RemadeRowParallelLinear, RowParallelLinear):
+        linear = kind_of_linear(heads * dim, HIDDEN, **common)
+
+        def project(x: torch.Tensor, linear=linear) -> torch.Tensor:
+            out = sdpa.attend(x.view(ROWS, heads, dim), key, key, table, 0.3)
+            return linear(reshaped(out, ROWS, 1, heads * dim))[0]
+
+        x = torch.randn(ROWS, 1, heads * dim, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        project(x).square().sum().backward()
+        gradients.append((x.grad, linear.weight.grad))
+        kept.append(bytes_kept_by(project, linear, heads * dim))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] - kept[0] == 4 * ROWS * heads * dim
+
+
+def test_the_mergers_activation_is_kept_once():
+    """Claim: GELU keeps its input and the linear behind it nothing; the gradient is torch's."""
+    second = RemadeRowParallelLinear(
+        HIDDEN, HIDDEN, config=config(), init_method=torch.nn.init.ones_, bias=False, input_is_parallel=True,
+        skip_bias_add=True,
+    )  # fmt: skip
+    assert bytes_kept_by(lambda x: second(gelu(x))[0], second) == 0
+    found = []
+    for function in (gelu, F.gelu):
+        x = torch.randn(ROWS, 1, HIDDEN, generator=torch.Generator().manual_seed(6)).requires_grad_()
+        second.weight.grad = None
+        second(function(x))[0].square().sum().backward()
+        found.append((x.grad, second.weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_second_backward_pass_through_an_activation_is_refused():
+    """Claim: what wrote its gradient over its input says so, rather than give a wrong gradient."""
+    x = torch.randn(ROWS, 1, HIDDEN, requires_grad=True)
+    loss = quick_gelu(x * 1.0).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("gated", [False, True])

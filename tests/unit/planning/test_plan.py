@@ -80,10 +80,11 @@ def test_memory_moves_with_what_saves_it():
     """
     architecture, base = published_architecture("qwen2.5-vl-7b"), settings_of("qwen2.5-vl-7b")
     shape = language_shape(architecture, base.model, ParallelSettings())
-    modes = ("none", "selective", "full")
+    modes = ("none", "mlp", "selective", "full")
     saved = {mode: layer_memory(shape, 1000, GPU_KERNELS, recompute=mode).saved for mode in modes}
     assert saved["full"] == 1000 * 3584 * 2, "full recompute keeps a layer's input alone"
-    assert saved["full"] < saved["none"] <= saved["selective"]
+    assert saved["full"] < saved["mlp"] < saved["none"] <= saved["selective"]
+    assert saved["none"] - saved["mlp"] == 1000 * 3 * 18944 * 2, "gate, up and what the second projection reads"
     memory = {}
     for name, degrees in {
         "plain": dict(tensor_model_parallel_size=2),
