@@ -2,14 +2,20 @@
 
     python benchmarks/parallel.py [--layouts tp2 tp2-sp pp2 dp2] [--repeats 5]
 
-Every process takes the same global batch and weights, losses must agree. A round is the lone process and then each
-layout, each started afresh, so that a busy machine slows all; figures are medians over the rounds of each run's median
-step. ``efficiency`` is the lone process's seconds over the layout's: 1.0 is what two cores can give.
+Every process takes the same global batch and weights, losses must agree. A round is a lone process on both cores, one
+on one core, and then each layout, each started afresh, so that a busy machine slows all; figures are medians over the
+rounds of each run's median step. ``efficiency`` is the seconds of the lone process on both cores over the layout's.
 
-The account says where the layout's core-seconds go, in shares of them: ``useful`` is what the lone process takes,
-``waiting`` the time in which a rank waits for others or for a transfer, ``more_compute`` the rest, work that is done
-twice or runs slower in smaller pieces. ``bubble`` is what a pipeline must wait in theory, as part of ``waiting``:
-``(p - 1) / (m + p - 1)`` for p stages and m micro-batches. Prints one JSON line.
+The account says where the layout's core-seconds go, in shares of them, in the round with the layout's median time:
+
+- ``useful``: the processor time of the lone process on one core, which computes everything once;
+- ``more_compute``: what the ranks' processor time is above that: work that each of them does, exchanges, and products
+  that run slower in smaller pieces or beside another core's;
+- ``idle``: the rest, time in which a rank's processor stands still.
+
+To explain ``idle``: ``imbalance``, by which the rank with most to compute is above the mean; ``bubble``, what a
+pipeline of p equal stages would idle over m micro-batches, ``(p - 1) / (m + p - 1)``; ``in_collectives``, the share of
+time that the ranks' main threads spend in collectives and transfers, computing or not. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -29,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 STAGE = "bridge"
+LONE = {"both_cores": {}, "one_core": {}}
 LAYOUTS = {
-    "single": {},
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
@@ -41,8 +47,7 @@ LOSS_TOLERANCE = 1e-4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    layouts = [name for name in LAYOUTS if name != "single"]
-    parser.add_argument("--layouts", nargs="+", choices=layouts, default=layouts)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--shape", default="small")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vision-layers", type=int, default=8)
@@ -63,7 +68,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name), model_config(args.shape, layers=args.layers, vision_layers=args.vision_layers))
-        names = ["single", *args.layouts]
+        names = [*LONE, *args.layouts]
         rounds = [{layout: run(layout, name, args) for layout in names} for _ in range(args.repeats)]
     print(
         json.dumps(
@@ -71,7 +76,7 @@ def main() -> None:
                 "benchmark": "parallel",
                 "microbatches": args.microbatches,
                 "layouts": {layout: summary(layout, rounds, args) for layout in args.layouts},
-                "single_seconds": statistics.median(r["single"]["seconds"] for r in rounds),
+                **{f"{name}_seconds": statistics.median(r[name]["seconds"] for r in rounds) for name in LONE},
                 "versions": versions(),
                 "hardware": hardware(),
             }
@@ -81,7 +86,7 @@ def main() -> None:
 
 def run(layout: str, folder: str, args: argparse.Namespace) -> dict:
     """Start the ranks of one layout; what rank 0 found."""
-    ranks = 1 if layout == "single" else 2
+    ranks = 1 if layout in LONE else 2
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -97,7 +102,7 @@ def run(layout: str, folder: str, args: argparse.Namespace) -> dict:
             "LOCAL_RANK": str(rank),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1" if ranks > 1 else str(os.cpu_count()),
+            "OMP_NUM_THREADS": str(os.cpu_count()) if layout == "both_cores" else "1",
         }
         command = [sys.executable, __file__, "--measure", layout, folder, *options]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
@@ -108,7 +113,7 @@ def run(layout: str, folder: str, args: argparse.Namespace) -> dict:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """One rank's steps; rank 0 prints seconds of a step, waiting of all ranks, and the first loss."""
+    """One rank's steps; rank 0 prints the seconds of a step, every rank's waiting and processor time, and losses."""
     import torch
     import torch.distributed as dist
 
@@ -119,7 +124,7 @@ def measure(args: argparse.Namespace) -> None:
     from megatron_cocoa.parallel import topology
 
     layout, folder = args.measure
-    degrees = dict(LAYOUTS[layout])
+    degrees = dict((LAYOUTS | LONE)[layout])
     if layout == "pp2" and args.first_stage_layers is not None:
         degrees["num_layers_in_first_pipeline_stage"] = args.first_stage_layers
     parallel = ParallelSettings(**degrees)
@@ -137,19 +142,18 @@ def measure(args: argparse.Namespace) -> None:
     share = len(batches) // topology.data_parallel_size()
     mine = batches[topology.data_parallel_rank() * share :][:share]
     waiting = _count_waiting(dist)
-    losses, seconds, waits = [ours.step(mine)[0] for _ in range(2)], [], []
+    losses, steps = [ours.step(mine)[0] for _ in range(2)], []
     for _ in range(args.steps):
         dist.barrier()
-        waiting[0], begun = 0.0, time.perf_counter()
+        waiting[0], begun, computed = 0.0, time.perf_counter(), time.process_time()
         ours.step(mine)
-        seconds.append(time.perf_counter() - begun)
-        waits.append(waiting[0])
-    found = torch.tensor([statistics.median(seconds), statistics.median(waits)], dtype=torch.float64)
+        steps.append((time.perf_counter() - begun, waiting[0], time.process_time() - computed))
+    found = torch.tensor(steps, dtype=torch.float64).median(dim=0).values
     ranks = [torch.zeros_like(found) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, found)
     if dist.get_rank() == 0:
-        line = {"seconds": max(float(r[0]) for r in ranks), "waits": [float(r[1]) for r in ranks], "losses": losses}
-        print(json.dumps(line))
+        seconds, waits, processor = torch.stack(ranks, dim=1).tolist()
+        print(json.dumps({"seconds": max(seconds), "waits": waits, "processor": processor, "losses": losses}))
     topology.shutdown()
 
 
@@ -189,26 +193,33 @@ def _count_waiting(dist) -> list[float]:
 def summary(layout: str, rounds: list[dict], args: argparse.Namespace) -> dict:
     """Efficiency and account of one layout over the rounds."""
     for found in rounds:
-        mine, lone = found[layout]["losses"], found["single"]["losses"]
-        if any(abs(a - b) > LOSS_TOLERANCE * abs(b) for a, b in zip(mine, lone)):
-            raise SystemExit(f"{layout} has the losses {mine} in its first two steps, one process {lone}")
-    ratios = [found["single"]["seconds"] / found[layout]["seconds"] for found in rounds]
-    seconds = statistics.median(found[layout]["seconds"] for found in rounds)
-    waiting = statistics.median(
-        sum(found[layout]["waits"]) / len(found[layout]["waits"]) / found[layout]["seconds"] for found in rounds
-    )
-    efficiency = statistics.median(ratios)
-    bubble = 1 / (args.microbatches + 1) if layout == "pp2" else 0.0
+        lone = found["both_cores"]["losses"]
+        for name in (layout, "one_core"):
+            mine = found[name]["losses"]
+            if any(abs(a - b) > LOSS_TOLERANCE * abs(b) for a, b in zip(mine, lone)):
+                raise SystemExit(f"{name} has the losses {mine} in its first two steps, one process {lone}")
+    ratios = [found["both_cores"]["seconds"] / found[layout]["seconds"] for found in rounds]
+    middle = sorted(rounds, key=lambda found: found[layout]["seconds"])[len(rounds) // 2]
+    shares = account(middle[layout], middle["one_core"]["processor"][0])
+    shares["bubble"] = 1 / (args.microbatches + 1) if layout == "pp2" else 0.0
     return {
-        "seconds": round(seconds, 4),
-        "efficiency": round(efficiency, 3),
+        "seconds": round(statistics.median(found[layout]["seconds"] for found in rounds), 4),
+        "efficiency": round(statistics.median(ratios), 3),
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "account": {
-            "useful": round(efficiency, 3),
-            "waiting": round(waiting, 3),
-            "bubble": round(bubble, 3),
-            "more_compute": round(1 - efficiency - waiting, 3),
-        },
+        "account": {name: round(share, 3) for name, share in shares.items()},
+    }
+
+
+def account(found: dict, once: float) -> dict[str, float]:
+    """Shares of a run's core-seconds; ``once`` is the processor time of computing everything once, in seconds."""
+    seconds, processor = found["seconds"], found["processor"]
+    total, mean = seconds * len(processor), statistics.mean(processor)
+    return {
+        "useful": once / total,
+        "more_compute": (sum(processor) - once) / total,
+        "idle": 1 - mean / seconds,
+        "imbalance": (max(processor) - mean) / seconds,
+        "in_collectives": statistics.mean(found["waits"]) / seconds,
     }
 
 

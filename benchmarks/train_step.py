@@ -62,7 +62,7 @@ def main() -> None:
     modes = dict(choices=get_args(Recompute), default="none")
     parser.add_argument("--recompute-language", **modes, help="ours alone")
     parser.add_argument("--recompute-vision", **modes, help="ours alone")
-    parser.add_argument("--recompute-vision-layers", type=int, help="that recompute their MLP, all by default")
+    parser.add_argument("--recompute-vision-layers", type=int, help="see RecomputeSettings.vision_num_layers")
     parser.add_argument("--threads", type=int, help="of both sides")
     parser.add_argument("--no-memory", action="store_true", help="leave out the two steps that memory takes")
     args = parser.parse_args()

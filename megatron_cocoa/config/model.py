@@ -93,8 +93,9 @@ class RecomputeSettings:
 
     Args:
         vision, language: ``full`` recomputes whole layers; ``mlp`` MLPs alone (of local layers without adapters their
-            first projection alone), which keep half of what a layer keeps and more; ``selective`` core attention
-            alone, which frees nothing beside kernels that keep no scores, as all of this project's do.
+            first projection alone), which hold about half of what a layer of the tower keeps and 70% of what one of the
+            language model does; ``selective`` core attention alone, which frees nothing beside kernels that keep no
+            scores, as all of this project's do.
         vision_num_layers, language_num_layers: under ``full`` layers per recomputed block, 1 by default; under ``mlp``
             the first so many layers of each pipeline stage (and virtual chunk) are recomputed, all by default.
     """
@@ -109,14 +110,14 @@ class RecomputeSettings:
             number, mode = getattr(self, f"{name}_num_layers"), getattr(self, name)
             require(number is None or number >= 1, f"recompute.{name}_num_layers is {number}, needs 1 or more")
             require(
-                number is None or mode in ("mlp", "full"),
+                number in (None, 1) or mode in ("mlp", "full"),
                 f"recompute.{name}_num_layers is {number} and recompute.{name} {mode}: it counts layers under mlp and "
                 f"full alone",
             )
 
-    def mlp_layers(self, name: Literal["vision", "language"], layers: int) -> int:
-        """How many of ``layers`` layers of one stage run their MLP again."""
+    def mlp_layers(self, name: Literal["vision", "language"], layers: int, *, stages: int = 1) -> int:
+        """How many of ``layers`` layers in so many pipeline stages run their MLP again."""
         if getattr(self, name) != "mlp":
             return 0
         number = getattr(self, f"{name}_num_layers")
-        return layers if number is None else min(number, layers)
+        return layers if number is None else min(stages * number, layers)

@@ -39,6 +39,9 @@ class ParallelSettings:
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}, needs 1 or more")
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+            number = getattr(self, name)
+            require(number is None or number >= 1, f"parallel.{name} is {number}, needs 1 or more")
         virtual = self.virtual_pipeline_model_parallel_size
         require(
             virtual is None or (virtual >= 2 and self.pipeline_model_parallel_size > 1),

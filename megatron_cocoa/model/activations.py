@@ -1,4 +1,4 @@
-"""The MLPs' activations with a backward of their own: SwiGLU, and the quick GELU of Qwen2-VL's tower.
+"""The MLPs' activations with a backward of their own, SwiGLU and the quick GELU of Qwen2-VL's tower; the merger's GELU.
 
 Autograd's versions keep up to five tensors of the ffn's width; these keep their input alone, from which a linear that
 follows makes its own input again (``remade``), and on a CPU write its gradient over it. Megatron's MLP takes a plain
@@ -85,19 +85,23 @@ SWIGLU = _Formula(_swiglu, _swiglu_backward, _swiglu_gradient)
 QUICK_GELU = _Formula(_quick_gelu, _quick_gelu_backward, _quick_gelu_gradient)
 
 
-class _Again:
+class _RecomputedInput:
     """An activation's input that is made again, once for the linear behind the activation and its own backward."""
 
     def __init__(self, remake: Callable[[], Tensor]) -> None:
         self._remake, self._made = remake, None
 
-    def look(self) -> Tensor:
+    def get(self) -> Tensor:
+        if self._remake is None:
+            raise RuntimeError("a second backward pass through an activation whose input was recomputed for the first")
         if self._made is None:
             self._made = self._remake()
         return self._made
 
-    def take(self) -> Tensor:
-        made, self._made = self.look(), None
+    def pop(self) -> Tensor:
+        """``get`` for the last time: nothing is held on to, though autograd keeps the node to the end of the pass."""
+        made = self.get()
+        self._remake = self._made = None
         return made
 
 
@@ -105,19 +109,20 @@ class _Lean(torch.autograd.Function):
     """An activation that keeps its input alone, or nothing; on a CPU its backward works through it block by block.
 
     There the gradient takes the input's place: what follows has made what it needs of it, and what comes before does
-    not need its own output. A second backward pass through the same graph is refused by autograd's version check.
+    not need its own output. A second backward pass through the same graph is refused, by autograd's version check where
+    the input was saved.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, formula: _Formula, again: _Again | None) -> Tensor:
-        if again is None:
+    def forward(ctx, x: Tensor, formula: _Formula, recomputed: _RecomputedInput | None) -> Tensor:
+        if recomputed is None:
             ctx.save_for_backward(x)
-        ctx.formula, ctx.again = formula, again
+        ctx.formula, ctx.recomputed = formula, recomputed
         return formula.function(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x = ctx.saved_tensors[0] if ctx.again is None else ctx.again.take()
+        x = ctx.saved_tensors[0] if ctx.recomputed is None else ctx.recomputed.pop()
         if is_on_gpu(x):
             return ctx.formula.gradient(x, grad), None, None
         rows = max(1, BLOCK_ELEMENTS // x[0].numel() if len(x) else 1)
@@ -128,9 +133,9 @@ class _Lean(torch.autograd.Function):
 
 def _lean(x: Tensor, formula: _Formula) -> Tensor:
     remake = recipe_of(x)
-    again = None if remake is None else _Again(remake)
-    source = (lambda: x) if again is None else again.look
-    return remember(_Lean.apply(x, formula, again), torch.no_grad()(lambda: formula.function(source())))
+    recomputed = None if remake is None else _RecomputedInput(remake)
+    source = (lambda: x) if recomputed is None else recomputed.get
+    return remember(_Lean.apply(x, formula, recomputed), torch.no_grad()(lambda: formula.function(source())))
 
 
 def quick_gelu(x: Tensor) -> Tensor:

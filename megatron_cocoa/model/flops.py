@@ -138,7 +138,7 @@ class PartFlops:
     input_gradient:    whether gradients flow through it: once the linears, twice the attention.
     weight_gradient:   whether its own weights train: once the linears.
     repeated:          what recompute runs again.
-    mlp:               forward operations that recompute of MLPs repeats.
+    recomputed_mlp:    forward operations that recompute of MLPs repeats.
     """
 
     name: str
@@ -147,7 +147,7 @@ class PartFlops:
     input_gradient: bool
     weight_gradient: bool
     repeated: Recompute = "none"
-    mlp: int = 0
+    recomputed_mlp: int = 0
 
     @property
     def forward(self) -> int:
@@ -162,7 +162,13 @@ class PartFlops:
     def recomputed(self) -> int:
         if not self.input_gradient:
             return 0
-        return {"none": 0, "mlp": self.mlp, "selective": self.attention, "full": self.forward}[self.repeated]
+        of_mode = {
+            "none": 0,
+            "mlp": self.recomputed_mlp,
+            "selective": self.attention,
+            "full": self.forward,
+        }
+        return of_mode[self.repeated]
 
 
 @dataclass(frozen=True)
@@ -214,8 +220,8 @@ def step_flops(
             Through the language model gradients always flow, since the mask token's row trains.
         recompute: counts towards ``hardware`` alone.
         repeats_whole_mlps: under recompute ``mlp``; else an MLP's first projection alone (see ``model/layer.py``).
-        pipeline_stages: parts of the language model, of equally many layers, each of which counts its recomputed
-            MLPs by itself.
+        pipeline_stages: parts of the language model (virtual chunks included), each of which counts its recomputed
+            MLPs by itself. Adapters in them are not counted again.
         extra_forward_passes: 1 where a step runs forward once more without gradients (gradient caching).
         language_adapter_parameters, vision_adapter_parameters: elements of low-rank adapters (whole model, not
             sharded) on the linears of all layers; each costs two operations a row, and they train.
@@ -242,7 +248,7 @@ def step_flops(
         ("tail", workload.tail_tokens, workload.tail_pairs, workload.tail_read_rows),
     )
     number = text.num_hidden_layers
-    again = pipeline_stages * recompute.mlp_layers("language", number // pipeline_stages)
+    num_recomputed = recompute.mlp_layers("language", number, stages=pipeline_stages)
     repeated_maps = (3 if repeats_whole_mlps else 2) * text.hidden_size * text.intermediate_size
     layers, tail = (
         PartFlops(
@@ -251,7 +257,7 @@ def step_flops(
             True,
             train_language,
             recompute.language,
-            2 * (again * rows - (rows - read if again == number else 0)) * repeated_maps,
+            2 * (num_recomputed * rows - (rows - read if num_recomputed == number else 0)) * repeated_maps,
         )
         for name, rows, pairs, read in of_pack
     )

@@ -11,9 +11,11 @@ def input_of_layers(hidden_states: Tensor, block: TransformerBlock) -> Tensor:
     """``hidden_states`` as the first layer of ``block`` needs them: asking for a gradient where it recomputes.
 
     What Megatron recomputes, a layer or an MLP, is one function of its input to autograd. Where the embedding below is
-    frozen that input asks for no gradient, and the adapters inside would silently get none.
+    frozen that input asks for no gradient, and the adapters inside would silently get none. Layers of which nothing
+    trains have no backward pass.
     """
-    recomputes = block.config.recompute_granularity is not None and torch.is_grad_enabled()
-    if recomputes and not hidden_states.requires_grad and any(p.requires_grad for p in block.parameters()):
-        hidden_states.requires_grad_()
+    config = block.config
+    recomputes = config.recompute_granularity == "full" or "mlp" in (config.recompute_modules or ())
+    if recomputes and torch.is_grad_enabled() and any(p.requires_grad for p in block.layers.parameters()):
+        hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.requires_grad_()
     return hidden_states

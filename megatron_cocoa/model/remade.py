@@ -1,12 +1,12 @@
 """Linears that do not keep their input for the backward pass where it can be made again from what is kept anyway.
 
 A norm keeps its input, an activation the projection before it, and attention over buckets of segments its outputs in
-their order; the linear behind any of them would keep the result as well. Over a layer that is a quarter of all that
+their order; the linear behind any of them would keep the result as well. Over a layer that is a third of all that
 stays for the backward pass, and making it again costs a copy or two or three multiplications an element, nothing beside
 the linear itself. The operations are those of the forward pass, so the gradient is the same bit for bit.
 
-The same way a projection in front of an activation can be run again (``remakes_output``), for half as much once more as
-all of the above and the time of the product.
+The same way a projection in front of an activation can be run again (``remakes_output``), which frees the activation's
+input, too, at the cost of one product.
 
 Megatron's selective recompute of ``layernorm`` does the same by emptying and refilling storages, in its Transformer
 Engine layers' order of events alone, and knows no dense activation.

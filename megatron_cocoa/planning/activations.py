@@ -20,21 +20,21 @@ from megatron_cocoa.model.transformer_configs import padded_vision_ffn
 class Kernels:
     """What differs between implementations of the same layer.
 
-    remakes_inputs:   linears behind a norm or an activation make their input again (this project's local layers);
-                      Transformer Engine's keep it.
-    in_place:         an activation's gradient is written over its input (on a CPU).
+    remakes_inputs: linears behind a norm, an activation or attention make their input again (this project's local
+        layers); Transformer Engine's keep it.
+    gradient_in_place: an activation's gradient is written over its input (on a CPU).
     releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``).
     copies_reductions: a reduce-scatter works on a copy of its input (gloo; NCCL writes where it reads).
     """
 
     remakes_inputs: bool
-    in_place: bool
+    gradient_in_place: bool
     releases_outputs: bool
     copies_reductions: bool
 
 
-GPU_KERNELS = Kernels(remakes_inputs=False, in_place=False, releases_outputs=True, copies_reductions=False)
-CPU_KERNELS = Kernels(remakes_inputs=True, in_place=True, releases_outputs=False, copies_reductions=True)
+GPU_KERNELS = Kernels(remakes_inputs=False, gradient_in_place=False, releases_outputs=True, copies_reductions=False)
+CPU_KERNELS = Kernels(remakes_inputs=True, gradient_in_place=True, releases_outputs=False, copies_reductions=True)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def layer_memory(
     residual, residual_after = (_rows_outside(shape, n) * shape.hidden * shape.element for n in (rows, after))
     output = after * shape.query * shape.element // shape.tensor_parallel
     attention = _attention(shape, rows)
-    if shape.context_parallel > 1 or (read is not None and trains):
+    if trains and (shape.context_parallel > 1 or read is not None):
         # The rows that the output projection reads are then others than attention's.
         attention += output
     rest = norm_saved(shape, rows) + norm_saved(shape, after) + _mlp_input(shape, after)
@@ -192,7 +192,7 @@ def _working(shape: LayerShape, rows: int, kernels: Kernels) -> int:
     """
     width = shape.ffn * shape.element // shape.tensor_parallel
     wide = 2 if shape.gated else 1
-    activation = rows * width * (1 if kernels.in_place else wide + 1)
+    activation = rows * width * (1 if kernels.gradient_in_place else wide + 1)
     first = width * wide * shape.hidden - (0 if kernels.remakes_inputs else rows * width)
     second = width * shape.hidden + rows * width * (1 + kernels.remakes_inputs)
     return max(activation, first, second) + 2 * _rows_outside(shape, rows) * shape.hidden * shape.element

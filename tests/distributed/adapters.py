@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from megatron_cocoa.recipes.stages import build_loader, build_with_weights, run_
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.trainer import train_stage
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 from tests.distributed.training import _Losses
 from tests.parity import adapters, compare, reference
@@ -164,14 +164,14 @@ def training(adapter: AdapterSettings, degrees: dict) -> dict:
     """Losses and gradient norms of the first steps, and the merged weights of the checkpoint that is handed over."""
     parallel = ParallelSettings(**degrees)
     topology.set_layout(parallel, seed=0)
-    with _shared_folder() as (folder, shared):
+    with rank_folders() as (folder, shared):
+        write_folders(folder)
         context = _prepare(folder, parallel, adapter)
         model, losses, norms = _train(context)
         refused = _refusal_without_adapters(model, context, shared / "unmerged")
         merge_adapters(model)
         save_checkpoint(shared / "merged", model.bare_chunks, _info(context))
         weights = _samples(shared / "merged", context) if dist.get_rank() == 0 else {}
-        dist.barrier()
     return dict(losses=losses, norms=norms, weights=weights, refused=refused)
 
 
@@ -190,13 +190,13 @@ def stage_hand_over(degrees: dict, dtype: str) -> dict:
     """A stage as a run trains it, with dropout: what its checkpoint holds beside what its export says that it holds."""
     parallel, adapter = ParallelSettings(**degrees), replace(EVERYWHERE, dropout=0.1)
     topology.set_layout(parallel, seed=0)
-    with _shared_folder() as (folder, shared):
+    with rank_folders() as (folder, shared):
+        write_folders(folder)
         settings = tiny_settings(folder, steps=2, parallel=parallel, adapter=adapter)
         model = replace(settings.model, dtype=dtype)
         context = prepare_context(replace(settings, model=model, output_dir=str(shared / "out")))
         summary = run_stage(context, STAGE, checkpoint=None)
         errors = _hand_over_errors(context, summary.checkpoint) if dist.get_rank() == 0 else {}
-        dist.barrier()
     return errors
 
 
@@ -225,21 +225,6 @@ def _hand_over_errors(context: RunContext, checkpoint: Path) -> dict:
                     wanted = start
                 worst = max(worst, compare.relative(found.float(), wanted))
     return dict(worst=worst, least=least, tensors=len(exported))
-
-
-class _shared_folder:
-    """A data folder of this rank, and one that all ranks see."""
-
-    def __enter__(self) -> tuple[Path, Path]:
-        self.own = tempfile.TemporaryDirectory()
-        folder = Path(self.own.name)
-        write_folders(folder)
-        shared = [str(folder)]
-        dist.broadcast_object_list(shared, src=0)
-        return folder, Path(shared[0])
-
-    def __exit__(self, *exc_info) -> None:
-        self.own.cleanup()
 
 
 def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, **more) -> dict:

@@ -7,7 +7,6 @@ one.
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
 from megatron_cocoa.model.build import build_model
 from megatron_cocoa.parallel import topology
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.huggingface_folders import different_weights, write_model
 
 CASES = {
@@ -86,11 +86,8 @@ def spoil(model) -> None:
 
 def converted(name: str) -> dict[str, list[str]]:
     """What is wrong after each step, over all ranks; nothing where all is right."""
-    with tempfile.TemporaryDirectory() as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        found = _run_case(name, Path(shared[0]))
-        dist.barrier()
+    with rank_folders() as (_, shared):
+        found = _run_case(name, shared)
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     return {step: sum((rank.get(step, []) for rank in everyone), []) for rank in everyone for step in rank}

@@ -247,6 +247,9 @@ ONE_RANK: dict[str, dict] = {
     for recompute in ("none", "mlp", "selective", "full")
 } | {
     f"memory-frozen-{part}": dict(stage="bridge", freeze={part: True}) for part in ("vision", "merger", "language")
+} | {
+    f"memory-frozen-vision-{mode}": dict(stage="bridge", freeze={"vision": True}, recompute=mode)
+    for mode in ("mlp", "full")
 }  # fmt: skip
 
 TWO_RANKS: dict[str, dict] = {
@@ -271,6 +274,7 @@ DEFAULT = (
     "memory-bridge-qwen2_5_vl-fp32-mlp",
     "memory-contrastive-qwen2_5_vl-fp32-full",
     "memory-frozen-language",
+    "memory-frozen-vision-full",
     *TWO_RANKS,
 )
 """Run by default; the others are of the opt-in tier."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,6 +15,7 @@ from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import evaluation_parts, prepare_context
 from megatron_cocoa.recipes.stages import build_with_weights
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 from tests.unit.mmeb_folders import write_small_benchmark
 
@@ -24,10 +23,8 @@ from tests.unit.mmeb_folders import write_small_benchmark
 def files_of_an_evaluation() -> dict:
     """Everything that the first rank wrote, without how long it took, and which tasks a second start kept."""
     topology.set_layout(ParallelSettings(), seed=0)
-    with tempfile.TemporaryDirectory() as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        folder, output = Path(own), Path(shared[0]) / "scores"
+    with rank_folders() as (folder, shared):
+        output = shared / "scores"
         write_folders(folder)
         write_small_benchmark(folder)
         context = prepare_context(tiny_settings(folder))
@@ -50,7 +47,6 @@ def files_of_an_evaluation() -> dict:
             )
             dist.barrier()
         files = {file.name: file.read_text() for file in sorted(output.iterdir())}
-        dist.barrier()
     for name in [name for name in files if name.endswith("_score.json")]:
         score = json.loads(files[name])
         assert score.pop("run")["ranks"] == dist.get_world_size()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.training.log import read_metrics
 from megatron_cocoa.training.stage_checkpoints import complete_steps
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 from tests.distributed.training import _degrees
 
@@ -44,21 +44,18 @@ def resume_at(
 ) -> dict:
     """Losses and final weights of stages that run through at ``first``, against stopped ones that end at ``second``."""
     found: dict = {}
-    with tempfile.TemporaryDirectory() as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        write_folders(Path(own))
+    with rank_folders() as (own, shared):
+        write_folders(own)
         for stage in stages:
             whole = [(first, None, None)]
-            through = _run(Path(own), Path(shared[0]) / f"{stage}-through", stage, whole, adapter, **checkpoint)
+            through = _run(own, shared / f"{stage}-through", stage, whole, adapter, **checkpoint)
             parts = [(first, None, STOP_AFTER), (second, STOP_AFTER, None)]
-            stopped = _run(Path(own), Path(shared[0]) / f"{stage}-stopped", stage, parts, adapter, **checkpoint)
+            stopped = _run(own, shared / f"{stage}-stopped", stage, parts, adapter, **checkpoint)
             found[stage] = {
                 "losses": [through["losses"], stopped["losses"]],
                 "weights_apart": _weights_apart(through["weights"], stopped["weights"]),
                 "kept": stopped["kept"],
             }
-            dist.barrier()
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.optimizer import build_optimizer
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.distributed.gradients import bare_model, degrees, gradients_at
 from tests.distributed.uneven import uneven_context
 
@@ -44,11 +44,8 @@ def trained(parallel_degrees: dict, with_checkpoints: bool) -> dict[str, float]:
     value = temperatures(model)
     found = dict(start=settings.contrastive.temperature, value=value[0], spread=max(value) - min(value))
     if with_checkpoints:
-        with tempfile.TemporaryDirectory() as folder:
-            shared = [folder]
-            dist.broadcast_object_list(shared, src=0)
-            found |= _through_checkpoints(context, model, Path(shared[0]))
-            dist.barrier()
+        with rank_folders() as (_, shared):
+            found |= _through_checkpoints(context, model, shared)
     return found
 
 

@@ -21,6 +21,7 @@ from megatron_cocoa.recipes.stages import build_loader, build_with_weights
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.trainer import train_stage
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 
 STEPS = 20
@@ -79,16 +80,14 @@ def _apart_over_replicas(model) -> float:
 
 def checkpoint_moves(save_at: dict, load_at: dict) -> dict[str, float]:
     """Largest difference of embeddings between the layout that saved and the one that loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        shared = [folder]
-        dist.broadcast_object_list(shared, src=0)
-        write_folders(Path(folder))
-        path = Path(shared[0]) / "checkpoint"
+    with rank_folders() as (folder, shared):
+        write_folders(folder)
+        path = shared / "checkpoint"
         embeddings = []
         for index, degrees in enumerate((save_at, load_at)):
             parallel = ParallelSettings(**degrees)
             topology.set_layout(parallel, seed=index)
-            context = prepare_context(tiny_settings(Path(folder), parallel=parallel, seed=100 + index))
+            context = prepare_context(tiny_settings(folder, parallel=parallel, seed=100 + index))
             if index == 0:
                 model = build_with_weights(context, checkpoint=None, with_image_decoder=True)
                 info = CheckpointInfo("warmup", 1, context.bundle.mask_token_id, context.bundle.bridge_token_id, {})
@@ -99,7 +98,6 @@ def checkpoint_moves(save_at: dict, load_at: dict) -> dict[str, float]:
             probe = RetrievalProbe(context, context.settings.contrastive, batch_size=5)
             found = probe.embed(model, probe.pools[0])
             embeddings.append(torch.cat([found.texts, found.pictures]))
-        dist.barrier()
     return {"difference": float((embeddings[0] - embeddings[1]).abs().max())}
 
 

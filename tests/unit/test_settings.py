@@ -250,6 +250,7 @@ def test_unknown_key_in_yaml_names_file_and_nearest(tmp_path):
         (["--stages", "contrastive,bridge"], "in this order, each once"),
         (["--stages", "warm"], "unknown stage(s) ['warm']"),
         (["--warmup.steps", "10"], "warmup: lr_warmup_steps is 30, must lie in [0, steps = 10]"),
+        (["--parallel.num_layers_in_first_pipeline_stage", "0"], "first_pipeline_stage is 0, needs 1 or more"),
         (["--recompute.vision", "all"], "needed one of none, mlp, selective, full"),
         (["--recompute.vision", "mlp", "--recompute.vision_num_layers", "0"], "vision_num_layers is 0, needs 1"),
         (["--recompute.language_num_layers", "2"], "it counts layers under mlp and full alone"),

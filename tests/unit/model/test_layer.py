@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
-from megatron_cocoa.model.build import row_multiple
+from megatron_cocoa.config import AdapterSettings, ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
+from megatron_cocoa.model.build import build_model, row_multiple
 from megatron_cocoa.model.heads import padded_rows
 from tests.parity import reference
 
@@ -102,3 +102,23 @@ def test_the_multiple_follows_from_layout_and_precision():
 
     found = [row_multiple(settings(fp8, sp)) for fp8 in (None, "delayed") for sp in (False, True)]
     assert found == [1, 4, 16, 64]
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_the_layers_that_were_asked_for_recompute_their_mlp(tiny, is_adapted):
+    """Claim: the first so many of the tower and all of the language model, lean unless adapters change what they do."""
+    settings = TrainSettings(
+        recompute=RecomputeSettings(vision="mlp", vision_num_layers=2, language="mlp"),
+        adapter=AdapterSettings(kind="lora" if is_adapted else "none"),
+    )
+    (chunk,) = build_model(tiny.chunk.architecture, settings, with_image_decoder=True).bare_chunks
+    for block, expected in (
+        (chunk.vision_model.decoder, 2),
+        (chunk.language_model.decoder, len(chunk.language_model.decoder.layers)),
+        (chunk.image_decoder.decoder, 0),
+    ):
+        lean = [layer.mlp.linear_fc1.remakes_output for layer in block.layers]
+        whole = [layer.recompute_mlp for layer in block.layers]
+        wanted = [index < expected for index in range(len(block.layers))]
+        nothing = [False] * len(wanted)
+        assert (lean, whole) == ((nothing, wanted) if is_adapted else (wanted, nothing))
