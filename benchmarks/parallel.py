@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 STAGE = "bridge"
-LONE = {"both_cores": {}, "one_core": {}}
+LONE = ("both_cores", "one_core")
 LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> None:
     from megatron_cocoa.parallel import topology
 
     layout, folder = args.measure
-    degrees = dict((LAYOUTS | LONE)[layout])
+    degrees = dict(LAYOUTS.get(layout, {}))
     if layout == "pp2" and args.first_stage_layers is not None:
         degrees["num_layers_in_first_pipeline_stage"] = args.first_stage_layers
     parallel = ParallelSettings(**degrees)

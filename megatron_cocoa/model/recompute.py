@@ -16,6 +16,7 @@ def input_of_layers(hidden_states: Tensor, block: TransformerBlock) -> Tensor:
     """
     config = block.config
     recomputes = config.recompute_granularity == "full" or "mlp" in (config.recompute_modules or ())
-    if recomputes and torch.is_grad_enabled() and any(p.requires_grad for p in block.layers.parameters()):
-        hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.requires_grad_()
+    lacks_gradient = torch.is_grad_enabled() and not hidden_states.requires_grad
+    if recomputes and lacks_gradient and any(p.requires_grad for p in block.layers.parameters()):
+        hidden_states.requires_grad_()
     return hidden_states

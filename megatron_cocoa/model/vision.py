@@ -112,7 +112,7 @@ class VisionModel(MegatronModule):
         embedded = self.patch_embed(pixel_values)
         if layout.is_reordered:
             # Rather than the pixels, whose copy would be kept for the weight's gradient.
-            embedded = _reorder(embedded, layout.patch_order)
+            embedded = _reorder(embedded, layout.patch_order, np.argsort(layout.patch_order))
         cos, sin = vision_tables(torch.from_numpy(layout.positions).to(pixel_values.device), self.architecture)
         hidden = self.decoder(
             hidden_states=input_of_layers(embedded.unsqueeze(1), self.decoder),
@@ -120,16 +120,16 @@ class VisionModel(MegatronModule):
             packed_seq_params=self._context(layout, cos, sin),
         )
         merged = self.projection(reshaped(hidden, -1, 1, hidden.shape[-1] * self.architecture.merge_unit)).squeeze(1)
-        return _reorder(merged, np.argsort(layout.unit_order)) if layout.is_reordered else merged
+        return _reorder(merged, np.argsort(layout.unit_order), layout.unit_order) if layout.is_reordered else merged
 
     def _context(self, layout: VisionLayout, cos: Tensor, sin: Tensor) -> SequenceContext:
         full = {index + 1: layout.frames for index in self.architecture.fullatt_block_indexes}
         return SequenceContext(segments=layout.windows, layer_segments=full, cos=cos, sin=sin)
 
 
-def _reorder(rows: Tensor, order: np.ndarray) -> Tensor:
-    """``rows[order]`` for a permutation of all of them."""
-    return _Reorder.apply(rows, *(torch.from_numpy(x).to(rows.device) for x in (order, np.argsort(order))))
+def _reorder(rows: Tensor, order: np.ndarray, inverse: np.ndarray) -> Tensor:
+    """``rows[order]`` for a permutation of all of them, and its inverse."""
+    return _Reorder.apply(rows, *(torch.from_numpy(x).to(rows.device) for x in (order, inverse)))
 
 
 class _Reorder(torch.autograd.Function):

@@ -138,19 +138,18 @@ def layer_memory(
     if trains and (shape.context_parallel > 1 or read is not None):
         # The rows that the output projection reads are then others than attention's.
         attention += output
-    rest = norm_saved(shape, rows) + norm_saved(shape, after) + _mlp_input(shape, after)
+    outside, mlp = norm_saved(shape, rows) + norm_saved(shape, after), _mlp_input(shape, after)
     if trains and not kernels.remakes_inputs:
         # The inputs that the weights' gradients need.
-        rest += residual + residual_after + after * shape.ffn * shape.element // shape.tensor_parallel
-    everything = rest + attention
-    mlp = _mlp_input(shape, after)
-    if trains and not kernels.remakes_inputs:
+        outside += residual + residual_after
         mlp += after * shape.ffn * shape.element // shape.tensor_parallel
+    rest = outside + mlp
+    everything = rest + attention
     working = _working(shape, after, kernels)
     if recompute == "none":
         return LayerMemory(everything, 0, working)
     if recompute == "mlp":
-        return LayerMemory(everything - mlp, mlp, working)
+        return LayerMemory(outside + attention, mlp, working)
     if recompute == "full":
         return LayerMemory(-(-residual // layers_per_block), layers_per_block * everything, working)
     kept = _attention_inputs(shape, rows) + output

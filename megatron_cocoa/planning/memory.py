@@ -215,7 +215,8 @@ def _microbatch(
         read = -(-(pack.supervised + pack.embeddings) // parallel.context_parallel_size)
     number = layers_of_stage(text.num_hidden_layers, parallel, pipeline_rank) // chunks
     modes = _layer_modes(settings.recompute, "language", number)
-    layers = [of_layer(recompute=mode) for mode in modes]
+    of_mode = {mode: of_layer(recompute=mode) for mode in set(modes)}
+    layers = [of_mode[mode] for mode in modes]
     layer, last = layers[-1], of_layer(recompute=modes[-1], read=read)
     outside = -(-rows // shape.tensor_parallel) if shape.sequence_parallel else rows
     residual, whole = outside * shape.hidden * shape.element, rows * shape.hidden * shape.element
@@ -269,12 +270,12 @@ def _tower(
     vision, parallel = architecture.vision, settings.parallel
     shape = tower_shape(architecture, settings.model, parallel)
     rows = -(-pack.patches // parallel.context_parallel_size)
-    layers = [
-        layer_memory(
-            shape, rows, kernels, recompute=mode, layers_per_block=settings.recompute.vision_num_layers or 1
-        )
-        for mode in _layer_modes(settings.recompute, "vision", vision.depth)
-    ]
+    modes = _layer_modes(settings.recompute, "vision", vision.depth)
+    per_block = settings.recompute.vision_num_layers or 1
+    of_mode = {
+        mode: layer_memory(shape, rows, kernels, recompute=mode, layers_per_block=per_block) for mode in set(modes)
+    }
+    layers = [of_mode[mode] for mode in modes]
     units = pack.patches // vision.merge_unit
     features = units * vision.out_hidden_size * shape.element
     wide = rows * vision.hidden_size * shape.element

@@ -49,7 +49,7 @@ def test_growth_counts_and_draws(tmp_path):
 
 @pytest.mark.slow
 def test_parallel_layouts_agree_with_one_process():
-    """Claim: each layout has the lone process's loss (the script stops where it has not), and an account."""
+    """Claim: each layout has the lone process's loss (the script stops where it has not), and its account adds up."""
     found = run(
         "parallel.py", "--layers=2", "--vision-layers=2", "--samples=4", "--microbatches=2", "--image-size=56",
         "--repeats=1", "--steps=1",
@@ -57,4 +57,5 @@ def test_parallel_layouts_agree_with_one_process():
     assert list(found["layouts"]) == ["tp2", "tp2-sp", "pp2", "dp2"]
     for result in found["layouts"].values():
         account = result["account"]
+        assert account["useful"] + account["more_compute"] + account["idle"] == pytest.approx(1, abs=3e-3)
         assert 0 < account["useful"] < 1.5 and account["imbalance"] >= 0 and 0 <= account["in_collectives"] < 1
