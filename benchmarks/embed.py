@@ -1,28 +1,34 @@
 """Items per second of ``CocoaEmbedder`` beside sentence-transformers on one exported folder, with the same vectors.
 
-    python benchmarks/embed.py [--site DIR] [--kinds texts images both] [--items 64] [--repeats 5]
+    python benchmarks/embed.py [--site DIR] [--kinds texts images both mixed] [--items 64] [--repeats 5]
 
 Exports a random Qwen2.5-VL in the 3B's proportions (hidden 512, 8 layers, a tower of 320 and 8) into a temporary
-folder, loads it with both and embeds texts of 4 to 300 words and pictures of 112 to 448 pixels. ``--site`` names a
-folder that holds sentence-transformers and torchvision, for machines where they are kept apart from transformers
-(``pip install --no-deps --target DIR sentence-transformers torchvision scikit-learn scipy joblib threadpoolctl
-cloudpickle narwhals``). sentence-transformers sorts by length itself; of ``--batch-sizes`` its fastest in a trial
-counts. Both compute in FP32 on a CPU and in BF16 on a GPU. Prints one JSON line.
+folder, loads it with both and embeds texts of 4 to 300 words, pictures of 112 to 448 pixels, both together, and a list
+in which the three kinds take turns, as a corpus holds them. Beside each measured ratio stands that of the operations
+in linear layers, which is what packing alone can give.
+
+``--site`` names a folder that holds sentence-transformers and torchvision, for machines where they are kept apart from
+transformers (``pip install --no-deps --target DIR sentence-transformers torchvision scikit-learn scipy joblib
+threadpoolctl cloudpickle narwhals``). sentence-transformers sorts by length itself; of ``--batch-sizes`` its fastest in
+a trial counts. Both compute in FP32 on a CPU and in BF16 on a GPU. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,7 +37,7 @@ from benchmarks.side_by_side import hardware, measure_pairs, versions, wait  # n
 from megatron_cocoa.parallel import device  # noqa: E402
 
 WORDS = "red green blue small large cat dog house tree moon sol luna perro gato casa rojo verde azul".split()
-KINDS = ("texts", "images", "both")
+KINDS = ("texts", "images", "both", "mixed")
 LEAST_COSINE = {"fp32": 1 - 1e-5, "bf16": 0.99}
 """Padding and packing sum in another order, which BF16 rounds to three digits in each of the layers."""
 LEAST_COSINE_RESIZED = {"fp32": 0.9999, "bf16": 0.99}
@@ -78,7 +84,8 @@ def make_items(num: int, seed: int = 0) -> dict[str, list]:
         width, height = (int(side) for side in rng.integers(112, 449, 2))
         pictures.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
     both = [{"text": text, "image": picture} for text, picture in zip(texts, pictures)]
-    return {"texts": texts, "images": pictures, "both": both}
+    mixed = [(texts, pictures, both)[i % 3][i] for i in range(num)]
+    return {"texts": texts, "images": pictures, "both": both, "mixed": mixed}
 
 
 def import_library(site: str | None):
@@ -163,18 +170,26 @@ def measure(kind: str, items: list, ours, theirs, args: argparse.Namespace) -> d
         wait()
         seconds[size] = time.perf_counter() - begun
     size = min(seconds, key=seconds.__getitem__)
-    measured = measure_pairs(
-        lambda: ours.encode(items),
-        lambda: theirs.encode(items, batch_size=size, normalize_embeddings=True, show_progress_bar=False),
-        repeats=args.repeats,
+    our_side = functools.partial(ours.encode, items)
+    their_side = functools.partial(
+        theirs.encode, items, batch_size=size, normalize_embeddings=True, show_progress_bar=False
     )
+    measured = measure_pairs(our_side, their_side, repeats=args.repeats)
     return {
         "kind": kind,
         **measured,
+        "operations_ratio": round(operations(their_side) / operations(our_side), 3),
         "items_per_second": round(len(items) / measured["ours_seconds"], 2),
         "reference_items_per_second": round(len(items) / measured["reference_seconds"], 2),
         "reference_batch_size": size,
     }
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Of the linear layers that ``call`` runs: torch does not count attention on a CPU."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 if __name__ == "__main__":

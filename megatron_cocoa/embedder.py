@@ -25,6 +25,7 @@ from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
 from megatron_cocoa.data.samples import SampleBuilder
+from megatron_cocoa.evaluation.ahead import map_ahead
 from megatron_cocoa.evaluation.embed import embed_pack
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
@@ -34,6 +35,11 @@ Item = dict[str, Any] | str | Path | Image.Image
 """A text, a picture (in memory or a ``Path``), or ``{"text": .., "image": ..}`` with either or both."""
 
 BATCH_TOKENS = 16384
+CPU_BATCH_TOKENS = 1024
+"""Of a forward pass, where the caller names no bound. A GPU wants large products. On a CPU activations beyond 32 MB are
+what the C allocator returns to the system each time, so that their pages are cleared again for the next operation."""
+
+NUM_WORKERS = 2
 
 
 @dataclass
@@ -45,12 +51,14 @@ class CocoaEmbedder:
         builder: lays items out as tokens.
         options: how packs are filled.
         batch_tokens: upper bound on a pack's tokens, except for a single item that is longer.
+        num_workers: threads that decode pictures and split texts ahead of the model.
     """
 
     model: Model
     builder: SampleBuilder
     options: PackOptions
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int
+    num_workers: int = NUM_WORKERS
 
     @classmethod
     def from_pretrained(
@@ -63,8 +71,9 @@ class CocoaEmbedder:
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
         max_length: int | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         bridge_token: str | None = None,
+        num_workers: int = NUM_WORKERS,
     ) -> CocoaEmbedder:
         """Load a model on this process's device.
 
@@ -82,15 +91,20 @@ class CocoaEmbedder:
                 training, else (and for an exported folder, which carries them there) the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and
                 a warning counts them.
-            batch_tokens: upper bound on the tokens of one forward pass.
+            batch_tokens: upper bound on the tokens of one forward pass; None for 16384 on a GPU, 1024 on a CPU.
             bridge_token: token that carries the embedding; None for the run's or the export's, else
                 ``<|im_end|>``.
+            num_workers: threads that decode pictures and split texts while the model computes; 0 for none.
 
         Raises:
             ValueError: if the folder is neither, is incomplete, or does not fit the tokenizer's folder.
         """
+        if batch_tokens is None:
+            batch_tokens = BATCH_TOKENS if device.has_gpu() else CPU_BATCH_TOKENS
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}, needs 0 or more")
         start_alone()
         found = load_embedding_model(
             path,
@@ -102,7 +116,7 @@ class CocoaEmbedder:
             max_length=max_length,
             bridge_token=bridge_token,
         )
-        return cls(found.model, found.builder, found.options, batch_tokens)
+        return cls(found.model, found.builder, found.options, batch_tokens, num_workers)
 
     @property
     def hidden_size(self) -> int:
@@ -157,8 +171,13 @@ class CocoaEmbedder:
     def _packs(self, items: Sequence[Item], instruction: str, batch_size: int) -> Iterator[list[PreparedSample]]:
         pack: list[PreparedSample] = []
         tokens = 0
-        for index, item in enumerate(items):
-            sample = self._sample(index, item, instruction)
+        samples = map_ahead(
+            lambda numbered: self._sample(*numbered, instruction),
+            enumerate(items),
+            num_workers=self.num_workers,
+            num_ahead=batch_size,
+        )
+        for sample in samples:
             if pack and (len(pack) == batch_size or tokens + sample.input_ids.size > self.batch_tokens):
                 yield pack
                 pack, tokens = [], 0

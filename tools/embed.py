@@ -45,7 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
     add("--batch-size", type=int, default=32, metavar="N", help="items a forward pass (default %(default)s)")
-    add("--batch-tokens", type=int, default=16384, metavar="N", help="tokens a forward pass (default %(default)s)")
+    add("--batch-tokens", type=int, metavar="N", help="tokens a forward pass (default: 16384 on a GPU, 1024 on a CPU)")
+    add("--num-workers", type=int, default=2, metavar="N", help="threads that prepare items (default %(default)s)")
     add("--shard-size", type=int, default=10000, metavar="N", help="rows a shard (default %(default)s)")
     add("--overwrite", action="store_true", help="discard shards in --output that were made from something else")
     return parser.parse_args(argv)
@@ -91,6 +92,7 @@ def _load(args: argparse.Namespace):
         max_image_tokens=args.max_image_tokens,
         max_length=args.max_length,
         batch_tokens=args.batch_tokens,
+        num_workers=args.num_workers,
     )
 
 

@@ -6,10 +6,8 @@ Things are sorted longest first and cut into packs before anything is divided; p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.samples import SampleBuilder
+from megatron_cocoa.evaluation.ahead import map_ahead
 from megatron_cocoa.evaluation.embed import embed_pack
 from megatron_cocoa.evaluation.mmeb_data import EvalItem, picture_file
 from megatron_cocoa.model.build import Model
@@ -80,7 +79,7 @@ class ItemEncoder:
         num_cut = 0
         mine = [[items[i] for i in pack] for pack in packs[rank::size]]
         with tqdm(total=len(mine), unit="pack", leave=False, disable=not self.show_progress or rank > 0) as progress:
-            for samples in self._prepared(mine):
+            for samples in map_ahead(self._samples, mine, num_workers=self.num_workers, num_ahead=self.num_workers + 1):
                 pack = collate_embedding(samples, self.options)
                 found.append(torch.nn.functional.normalize(embed_pack(self.model, pack, rows=len(samples)), dim=-1))
                 num_cut += sum(sample.num_cut > 0 for sample in samples)
@@ -92,17 +91,6 @@ class ItemEncoder:
                 rows[pack] = vectors[: len(pack)]
                 vectors = vectors[len(pack) :]
         return Encoded(rows, num_cut)
-
-    def _prepared(self, packs: list[list[EvalItem]]) -> Iterator[list[PreparedSample]]:
-        if not self.num_workers:
-            yield from map(self._samples, packs)
-            return
-        with ThreadPoolExecutor(self.num_workers) as threads:
-            ahead = iter(packs)
-            waiting = [threads.submit(self._samples, pack) for pack in islice(ahead, self.num_workers + 1)]
-            while waiting:
-                yield waiting.pop(0).result()
-                waiting += [threads.submit(self._samples, pack) for pack in islice(ahead, 1)]
 
     def _samples(self, items: list[EvalItem]) -> list[PreparedSample]:
         return [self._sample(item) for item in items]

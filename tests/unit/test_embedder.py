@@ -162,6 +162,26 @@ def test_packs_keep_to_the_token_limit(embedder, items, monkeypatch):
     assert embedder.encode(items) == pytest.approx(wanted, abs=BATCH_BOUND)
 
 
+def test_packs_are_small_where_the_cpu_computes(folders, embedder):
+    """Claim: on a CPU a pack has 1024 tokens at most, unless the caller says otherwise."""
+    texts = ["a red house beside two small trees " * 6] * 32
+    sizes = [sum(sample.input_ids.size for sample in pack) for pack in embedder._packs(texts, "", 32)]
+    assert len(sizes) > 1 and max(sizes) <= 1024 < sum(sizes)
+    roomy = CocoaEmbedder.from_pretrained(folders.exported, batch_tokens=sum(sizes))
+    assert len(list(roomy._packs(texts, "", 32))) == 1
+
+
+def test_threads_change_nothing(embedder, items, monkeypatch):
+    """Claim: vectors and messages are the same whether items are prepared ahead or not."""
+    wanted = embedder.encode(items)
+    broken = [*items, {"text": ""}]
+    for num_workers in (0, 1, 3):
+        monkeypatch.setattr(embedder, "num_workers", num_workers)
+        assert np.array_equal(embedder.encode(items), wanted)
+        with pytest.raises(ValueError, match=f"item {len(items)}: neither text nor a picture"):
+            embedder.encode(broken)
+
+
 def test_checkpoint_and_folders_give_the_same_vectors(folders, embedder, items):
     """Claim: a Megatron checkpoint, the folder it came from and the export are one model."""
     wanted = embedder.encode(items)

@@ -1,0 +1,51 @@
+"""Results made ahead by threads: the same as without, in order, no more at a time than asked for."""
+
+import threading
+
+import pytest
+
+from megatron_cocoa.evaluation.ahead import map_ahead
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_items", [0, 1, 2, 50])
+def test_results_are_those_of_map(num_workers, num_items):
+    """Claim: every result once, in the order of the items."""
+    found = map_ahead(lambda x: x * x, iter(range(num_items)), num_workers=num_workers, num_ahead=4)
+    assert list(found) == [x * x for x in range(num_items)]
+
+
+def test_a_result_is_made_while_the_one_before_is_in_use():
+    """Claim: the next result does not wait for the caller, and no more than num_ahead are begun."""
+    begun, third = [], threading.Event()
+
+    def make(x):
+        begun.append(x)
+        if x == 2:
+            third.set()
+        return x
+
+    results = map_ahead(make, range(100), num_workers=1, num_ahead=2)
+    assert next(results) == 0
+    assert third.wait(timeout=60)
+    results.close()
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_comes_in_its_place_and_ends_the_work(num_workers):
+    """Claim: results before a failure arrive, the failure is raised as it is, later items are left alone."""
+    begun = []
+
+    def make(x):
+        begun.append(x)
+        if x == 3:
+            raise KeyError("item 3")
+        return x
+
+    results = map_ahead(make, range(1000), num_workers=num_workers, num_ahead=5)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="item 3"):
+        next(results)
+    assert max(begun) < 3 + 5 + 1
+    assert list(results) == []
