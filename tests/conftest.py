@@ -31,7 +31,17 @@ def checked(item: pytest.Item) -> str | None:
     return item.callspec.params.get("check") if hasattr(item, "callspec") else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="run tests of a GPU on a CPU, as far as they go there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--rehearse"):
+        # Read where Triton is imported, and torch imports it where it is installed.
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that wait for ranks come last. Skip what needs a GPU where there is none, with that reason."""
     items.sort(key=lambda item: checked(item) is not None)
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -39,7 +49,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     import torch
 
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if config.getoption("--rehearse"):
+        from megatron_cocoa.parallel.device import activate_cpu_route
+
+        activate_cpu_route()
+    else:
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device is available"))
 

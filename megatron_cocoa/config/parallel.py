@@ -54,6 +54,11 @@ class ParallelSettings:
         )
 
     @property
+    def num_chunks(self) -> int:
+        """Of layers, on each pipeline stage: virtual stages, 1 without interleaving."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
     def model_parallel_size(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 

@@ -11,6 +11,7 @@ Pillow's decoders of raster formats: the one for PostScript would start another 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ MAX_ASPECT_RATIO = 200
 """Transformers' ``smart_resize`` refuses thinner pictures, too."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+
+_FILTERS_LOCK = threading.Lock()
+_PICTURE_LOCKS = tuple(threading.Lock() for _ in range(64))
 
 
 class PictureError(ValueError):
@@ -107,10 +111,13 @@ def _opened(source: Path | IO[bytes], name: str | Path, max_pixels: int) -> Iter
     # Path.is_file would raise for a name that is too long.
     if isinstance(source, Path) and not os.path.isfile(source):
         raise PictureError("missing_picture", f"{name} is not a file")
-    with _decoding(name, max_pixels), warnings.catch_warnings():
-        # Pillow warns of large pictures by its own limit; ours is checked before decoding.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(source, formats=_raster_formats()) as image:
+    with _decoding(name, max_pixels):
+        # Pillow warns of large pictures by its own limit; ours is checked before decoding. The filters are the whole
+        # process's, so that threads take turns.
+        with _FILTERS_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(source, formats=_raster_formats())
+        with opened as image:
             yield image
 
 
@@ -135,8 +142,11 @@ def _raster_formats() -> tuple[str, ...]:
 
 def _upright(image: Image.Image) -> Image.Image:
     """``image`` turned as its EXIF data say; itself where they say nothing, for ``exif_transpose`` would copy it."""
-    image.load()
-    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
+    # Threads may be given the same picture, and Pillow decodes it in place: by its identity they take turns.
+    with _PICTURE_LOCKS[id(image) // 16 % len(_PICTURE_LOCKS)]:
+        image.load()
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
 def _to_rgb(image: Image.Image, name: str | Path) -> Image.Image:

@@ -20,20 +20,20 @@ def map_ahead(
     Args:
         function: called in ``num_workers`` threads at a time; what it raises is raised here, in the place of its
             result, and nothing that comes after it is begun any more.
-        items: taken one by one, never more than ``num_ahead`` before their results are asked for.
+        items: taken one by one, in the caller's thread.
         num_workers: 0 calls ``function`` when its result is asked for, in the caller's thread.
-        num_ahead: results that wait at most, or are being made.
+        num_ahead: results that are begun, the one in the caller's hands among them; 2 or more.
     """
     if not num_workers:
         yield from map(function, items)
         return
     with ThreadPoolExecutor(num_workers) as threads:
-        remaining = iter(items)
-        waiting = deque(threads.submit(function, item) for item in islice(remaining, num_ahead))
+        remaining, waiting = iter(items), deque()
         try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(threads.submit(function, item) for item in islice(remaining, 1))
-                yield result
+            while True:
+                waiting.extend(threads.submit(function, item) for item in islice(remaining, num_ahead - len(waiting)))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
         finally:
             threads.shutdown(cancel_futures=True)

@@ -78,7 +78,7 @@ def build_model(
         build_provider(settings.model, recompute=settings.recompute, is_adapted=settings.adapter.is_used, tower=tower)
         for tower in (False, True)
     )
-    num_chunks = settings.parallel.virtual_pipeline_model_parallel_size or 1
+    num_chunks = settings.parallel.num_chunks
     rank, size = parallel_state.get_pipeline_model_parallel_rank(), settings.parallel.pipeline_model_parallel_size
     chunks = [
         QwenVL(

@@ -117,6 +117,9 @@ class _MeanSquaredError(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         (difference,) = ctx.saved_tensors
         difference.mul_((gradient * (2 / difference.shape[-1])).unsqueeze(-1))
+        if difference.shape[1] > 1:
+            # Parts that do not count: infinity times zero is no zero.
+            difference.masked_fill_((gradient == 0).unsqueeze(-1), 0.0)
         return difference.flatten(-2).to(ctx.dtype), None, None
 
 

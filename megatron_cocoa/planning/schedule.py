@@ -19,7 +19,7 @@ def in_flight(parallel: ParallelSettings, *, pipeline_rank: int, num_microbatche
     Returns:
         For each moment one number per virtual chunk (a single one without interleaving).
     """
-    size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    size, chunks = parallel.pipeline_model_parallel_size, parallel.num_chunks
     if chunks == 1:
         return [(min(size - pipeline_rank, num_microbatches),)]
     total = num_microbatches * chunks

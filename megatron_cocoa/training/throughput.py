@@ -53,7 +53,6 @@ class SpeedMeter:
         if seconds <= 0:
             raise ValueError(f"a step took {seconds} seconds: speed needs a positive time")
         parallel = self.settings.parallel
-        stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
         flops = step_flops(
             self.architecture,
             workload,
@@ -61,7 +60,7 @@ class SpeedMeter:
             freeze=FreezeSettings(True, True, True) if self.settings.adapter.is_used else self.settings.freeze,
             recompute=self.settings.recompute,
             repeats_whole_mlps=repeats_whole_mlps(self.settings),
-            pipeline_stages=stages,
+            pipeline_stages=parallel.pipeline_model_parallel_size * parallel.num_chunks,
             extra_forward_passes=extra_forward_passes,
             language_adapter_parameters=self.language_adapter_parameters,
             vision_adapter_parameters=self.vision_adapter_parameters,

@@ -73,5 +73,5 @@ def test_embed_benchmark_compares_before_it_times(library):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])["results"]
-    assert [result["kind"] for result in results] == ["texts", "images", "both"]
+    assert [result["kind"] for result in results] == ["texts", "images", "both", "mixed"]
     assert all(result["ratio"] > 0 and result["least_cosine"] > 0.9999 for result in results)

@@ -9,6 +9,7 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.model import sdpa
 from megatron_cocoa.model.attention import attend_function
 from megatron_cocoa.model.segments import SegmentTable, compile_segments
+from megatron_cocoa.parallel import device
 from tests.parity.masks import dense_attention
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +53,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def backend_or_skip(name: str):
     """The backend; Transformer Engine's is absent too where cuDNN gives it no fused kernel."""
     try:
-        attend = attend_function(name, on_gpu=True)
+        attend = attend_function(name, on_gpu=device.has_gpu())
         if name == "transformer_engine":
             table = SegmentTable.from_lengths([64, 64])
             attend(*inputs(table, SHAPES["language"]), table, 0.1)

@@ -5,18 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.export.check_golden import check_golden, main
 from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
+from megatron_cocoa.parallel import device
 from tests.unit.exported_folders import Folders, write_exported
 
 BATCH_BOUND = 1e-5
@@ -162,6 +164,7 @@ def test_packs_keep_to_the_token_limit(embedder, items, monkeypatch):
     assert embedder.encode(items) == pytest.approx(wanted, abs=BATCH_BOUND)
 
 
+@pytest.mark.skipif(device.has_gpu(), reason="a GPU takes larger packs")
 def test_packs_are_small_where_the_cpu_computes(folders, embedder):
     """Claim: on a CPU a pack has 1024 tokens at most, unless the caller says otherwise."""
     texts = ["a red house beside two small trees " * 6] * 32
@@ -171,15 +174,26 @@ def test_packs_are_small_where_the_cpu_computes(folders, embedder):
     assert len(list(roomy._packs(texts, "", 32))) == 1
 
 
-def test_threads_change_nothing(embedder, items, monkeypatch):
-    """Claim: vectors and messages are the same whether items are prepared ahead or not."""
-    wanted = embedder.encode(items)
-    broken = [*items, {"text": ""}]
-    for num_workers in (0, 1, 3):
+def test_threads_change_nothing(embedder, items, tmp_path, monkeypatch):
+    """Claim: vectors, messages and the process's warning filters are the same whether items are prepared ahead or not,
+    also where items share a picture that is not decoded yet, and turned by its EXIF data."""
+    file = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(300, 200, seed=7).save(file, exif=exif)
+
+    def everything() -> list:
+        shared = Image.open(file)
+        return [*items, *({"text": text, "image": shared} for text in "abcdef"), *[file] * 6]
+
+    monkeypatch.setattr(embedder, "num_workers", 0)
+    wanted, filters = embedder.encode(everything()), list(warnings.filters)
+    for num_workers in (1, 4):
         monkeypatch.setattr(embedder, "num_workers", num_workers)
-        assert np.array_equal(embedder.encode(items), wanted)
+        assert np.array_equal(embedder.encode(everything()), wanted)
+        assert warnings.filters == filters
         with pytest.raises(ValueError, match=f"item {len(items)}: neither text nor a picture"):
-            embedder.encode(broken)
+            embedder.encode([*items, {"text": ""}])
 
 
 def test_checkpoint_and_folders_give_the_same_vectors(folders, embedder, items):

@@ -96,6 +96,21 @@ def test_mae_by_patch_is_the_mean_over_hidden_patches_with_its_analytic_gradient
     torch.testing.assert_close(same, F.mse_loss(predicted, targets), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_mae_by_patch_ignores_what_overflowed_where_nothing_was_hidden(value):
+    """Claim: whatever is predicted of a patch that was seen, loss and gradient of the hidden ones stay as they are."""
+    predicted = torch.zeros(1, UNIT_DIM)
+    predicted[0, 0] = value
+    predicted.requires_grad_()
+    masked = torch.tensor([[False, True, False]])
+    output = ModelOutput(predicted_units=predicted, unit_targets=torch.ones(1, UNIT_DIM), unit_patches=masked)
+    loss, _ = MaeObjective().loss(output, replace(make_batch(None, 1), unit_patches=masked), {"mae": 1})
+    loss.backward()
+    # A norm and its square.
+    torch.testing.assert_close(loss.item(), 1.0, rtol=1e-6, atol=0)
+    assert predicted.grad.tolist() == [[0.0, 0.0, -1.0, -1.0, 0.0, 0.0]]
+
+
 def test_mae_takes_the_error_in_float32():
     """Claim: BF16 predictions are widened before the difference, not after."""
     predicted = torch.full((1, UNIT_DIM), 1.0, dtype=torch.bfloat16)
