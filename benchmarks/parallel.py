@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> None:
     from benchmarks.train.ours import Ours
     from benchmarks.train.shapes import model_config
     from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
-    from megatron_cocoa.parallel import topology
+    from megatron_cocoa.parallel import device, topology
 
     layout, folder = args.measure
     degrees = dict(LAYOUTS.get(layout, {}))
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace) -> None:
         waiting[0], begun, computed = 0.0, time.perf_counter(), time.process_time()
         ours.step(mine)
         steps.append((time.perf_counter() - begun, waiting[0], time.process_time() - computed))
-    found = torch.tensor(steps, dtype=torch.float64).median(dim=0).values
+    found = torch.tensor(steps, dtype=torch.float64).median(dim=0).values.to(device.device())
     ranks = [torch.zeros_like(found) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, found)
     if dist.get_rank() == 0:

@@ -42,6 +42,7 @@ from megatron_cocoa.config import (  # noqa: E402
 from megatron_cocoa.model.flops import step_flops  # noqa: E402
 from megatron_cocoa.parallel import device, topology  # noqa: E402
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Relative, of loss and gradient norm in the first two steps: FP32 sums in another order, and the second step follows
 an update. The norm is what tells: at random weights the loss is near log(vocabulary) whatever the layers do."""
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, help="of both sides; all samples of a step by default")
     parser.add_argument("--image-size", type=int, help="side of the pictures in pixels, instead of each stage's own")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="fp32")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="bf16" if device.has_gpu() else "fp32")
     modes = dict(choices=get_args(Recompute), default="none")
     parser.add_argument("--recompute-language", **modes, help="ours alone")
     parser.add_argument("--recompute-vision", **modes, help="ours alone")
@@ -137,6 +138,7 @@ def compare(folder: Path, config, stage: str, distribution: str, args: argparse.
         settings.optimizer,
         None if head is None else {name: getattr(head.pixel_head, name) for name in ("weight", "bias")},
         device.device(),
+        DTYPES[args.dtype],
     )
     examples = ExampleMaker(config, distribution, image_size=args.image_size).step(stage, args.samples)
     per_batch = (args.micro_batch_size or args.samples) * (2 if stage == "contrastive" else 1)

@@ -68,13 +68,13 @@ class Reference:
         stage_settings, optimizer_settings: of a run.
         pixel_head: weight and bias of our image decoder's last linear, in stage ``warmup``.
         target: device.
+        dtype: of weights and activations.
 
     ``keep_gradients`` leaves them in memory between steps, as ours are: for measuring what stands above them.
     """
 
-    def __init__(self, folder: Path, config, stage: str, stage_settings, optimizer_settings, pixel_head, target):
+    def __init__(self, folder: Path, config, stage: str, stage_settings, optimizer_settings, pixel_head, target, dtype):
         self.stage, self.settings, self.optimizer_settings = stage, stage_settings, optimizer_settings
-        dtype = torch.get_default_dtype() if target.type == "cpu" else torch.bfloat16
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa"
         ).to(target)

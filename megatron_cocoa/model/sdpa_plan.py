@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.model.segments import SegmentTable
+from megatron_cocoa.parallel.device import upload
 
 CALL_COST = 2**24
 """Query-key pairs times channels (heads x head_dim) that take as long as one more attention call, forward and
@@ -84,7 +85,7 @@ def build_plan(table: SegmentTable, device: torch.device, *, channels: int = 1) 
     in_order = done == table.length and np.array_equal(output_rows, np.arange(table.length))
     whole = slice(0, table.length)
     one_view = in_order and len(buckets) == 1 and buckets[0].q_rows == whole and buckets[0].k_rows == whole
-    return SdpaPlan(tuple(buckets), None if in_order else torch.from_numpy(output_rows).to(device), one_view)
+    return SdpaPlan(tuple(buckets), None if in_order else upload(output_rows, device), one_view)
 
 
 def _whole_samples(table: SegmentTable) -> np.ndarray | None:
@@ -120,8 +121,8 @@ def _build_bucket(table: SegmentTable, rows: np.ndarray, device: torch.device, *
         causal=causal,
         q_rows=_as_index(q_rows.ravel(), device),
         k_rows=_as_index(k_rows.ravel(), device),
-        mask=None if mask is None else torch.from_numpy(mask).to(device),
-        padded_q=torch.from_numpy(padded).to(device) if len(padded) else None,
+        mask=None if mask is None else upload(mask, device),
+        padded_q=upload(padded, device) if len(padded) else None,
     )
     return bucket, q_rows.ravel(), q_valid.ravel()
 
@@ -136,7 +137,7 @@ def _padded_rows(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.nda
 def _as_index(rows: np.ndarray, device: torch.device) -> Tensor | slice:
     if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         return slice(int(rows[0]), int(rows[0]) + len(rows))
-    return torch.from_numpy(rows).to(device)
+    return upload(rows, device)
 
 
 def _group(rows: np.ndarray, causal: np.ndarray, call_cost: float) -> tuple[list[np.ndarray], float]:

@@ -6,12 +6,13 @@ bridge: then keys and values are gathered to one row per segment member (about 2
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.model.segments import SegmentTable
+from megatron_cocoa.parallel.device import upload
+
+UNFUSED = "NVTE_UNFUSED_ATTN"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def build_calls(table: SegmentTable, device: torch.device) -> tuple[VarlenCall, 
         calls.append(
             VarlenCall(
                 q_rows=slice(int(rows[0, 0]), int(rows[-1, 1])),
-                k_rows=run if contiguous else torch.from_numpy(k_rows).to(device),
+                k_rows=run if contiguous else upload(k_rows, device),
                 cu_q=_offsets(q_len, device),
                 cu_k=_offsets(k_len, device),
                 max_q=int(q_len.max()),
@@ -66,7 +70,7 @@ def build_calls(table: SegmentTable, device: torch.device) -> tuple[VarlenCall, 
 
 
 def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
+    return upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
 
 
 def attend_with(
@@ -106,8 +110,6 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, s
 
 @functools.lru_cache(maxsize=8)
 def _te_module(heads: int, groups: int, dim: int, scale: float, attention_type: str):
-    # Where it has no fused kernel it would compute all scores, fifty times slower, and say so in its debug log alone.
-    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     te = importlib.import_module("transformer_engine.pytorch")
     return te.DotProductAttention(
         heads,
@@ -125,18 +127,37 @@ def _transformer_engine(query: Tensor, key: Tensor, value: Tensor, call: VarlenC
     kind = "self" if call.same_lengths else "cross"
     module = _te_module(query.shape[1], key.shape[1], query.shape[2], scale, kind)
     query, key, value = (x.clone() if x.storage_offset() else x for x in (query, key, value))
-    out = module(
-        query,
-        key,
-        value,
-        qkv_format="thd",
-        cu_seqlens_q=call.cu_q,
-        cu_seqlens_kv=call.cu_k,
-        max_seqlen_q=call.max_q,
-        max_seqlen_kv=call.max_k,
-        attn_mask_type="padding_causal" if call.causal else "padding",
-    )
+    with _fused_kernels_alone():
+        out = module(
+            query,
+            key,
+            value,
+            qkv_format="thd",
+            cu_seqlens_q=call.cu_q,
+            cu_seqlens_kv=call.cu_k,
+            max_seqlen_q=call.max_q,
+            max_seqlen_kv=call.max_k,
+            attn_mask_type="padding_causal" if call.causal else "padding",
+        )
     return out.view(query.shape)
+
+
+@contextlib.contextmanager
+def _fused_kernels_alone() -> Iterator[None]:
+    """Transformer Engine refuses what it has no fused kernel for.
+
+    It would compute all scores, fifty times slower, and say so in its debug log alone. It reads the environment where
+    it chooses; Megatron sets the same variable to 1 for each language model, and refuses to find another value.
+    """
+    before = os.environ.get(UNFUSED)
+    os.environ[UNFUSED] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[UNFUSED]
+        else:
+            os.environ[UNFUSED] = before
 
 
 def flash_kernel() -> Callable[..., Tensor] | None:

@@ -113,7 +113,7 @@ class VisionModel(MegatronModule):
         if layout.is_reordered:
             # Rather than the pixels, whose copy would be kept for the weight's gradient.
             embedded = _reorder(embedded, layout.patch_order, np.argsort(layout.patch_order))
-        cos, sin = vision_tables(torch.from_numpy(layout.positions).to(pixel_values.device), self.architecture)
+        cos, sin = vision_tables(device.upload(layout.positions, pixel_values.device), self.architecture)
         hidden = self.decoder(
             hidden_states=input_of_layers(embedded.unsqueeze(1), self.decoder),
             attention_mask=None,
@@ -129,7 +129,7 @@ class VisionModel(MegatronModule):
 
 def _reorder(rows: Tensor, order: np.ndarray, inverse: np.ndarray) -> Tensor:
     """``rows[order]`` for a permutation of all of them, and its inverse."""
-    return _Reorder.apply(rows, *(torch.from_numpy(x).to(rows.device) for x in (order, inverse)))
+    return _Reorder.apply(rows, *(device.upload(x, rows.device) for x in (order, inverse)))
 
 
 class _Reorder(torch.autograd.Function):

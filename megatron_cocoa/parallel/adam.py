@@ -57,7 +57,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(done), device=p.device) for p in params],
+                # One allocation and no copy from the host; the kernel counts up each entry.
+                list(torch.full((len(params),), float(done), device=params[0].device).unbind()),
                 fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],

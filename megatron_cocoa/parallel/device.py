@@ -54,6 +54,12 @@ def is_on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def upload(array: np.ndarray, target: torch.device) -> torch.Tensor:
+    """``array`` on ``target``; a GPU is handed it without waiting for what was queued there before."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(target, non_blocking=True) if target.type == "cuda" else host.to(target)
+
+
 def distributed_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 

@@ -11,7 +11,7 @@ from benchmarks.train.ours import pack
 from benchmarks.train.shapes import model_config
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.config import BridgeSettings, ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.config import BridgeSettings, ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.build import build_model
 from megatron_cocoa.model.fp8 import fp8_multiple
 from megatron_cocoa.model.specs import resolve_implementation
@@ -42,13 +42,14 @@ def bf16_losses() -> list[float]:
     return losses(transformer_impl="transformer_engine")
 
 
-def losses(**model) -> list[float]:
+def losses(steps: int = STEPS, recompute: RecomputeSettings = RecomputeSettings(), **model) -> list[float]:
     """Of stage 2 with small random weights, the same in each run, over ten batches again and again."""
     recipe = model.get("fp8")
     settings = TrainSettings(
         model=ModelSettings(dtype="bf16", vision_ffn_multiple=128, **model),
         parallel=ParallelSettings(use_distributed_optimizer=model.get("fp8_param", False)),
         bridge=BridgeSettings(lr=LR, steps=STEPS, lr_warmup_steps=20),
+        recompute=recompute,
     )
     config = model_config("small", layers=4, vision_layers=2)
     maker = ExampleMaker(config, "short", image_size=112)
@@ -68,7 +69,7 @@ def losses(**model) -> list[float]:
     wrapped.train()
     optimizer, schedule = build_optimizer(wrapped, settings.bridge, settings.optimizer, settings.parallel)
     objective, found = build_objective("bridge", settings), []
-    for index in range(STEPS):
+    for index in range(steps):
         for chunk in wrapped.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -91,3 +92,19 @@ def test_loss_in_fp8_follows_bf16(recipe, more):
     assert in_bf16[-1] < 0.9 * in_bf16[0], "the task is not learnt, so nothing is compared"
     means = [sum(found) / STEPS for found in (in_bf16, in_fp8)]
     assert abs(means[1] - means[0]) <= MEAN_DIFFERENCE * means[0], means
+
+
+@pytest.mark.parametrize("mode", ["mlp", "full"])
+@pytest.mark.parametrize("model", [{}, {"fp8": "delayed"}, {"fp8": "tensorwise", "fp8_vision": True}], ids=str)
+def test_recompute_changes_nothing(model, mode):
+    """Claim: Transformer Engine's layers recompute their MLPs, or themselves, to the same losses."""
+    try:
+        resolve_implementation(ModelSettings(transformer_impl="transformer_engine", fp8=model.get("fp8")))
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    kept, repeated = (
+        losses(10, recompute, transformer_impl="transformer_engine", **model)
+        for recompute in (RecomputeSettings(), RecomputeSettings(vision=mode, language=mode))
+    )
+    # The same operations, in kernels whose sums have no fixed order.
+    assert repeated == pytest.approx(kept, rel=1e-3)

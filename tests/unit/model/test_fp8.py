@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -203,3 +204,27 @@ def test_te_kernel_call_matches_the_recorded_signature(monkeypatch):
     assert seen["qkv_format"] == "thd" and seen["attn_mask_type"] == "padding"
     assert seen["cu_seqlens_q"].tolist() == seen["cu_seqlens_kv"].tolist() == [0, 3, 8]
     assert np.array_equal([seen["max_seqlen_q"], seen["max_seqlen_kv"]], [5, 5])
+
+
+@pytest.mark.parametrize("outside", [None, "1"])
+def test_te_attention_is_refused_where_it_has_no_fused_kernel(monkeypatch, outside):
+    """Claim: Transformer Engine chooses among fused kernels alone, and Megatron, which sets the same variable to 1 for
+    each language model and accepts no other value, finds what it left."""
+    seen = []
+
+    def module(query, key, value, **keywords):
+        seen.append(os.environ.get("NVTE_UNFUSED_ATTN"))
+        if len(seen) > 1:
+            raise ValueError("no kernel")
+        return query.flatten(1)
+
+    monkeypatch.setattr(varlen, "_te_module", lambda *arguments: module)
+    if outside is None:
+        monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
+    else:
+        monkeypatch.setenv("NVTE_UNFUSED_ATTN", outside)
+    table, x = SegmentTable.from_lengths([3, 5]), torch.zeros(8, 2, 4)
+    varlen.attend_with(varlen._transformer_engine, x, x, x, table, 0.5)
+    with pytest.raises(ValueError, match="no kernel"):
+        varlen.attend_with(varlen._transformer_engine, x, x, x, table, 0.5)
+    assert seen == ["0", "0"] and os.environ.get("NVTE_UNFUSED_ATTN") == outside
