@@ -22,6 +22,8 @@ else
     nodes="--nnodes $NNODES --node-rank ${NODE_RANK:?} --master-addr ${MASTER_ADDR:?}"
     nodes="$nodes --master-port ${MASTER_PORT:-29500}"
 fi
+# Exchanges of tensor and context parallelism overlap with compute only if a GPU takes kernels in order.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 exec torchrun $nodes --nproc-per-node "${NPROC_PER_NODE:-1}" "$here/${0##*/}" "$@"
 : <<'# end of the Python half' # '''
 import runpy

@@ -67,17 +67,16 @@ def embed(args: argparse.Namespace) -> None:
         prepare_output(plan, _made_from(args, corpus.fingerprint()), overwrite=args.overwrite)
     if launch.world_size > 1:
         topology.initialize(ParallelSettings(), launch, seed=0)
-    try:
-        embedder = _load(args)
+    embedder = _load(args)
 
-        def encode(items):
-            return embedder.encode(items, instruction=args.instruction, batch_size=args.batch_size)
+    def encode(items):
+        return embedder.encode(items, instruction=args.instruction, batch_size=args.batch_size)
 
-        say = functools.partial(print, flush=True)
-        kept = embed_shards(corpus, encode, plan, rank=launch.rank, num_ranks=launch.world_size, say=say)
-        print(f"rank {launch.rank}: done, {kept} shard(s) kept from before", flush=True)
-    finally:
-        topology.shutdown()
+    say = functools.partial(print, flush=True)
+    kept = embed_shards(corpus, encode, plan, rank=launch.rank, num_ranks=launch.world_size, say=say)
+    print(f"rank {launch.rank}: done, {kept} shard(s) kept from before", flush=True)
+    # Not after an error: other ranks may wait in a collective, which an orderly end would wait for too.
+    topology.shutdown()
 
 
 def _load(args: argparse.Namespace):

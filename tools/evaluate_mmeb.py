@@ -112,23 +112,23 @@ def evaluate(args: argparse.Namespace) -> int:
         topology.initialize(parallel, launch, seed=0)
     else:
         start_alone()
-    try:
-        encode, identity, versions = _load(args, settings, parallel, benchmark)
-        mmeb_run.evaluate(
-            tasks,
-            data_path=args.data_path,
-            image_root=args.image_root,
-            output=args.output_path,
-            encode=encode,
-            identity=identity,
-            versions=versions,
-            with_baselines=settings.baselines,
-            overwrite=args.overwrite,
-            say=say,
-        )
-        return _finish(args, curves, say) if launch.rank == 0 else 0
-    finally:
-        topology.shutdown()
+    encode, identity, versions = _load(args, settings, parallel, benchmark)
+    mmeb_run.evaluate(
+        tasks,
+        data_path=args.data_path,
+        image_root=args.image_root,
+        output=args.output_path,
+        encode=encode,
+        identity=identity,
+        versions=versions,
+        with_baselines=settings.baselines,
+        overwrite=args.overwrite,
+        say=say,
+    )
+    code = _finish(args, curves, say) if launch.rank == 0 else 0
+    # Not after an error: other ranks may wait in a collective, which an orderly end would wait for too.
+    topology.shutdown()
+    return code
 
 
 def _load(args: argparse.Namespace, settings, parallel, benchmark):

@@ -99,8 +99,12 @@ def gather_adapters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) ->
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     )
-    received: list = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine if is_sender else {}, received, dst=0)
+    received: list | None = None
+    if is_sender:
+        # One pipeline. Over the world every part would be padded to the largest, all of them on rank 0's GPU.
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        received = [None] * pipeline.size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, received, dst=0, group=pipeline)
     if received is None:
         return None
     found = {name: tensor for part in received for name, tensor in part.items()}

@@ -44,7 +44,7 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
         ValueError: if the degrees do not divide the world size; before any process group exists.
     """
     parallel.data_parallel_size(launch.world_size)
-    target = device.setup_device(launch.local_rank)
+    device.setup_device(launch.local_rank)
     if not dist.is_initialized():
         dist.init_process_group(
             device.distributed_backend(),
@@ -53,7 +53,8 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
-            device_id=target if target.type != "cpu" else None,
+            # No device_id: with one, every rank outside of a new group splits NCCL's world for it, members of a gloo
+            # group do not, and groups of some ranks alone (``replica.py``) would leave the others waiting for them.
         )
     set_layout(parallel, seed=seed)
 

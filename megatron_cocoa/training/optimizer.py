@@ -12,7 +12,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_cocoa.config import OptimizerSettings, ParallelSettings, StageSettings
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.parallel import device
 
 
 def build_optimizer(
@@ -46,7 +45,7 @@ def build_optimizer(
         config,
         model.chunks,
         config_overrides=get_standard_config_overrides(config),
-        use_gloo_process_groups=device.has_gpu(),
+        use_gloo_process_groups=True,
     )
     schedule = OptimizerParamScheduler(
         built,

@@ -19,6 +19,7 @@ from megatron_cocoa.model.build import Model
 from megatron_cocoa.model.flops import Workload
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
 from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.progress import Progress
@@ -226,7 +227,9 @@ class _StageTrainer:
         """Measure, and keep the weights if they are the best so far."""
         progress = self.progress
         with whole_parameters(self.model):
-            metrics = validation.measure(replace(self.model, chunks=self.model.bare_chunks))
+            measured = validation.measure(replace(self.model, chunks=self.model.bare_chunks))
+            # Saving takes all ranks, and another processor may round another way: the first rank's numbers decide.
+            metrics = on_first_rank(lambda: measured)
             value = metrics[validation.metric]
             if progress.best_value is None or value > progress.best_value:
                 progress.best_value, progress.best_step = value, progress.step
