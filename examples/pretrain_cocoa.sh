@@ -22,16 +22,17 @@ else
     nodes="--nnodes $NNODES --node-rank ${NODE_RANK:?} --master-addr ${MASTER_ADDR:?}"
     nodes="$nodes --master-port ${MASTER_PORT:-29500}"
 fi
-# Exchanges of tensor and context parallelism overlap with compute only if a GPU takes kernels in order.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 exec torchrun $nodes --nproc-per-node "${NPROC_PER_NODE:-1}" "$here/${0##*/}" "$@"
 : <<'# end of the Python half' # '''
+import os
 import runpy
 import sys
 from pathlib import Path
 
 # Saving a checkpoint starts processes that import this file again: only the run itself may start training.
 if __name__ == "__main__":
+    # Exchanges of tensor and context parallelism overlap with compute only if a GPU takes kernels in order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     root = Path(__file__).resolve().parents[1]
     sys.path.insert(0, str(root))
     runpy.run_path(str(root / "tools" / "train.py"), run_name="__main__")
