@@ -10,12 +10,16 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_cocoa.checkpoint.adapter_mapping import LORA_A, LORA_B
+from megatron_cocoa.checkpoint.convert import Sharding
 from megatron_cocoa.checkpoint.live import copy_shard, global_name
 from megatron_cocoa.checkpoint.random_weights import draw
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.config import AdapterSettings
 
 _MARK = "_adapter."
+
+MAX_DRIFT = 0.01
+"""Of a replicated tensor's length, by which copies may differ; BF16 rounds each value to within 0.004 of itself."""
 
 
 def num_parameters(mappings: Sequence[Mapping]) -> int:
@@ -85,14 +89,16 @@ def gather_adapters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) ->
         Whole tensors in the order of ``mappings`` on rank 0, None on the others.
 
     Raises:
-        ValueError: if a replicated tensor differs between tensor-parallel ranks, or rows without an adapter or
-            padding are not zero: something has trained that must not.
+        ValueError: if copies of a replicated tensor are further apart over tensor-parallel ranks than rounding takes
+            them, or rows without an adapter or padding are not zero: something has trained that must not.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     mine: dict[str, Tensor] = {}
     for mapping, parameter in _parameters(chunks, mappings):
         shards = [torch.empty_like(parameter) for _ in range(group.size())]
         dist.all_gather(shards, parameter.detach().contiguous(), group=group)
+        if mapping.sharding is Sharding.REPLICATED:
+            shards = [_first_copy(shards, mapping.megatron_name)]
         parts = mapping.split(mapping.unshard(shards))
         mine |= {name: part.cpu().contiguous() for name, part in zip(mapping.hf_names, parts)}
     is_sender = (
@@ -109,6 +115,25 @@ def gather_adapters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) ->
         return None
     found = {name: tensor for part in received for name, tensor in part.items()}
     return {name: found[name] for mapping in mappings for name in mapping.hf_names}
+
+
+def _first_copy(copies: Sequence[Tensor], name: str) -> Tensor:
+    """The first rank's copy of a replicated tensor, which is what a checkpoint keeps as well.
+
+    Each tensor-parallel rank sums gradients in a data-parallel group of its own. NCCL may add in another order there,
+    so that a copy is a rounding or two off after a long run.
+    """
+    first = copies[0].float()
+    scale = torch.linalg.vector_norm(first).clamp(min=torch.finfo(torch.float32).tiny)
+    drift = [float(torch.linalg.vector_norm(copy.float() - first) / scale) for copy in copies]
+    # Written so that NaN, which training would have ended at, is too far as well.
+    apart = [f"{rank}: {value:.2g}" for rank, value in enumerate(drift) if not value <= MAX_DRIFT]
+    if apart:
+        raise ValueError(
+            f"{name}: copies on tensor-parallel ranks are apart from rank 0's by ({', '.join(apart)}) of its length, "
+            f"more than rounding explains ({MAX_DRIFT}): their gradients were not the same"
+        )
+    return copies[0]
 
 
 def _parameters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) -> Iterator[tuple[Mapping, nn.Parameter]]:

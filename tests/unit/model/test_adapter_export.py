@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from megatron_cocoa.checkpoint import adapter_export
 from megatron_cocoa.checkpoint.adapter_export import CONFIG_FILE, WEIGHTS_FILE, export_adapters
 from megatron_cocoa.checkpoint.adapter_mapping import adapter_mappings
-from megatron_cocoa.checkpoint.adapter_weights import draw_adapters, gather_adapters
+from megatron_cocoa.checkpoint.adapter_weights import _first_copy, draw_adapters, gather_adapters
 from megatron_cocoa.config import AdapterSettings
 from megatron_cocoa.model.adapters import attach_adapters
 from tests.parity import adapters, reference
@@ -87,6 +87,18 @@ def test_what_must_not_train_is_found_at_export(tiny):
         fused.lora_B[~fused.has_owner] = 1
     with pytest.raises(ValueError, match=r"layers\.1\.self_attention\.linear_qkv_adapter\.lora_B: .* rows that no"):
         gather_adapters(case.model.bare_chunks, case.mappings)
+
+
+def test_copies_a_rounding_apart_are_one_tensor():
+    """Claim: copies a rounding apart count as the first; further apart is an error with the distance."""
+    copy = torch.linspace(-1, 1, 1000).bfloat16()
+    rounded = (copy.float() * 1.003).bfloat16()
+    assert not torch.equal(copy, rounded) and _first_copy([copy, rounded], "lora_A") is copy
+    with pytest.raises(ValueError, match=r"lora_A: copies on .* \(1: 0\.1\) .* gradients were not the same"):
+        _first_copy([copy, copy * 1.1], "lora_A")
+    with pytest.raises(ValueError, match=r"\(0: nan, 1: nan\)"):
+        _first_copy([copy * torch.nan, copy], "lora_A")
+    assert not _first_copy([torch.zeros(3), torch.zeros(3)], "lora_B").any()
 
 
 @pytest.mark.parametrize("init", ["gaussian", "kaiming"])
