@@ -25,10 +25,10 @@ from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
 from megatron_cocoa.data.samples import SampleBuilder
-from megatron_cocoa.evaluation.ahead import map_ahead
 from megatron_cocoa.evaluation.embed import embed_pack
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.parallel.threads import map_ahead
 from megatron_cocoa.recipes.embedding_model import load_embedding_model
 
 Item = dict[str, Any] | str | Path | Image.Image

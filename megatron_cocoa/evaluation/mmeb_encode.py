@@ -21,12 +21,12 @@ from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.samples import SampleBuilder
-from megatron_cocoa.evaluation.ahead import map_ahead
 from megatron_cocoa.evaluation.embed import embed_pack
 from megatron_cocoa.evaluation.mmeb_data import EvalItem, picture_file
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import gather_rows
+from megatron_cocoa.parallel.threads import map_ahead
 
 Encode = Callable[[Sequence[EvalItem]], "Encoded"]
 """Things to their vectors, in order; every rank calls it with the same things and gets the same."""

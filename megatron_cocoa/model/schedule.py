@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_cocoa.batch import ModelOutput, PackedBatch
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.threads import map_ahead
 
 LossFunction = Callable[[int, ModelOutput, PackedBatch], tuple[Tensor, Any]]
 """``(index of the micro-batch, head outputs, micro-batch) -> (scalar to backpropagate, anything to return)``."""
@@ -79,17 +80,17 @@ def _numbered(
 
     Pixels are read by the first chunk of the pipeline, and targets by the last: others do without.
     """
-    if not reads_floats or all(batch.deferred is None for batch in batches):
-        yield from ((index, chunk_index, replace(batch, deferred=None)) for index, batch in enumerate(batches))
-        return
-    with ThreadPoolExecutor(1, "deferred-fields") as pool:
-        ahead = pool.submit(batches[0].materialized)
+    is_deferred = reads_floats and any(batch.deferred is not None for batch in batches)
+    make = PackedBatch.materialized if is_deferred else _without_deferred
+    made = map_ahead(make, batches, num_workers=int(is_deferred), num_ahead=2)
+    with contextlib.closing(made):
         for index in range(len(batches)):
-            batch = ahead.result()
-            if index + 1 < len(batches):
-                ahead = pool.submit(batches[index + 1].materialized)
-            yield index, chunk_index, batch
-            del batch
+            # No name for it: a batch lives as long as its user needs it.
+            yield index, chunk_index, next(made)
+
+
+def _without_deferred(batch: PackedBatch) -> PackedBatch:
+    return replace(batch, deferred=None)
 
 
 def _loss(loss_function: LossFunction, index: int, batch: PackedBatch, output: ModelOutput):

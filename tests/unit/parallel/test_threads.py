@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from megatron_cocoa.evaluation.ahead import map_ahead
+from megatron_cocoa.parallel.threads import map_ahead
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
