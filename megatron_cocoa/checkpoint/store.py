@@ -7,15 +7,18 @@ final name is complete, and one that does not is ignored and replaced.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import nn
 
 from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
@@ -27,6 +30,9 @@ IMPORT_STAGE = "import"
 
 OPTIMIZER_SHARDING = "fully_reshardable"
 """Megatron's form of optimizer state that loads at any data-parallel size."""
+
+PICKLED_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Transformer Engine's variable, without which it refuses the scales that delayed FP8 has pickled."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,8 @@ def load_checkpoint(
     Args:
         path: a complete checkpoint.
         chunks: this rank's bare model chunks; what the checkpoint holds beyond them is left out.
-        optimizer: loads its state too.
+        optimizer: loads its state too, and the modules' extra state (scales and history of delayed FP8). Both are
+            pickled, so that a run takes them from its own checkpoints alone; weights that a run starts from are not.
         may_be_missing: prefixes of parameters that keep their values where the checkpoint lacks them.
 
     Raises:
@@ -111,7 +118,7 @@ def load_checkpoint(
     if optimizer is not None and not info.has_optimizer:
         raise ValueError(f"{path} holds weights alone: it can start a stage, but a run cannot resume from it")
     state = sharded_state(chunks, optimizer, is_loading=True)
-    present = set(dist_checkpointing.load_tensors_metadata(str(path)))
+    present = _present(path, with_objects=optimizer is not None)
     _refuse_unmerged(path, state, present)
     absent = _drop_absent(state, present)
     refused = sorted(name for name in absent if not name.startswith(may_be_missing or ("\0",)))
@@ -120,8 +127,9 @@ def load_checkpoint(
     loaded = dist_checkpointing.load(state, str(path))
     for index, chunk in enumerate(chunks):
         # Not strict: modules of Transformer Engine expect an extra state that the checkpoint may not have.
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        wrong = [name for name in missing if not name.endswith("_extra_state") and name not in absent] + unexpected
+        with _pickled_state_allowed(optimizer is not None):
+            missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        wrong = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state") and n not in absent]
         if wrong:
             raise ValueError(f"{path} does not fit the model, {len(wrong)} parameters: {', '.join(wrong[:20])}")
     if optimizer is not None:
@@ -171,13 +179,38 @@ def _metadata() -> dict[str, Any]:
     }
 
 
+def _present(path: str | Path, *, with_objects: bool) -> set[str]:
+    """Keys of the tensors that a checkpoint holds, and those of its pickled objects if they are wanted."""
+    if not with_objects:
+        return set(dist_checkpointing.load_tensors_metadata(str(path)))
+    return {_stored_key(entry) for entry in load_sharded_metadata(str(path)).values()}
+
+
+def _stored_key(entry: ShardedBase) -> str:
+    """Each part of a sharded object is stored by itself; a tensor's parts have one key."""
+    return entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+
+
+@contextlib.contextmanager
+def _pickled_state_allowed(is_allowed: bool) -> Iterator[None]:
+    before = os.environ.get(PICKLED_STATE)
+    try:
+        if is_allowed:
+            os.environ[PICKLED_STATE] = "1"
+        yield
+    finally:
+        os.environ.pop(PICKLED_STATE, None)
+        if before is not None:
+            os.environ[PICKLED_STATE] = before
+
+
 def _drop_absent(state: ShardedStateDict, present: set[str]) -> set[str]:
-    """Remove the model entries whose tensors the checkpoint lacks, on all ranks' behalf, and name them."""
+    """Remove the model entries that the checkpoint lacks, on all ranks' behalf, and name their tensors."""
     absent = set()
     for part, entries in state.items():
         if not part.startswith("model"):
             continue
-        for name in [n for n, value in entries.items() if hasattr(value, "key") and value.key not in present]:
+        for name in [n for n, entry in entries.items() if hasattr(entry, "key") and _stored_key(entry) not in present]:
             if not name.endswith("_extra_state"):
                 absent.add(name)
             del entries[name]

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
+from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import AdapterSettings, CheckpointSettings, OptimizerSettings, ParallelSettings
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
-from megatron_cocoa.recipes.stages import run_stage
+from megatron_cocoa.recipes.stages import build_with_weights, run_stage
+from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import read_metrics
+from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.stage_checkpoints import complete_steps
 from tests.distributed.check import Check
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 from tests.distributed.training import _degrees
 
-STEPS, STOP_AFTER = 10, 4
+STAGE, STEPS, STOP_AFTER = "bridge", 10, 4
 OPTIMIZER = OptimizerSettings(adam_eps=1e-4)
 """With the usual 1e-8 Adam makes full steps of rounding where a gradient is zero in exact arithmetic (key biases)."""
 
@@ -99,6 +105,49 @@ def _weights_apart(one: Path, other: Path) -> dict[str, float]:
     return {"worst": worst, "compared": compared}
 
 
+def extra_state(first: dict, second: dict) -> dict:
+    """What each layer's fused projection kept beside its weights at ``first`` and finds at ``second``, layer by layer.
+
+    A stand-in for the scales of delayed FP8, which Transformer Engine keeps there as a byte tensor.
+    """
+    found: dict = {"resumed": [], "started": []}
+    with rank_folders() as (own, shared), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ColumnParallelLinear, "get_extra_state", lambda linear: getattr(linear, "scales", None))
+        patch.setattr(ColumnParallelLinear, "set_extra_state", lambda linear, state: setattr(linear, "scales", state))
+        write_folders(own)
+        model, optimizer = _built(own, first)
+        for number, linear in _fused_projections(model):
+            linear.scales = torch.full((3,), number, dtype=torch.uint8)
+        save_checkpoint(shared / "saved", model.bare_chunks, CheckpointInfo(STAGE, 1, 0, 0, {}), optimizer=optimizer)
+        for name in found:
+            model, optimizer = _built(own, second)
+            load_checkpoint(shared / "saved", model.bare_chunks, optimizer=optimizer if name == "resumed" else None)
+            kept = [(n, getattr(linear, "scales", None)) for n, linear in _fused_projections(model)]
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, [(n, None if scales is None else scales.tolist()) for n, scales in kept])
+            found[name] = [scales for _, scales in sorted(sum(everyone, []))]
+    return found
+
+
+def _built(own: Path, degrees: dict):
+    """A model in training and its optimizer, after a step of no length."""
+    parallel = ParallelSettings(**degrees)
+    topology.set_layout(parallel, seed=0)
+    settings = tiny_settings(own, steps=STEPS, parallel=parallel)
+    bare = build_with_weights(prepare_context(settings), checkpoint=None, with_image_decoder=False)
+    model = wrap_data_parallel(bare, parallel)
+    optimizer, _ = build_optimizer(model, settings.stage(STAGE), OPTIMIZER, parallel)
+    optimizer.step()
+    return model, optimizer
+
+
+def _fused_projections(model) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Of this rank's language layers, each with its layer's number."""
+    for chunk in model.bare_chunks:
+        for layer in chunk.language_model.decoder.layers:
+            yield layer.layer_number, layer.self_attention.linear_qkv
+
+
 ALL = ("warmup", "bridge", "contrastive")
 _SHARDED = dict(use_distributed_optimizer=True)
 
@@ -131,7 +180,13 @@ MOVED: dict[str, tuple] = {
     ),
 }  # fmt: skip
 
+EXTRA_STATE: dict[str, tuple[int, dict, dict]] = {
+    "extra-state-single": (1, _degrees(), _degrees()),
+    "extra-state-tp2-to-pp2": (2, _degrees(tp=2), _degrees(pp=2)),
+}
+
 CHECKS = {
+    **{name: Check(size, functools.partial(extra_state, *how)) for name, (size, *how) in EXTRA_STATE.items()},
     **{
         name: Check(size, functools.partial(resume_at, stages, degrees, degrees, **checkpoint))
         for name, (size, stages, degrees, checkpoint) in SAME.items()

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.launch import result_of
-from tests.distributed.resuming import MOVED, SAME, STEPS, STOP_AFTER
+from tests.distributed.resuming import EXTRA_STATE, MOVED, SAME, STEPS, STOP_AFTER
 
 SLOW = "resume-tp2-sp-adapters"
 SAME_BY_TIER = [pytest.param(name, marks=pytest.mark.slow if name == SLOW else ()) for name in SAME]
@@ -36,3 +36,11 @@ def test_only_the_newest_checkpoints_are_kept(request, check):
     for stage in SAME[check][1]:
         while_running, afterwards = result_of(request, check)[stage]["kept"]
         assert len(while_running) == 2 and while_running[-1] == STOP_AFTER and afterwards == []
+
+
+@pytest.mark.parametrize("check", EXTRA_STATE)
+def test_what_modules_keep_beside_their_weights_comes_back_to_its_layer(request, check):
+    """Claim: a resume finds it (the scales of delayed FP8); who takes the weights alone unpickles nothing."""
+    found = result_of(request, check)
+    assert found["resumed"] == [[number] * 3 for number in range(1, 5)]
+    assert found["started"] == [None] * 4
