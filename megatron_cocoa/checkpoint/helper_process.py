@@ -11,27 +11,42 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
 PR_SET_PDEATHSIG = 1
 """Of Linux' prctl(2): the signal that a process gets when its parent ends."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Of batch systems, which may send them to every process of a job: the last checkpoint needs this one to live on."""
+
 _manager: SyncManager | None = None
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it is gone; on Linux."""
+    """Stay for as long as the process that started this one, and no longer (asked of the kernel, on Linux)."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_results_queue(module) -> None:
-    """Give Megatron's ``filesystem_async`` module a results queue whose process ends with this one, once.
+    """Give Megatron's ``filesystem_async`` module a results queue whose process ends with this one, unless it has one.
 
     Where a Megatron-Core release keeps its queue elsewhere, nothing is changed.
     """
     global _manager
-    if getattr(module, "_results_queue", module) is None:
+    if not hasattr(module, "_results_queue"):
+        return
+    if _manager is None or not _manager._process.is_alive():
         _manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        _manager.start(initializer=end_with_parent)
+        # The new process has this mask until it ignores the signals. Its interpreter takes a while to start.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            _manager.start(initializer=end_with_parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         module._results_queue = _manager.Queue()

@@ -82,11 +82,7 @@ def leftovers(target: Path) -> list[Path]:
 
 def _put_in_place(work: Path, target: Path) -> None:
     """Make ``work`` durable and rename it to ``target``; an earlier target is moved aside first and deleted last."""
-    for folder, _, files in os.walk(work):
-        for file in files:
-            with open(os.path.join(folder, file), "rb") as handle:
-                os.fsync(handle.fileno())
-        _sync_folder(Path(folder))
+    force_to_disk(work)
     if not target.exists():
         os.rename(work, target)
     else:
@@ -98,10 +94,20 @@ def _put_in_place(work: Path, target: Path) -> None:
             os.rename(aside, target)
             raise
         shutil.rmtree(aside)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(path: Path) -> None:
+def force_to_disk(root: Path) -> None:
+    """Return when a crash of the machine would find every file below ``root`` whole."""
+    for folder, _, files in os.walk(root):
+        for file in files:
+            with open(os.path.join(folder, file), "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_folder(Path(folder))
+
+
+def sync_folder(path: Path) -> None:
+    """Return when a crash of the machine would find the names in ``path`` as they are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,9 +10,12 @@ run that goes on may write the checkpoint of the same step then: in one folder t
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -26,10 +29,15 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.helper_process import start_results_queue
+from megatron_cocoa.checkpoint.placement import force_to_disk, sync_folder
+from megatron_cocoa.parallel import topology
 from megatron_cocoa.parallel.collectives import on_first_rank
 
 INFO_FILE, INDEX_FILE = "cocoa.json", "metadata.json"
 INCOMPLETE, REPLACED = ".incomplete", ".replaced"
+
+INDEX_BYTES = 2**26
+"""Room that a checkpoint's index is sure to find; some kilobytes for each tensor of each rank."""
 
 
 class CheckpointWriter:
@@ -60,7 +68,7 @@ class CheckpointWriter:
         """
         self.wait()
         start_results_queue(filesystem_async)
-        work = on_first_rank(lambda: _prepare(path), f"cannot write a checkpoint under {path.parent}")
+        work = on_first_rank(lambda: _prepare(path), f"cannot write a checkpoint under {path.parent}", is_long=True)
         request = _guarded(
             path,
             work,
@@ -71,7 +79,7 @@ class CheckpointWriter:
         finish = functools.partial(_finish, path, work, request.finalize_fns, info)
         request = request._replace(finalize_fns=[])
         if self._queue is None:
-            _guarded(path, work, request.execute_sync)
+            _guarded(path, work, lambda: _put_on_disk(request))
             finish()
         else:
             self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
@@ -95,8 +103,13 @@ class CheckpointWriter:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a folder holds both what Megatron writes last and our description."""
-    return (path / INFO_FILE).is_file() and (path / INDEX_FILE).is_file()
+    """Whether a folder holds both what Megatron writes last and our description, and both can be read."""
+    try:
+        for name in (INFO_FILE, INDEX_FILE):
+            json.loads((path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def restore_replaced(path: Path) -> None:
@@ -112,6 +125,15 @@ def _async_strategy() -> dict[str, str]:
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
+def _put_on_disk(request: AsyncRequest) -> None:
+    """``AsyncRequest.execute_sync`` without its barrier, which waits no longer than a GPU's collectives do."""
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    if request.async_fn is not None:
+        request.async_fn(*arguments, **request.async_fn_kwargs)
+
+
 def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
     """Run a part of a write on every rank; if it fails on one, all raise and the incomplete folder goes.
 
@@ -125,7 +147,7 @@ def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
         # torch's CheckpointException is no Exception, and carries each rank's cause.
         reason = f"{type(error).__name__}: {error}"
     reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
+    dist.all_gather_object(reasons, reason, group=topology.file_group())
     first = next((r for r in reasons if r is not None), None)
     if first is None:
         return result
@@ -139,21 +161,25 @@ def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
 
 def _finish(path: Path, work: Path, megatron_steps: list, info: dict[str, Any]) -> None:
     """Megatron's own last steps (its index of what was written), then ours: description and name."""
+    dist.barrier(group=topology.file_group())
+    # What Megatron writes here it writes on the first rank, whose failure the others would not see.
+    _guarded(path, work, lambda: _check_room(work, INDEX_BYTES))
     for step in megatron_steps:
         _guarded(path, work, step)
-    on_first_rank(lambda: _rename(path, work, info), f"cannot complete the checkpoint {path}")
+    on_first_rank(lambda: _rename(path, work, info), f"cannot complete the checkpoint {path}", is_long=True)
 
 
 def _rename(path: Path, work: Path, info: dict[str, Any]) -> None:
+    """Describe what is in ``work``, force it to the disk, and only then give it the name."""
     (work / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
-    if not path.exists():
-        work.rename(path)
-        return
+    force_to_disk(work)
     previous = path.with_name(path.name + REPLACED)
-    shutil.rmtree(previous, ignore_errors=True)
-    path.rename(previous)
+    if path.exists():
+        discard(previous, path)
+        path.rename(previous)
     work.rename(path)
-    shutil.rmtree(previous)
+    sync_folder(path.parent)
+    discard(previous, path)
 
 
 def _prepare(path: Path) -> Path:
@@ -163,12 +189,34 @@ def _prepare(path: Path) -> Path:
     """
     restore_replaced(path)
     remove_incomplete(path.parent, path.name)
-    work = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{INCOMPLETE}")
+    work = _beside(path)
     work.mkdir(parents=True)
     probe = work / "probe"
     probe.write_bytes(bytes(2**18))
     probe.unlink()
     return work
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free} bytes are free, needed {num_bytes}")
+
+
+def _beside(path: Path) -> Path:
+    """A name that nothing has, of those that ``remove_incomplete`` removes."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{INCOMPLETE}")
+
+
+def discard(folder: Path, path: Path) -> None:
+    """Remove ``folder``, a checkpoint that nobody needs, under a name that no reader takes for one; on one rank.
+
+    What cannot be removed, such as files that somebody reads over NFS, goes with what is left of writes of ``path``.
+    """
+    going = _beside(path)
+    with contextlib.suppress(OSError):
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def remove_incomplete(folder: Path, name: str) -> None:

@@ -21,7 +21,8 @@ class ParallelSettings:
         num_layers_in_last_pipeline_stage: fewer where the heads are.
         use_distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO-1).
         overlap_grad_reduce, overlap_param_gather: hide data-parallel traffic behind compute.
-        distributed_timeout_minutes: how long a collective may wait for a rank before all ranks end.
+        distributed_timeout_minutes: how long a collective may wait for a rank before all ranks end. Waits for a rank
+            that reads rows or writes a checkpoint may take two hours.
     """
 
     tensor_model_parallel_size: int = 1

@@ -25,8 +25,8 @@ BLOCK = {None: 1, "delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128
 
 
 AMAX_HISTORY = 1024
-"""Updates, one a micro-batch (two with the tower), whose largest value sets the scale of ``delayed``: Transformer Engine's own
-default."""
+"""Updates, one a micro-batch (two with the tower), whose largest value sets the scale of ``delayed``: Transformer
+Engine's own default."""
 
 
 def fp8_multiple(recipe: str | None) -> int:

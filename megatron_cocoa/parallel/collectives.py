@@ -15,6 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
+from megatron_cocoa.parallel import topology
+
 Result = TypeVar("Result")
 
 
@@ -111,23 +113,25 @@ def gather_rows(x: Tensor, rows: tuple[int, ...], group: dist.ProcessGroup) -> T
     return x if group.size() == 1 else _GatherRows.apply(x, rows, group)
 
 
-def on_first_rank(action: Callable[[], Result], failure: str | None = None) -> Result:
+def on_first_rank(action: Callable[[], Result], failure: str | None = None, *, is_long: bool = False) -> Result:
     """Run ``action`` on rank 0 while the others wait, and return its (picklable) result on every rank.
 
-    Without process groups this process is the first rank.
+    Without process groups this process is the first rank. ``is_long``: the others wait as for files, see
+    ``topology.file_group``.
 
     Raises:
         ValueError: on every rank, where ``action`` raised OSError or ValueError: ``failure``, if given, and the reason.
     """
     outcome: list = [None, None]
     is_alone = not dist.is_initialized()
+    group = topology.file_group() if is_long and not is_alone else None
     if is_alone or dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except (OSError, ValueError) as error:
             outcome[1] = str(error) if failure is None else f"{failure}: {error}"
     if not is_alone:
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]

@@ -7,7 +7,6 @@ training step: index tensors to all ranks, pictures to the ranks that hold the t
 
 from __future__ import annotations
 
-import datetime
 from typing import Any, Literal
 
 import torch
@@ -22,16 +21,15 @@ Audience = Literal["tower", "ends"]
 class ReplicaLink:
     """This rank's end of the hand-over. Every rank of the world must build one at the same time.
 
-    Args:
-        timeout_minutes: after which a rank that waits for another gives up.
+    A rank that waits for the reader gives up after ``topology.FILE_TIMEOUT``: the first thing that it waits for is
+    the reading of all rows.
 
     Attributes:
         is_reader: whether this rank reads for its replica.
         num_ranks: of the replica.
     """
 
-    def __init__(self, *, timeout_minutes: float) -> None:
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+    def __init__(self) -> None:
         rosters = _rosters()
         own = topology.data_parallel_rank()
         self.num_ranks = len(rosters[own]["all"])
@@ -43,8 +41,7 @@ class ReplicaLink:
             for ranks in roster.values():
                 # Every rank takes part in the making of every group, in the same order.
                 if ranks not in groups:
-                    alone = len(ranks) == 1
-                    groups[ranks] = None if alone else dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+                    groups[ranks] = None if len(ranks) == 1 else _new_group(ranks)
         self._groups = {name: groups[ranks] for name, ranks in self._members.items()}
 
     def share(self, value: Any) -> Any:
@@ -71,6 +68,10 @@ class ReplicaLink:
         if self._groups[to] is not None and value.numel():
             dist.broadcast(value, src=self._reader, group=self._groups[to])
         return value
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), timeout=topology.FILE_TIMEOUT, backend="gloo")
 
 
 def _rosters() -> dict[int, dict[str, tuple[int, ...]]]:

@@ -14,6 +14,11 @@ from megatron.core import parallel_state
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.parallel import device
 
+FILE_TIMEOUT = datetime.timedelta(hours=2)
+"""How long ranks wait for one that reads or writes files. One that ends is noticed sooner all the same."""
+
+_file_group: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True)
 class LaunchInfo:
@@ -61,6 +66,7 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
 
 def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
     """Build Megatron's process groups over the running world, replacing earlier ones (tests change layouts)."""
+    global _file_group
     if parallel_state.model_parallel_is_initialized():
         _forget_groups()
     parallel_state.initialize_model_parallel(
@@ -70,7 +76,13 @@ def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
+    _file_group = dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
     device.seed_everything(seed)
+
+
+def file_group() -> dist.ProcessGroup:
+    """All ranks over gloo, to wait in for files: a GPU's collectives give up within minutes, and end the run."""
+    return _file_group
 
 
 def _forget_groups() -> None:

@@ -254,7 +254,7 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
         return make_reader()
     return ReplicaLoader(
         partial(make_reader, defers_all=True),
-        ReplicaLink(timeout_minutes=parallel.distributed_timeout_minutes),
+        ReplicaLink(),
         needs_pixels=topology.is_pipeline_first_stage(),
         needs_unit_targets=topology.is_pipeline_last_stage(),
         ahead=context.settings.data.num_workers > 0,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
-from megatron_cocoa.checkpoint.writer import CheckpointWriter, is_complete, remove_incomplete
+from megatron_cocoa.checkpoint.writer import CheckpointWriter, discard, is_complete, remove_incomplete
 from megatron_cocoa.model.adapters import merged_adapters
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
@@ -74,17 +73,13 @@ class StageCheckpoints:
     def _remove_old(self) -> None:
         if topology.is_first_rank():
             for step in complete_steps(self.folder)[: -self.keep]:
-                # Renamed first: a removal that is cut short must not leave a folder that looks complete.
-                going = self.folder / f"step-{step:08d}.removed"
-                (self.folder / f"step-{step:08d}").rename(going)
-                shutil.rmtree(going)
+                path = self.folder / f"step-{step:08d}"
+                discard(path, path)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a run that was ended in the middle of a write or a removal left below ``folder``; on one rank."""
     remove_incomplete(folder, "step-*")
-    for path in folder.glob("step-*.removed") if folder.is_dir() else []:
-        shutil.rmtree(path)
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -91,11 +91,11 @@ def assert_same_run(output: Path, unbroken: Path) -> None:
 
 
 def test_a_killed_rank_and_a_signal_cost_no_step(tiny_folders, unbroken, tmp_path):
-    """Claim: the run that was killed in one stage and ended by SIGTERM in the other ends where an unbroken one ends.
+    """Claim: the run that was killed in one stage and ended by SIGUSR1 in the other ends where an unbroken one ends.
 
     With --max-restarts and --resume it goes on by itself after a kill, from its last complete checkpoint; nothing of
-    the killed rank lives on, the writers of its last checkpoint and the process behind them included. SIGTERM leaves a
-    checkpoint of the last step and status 0.
+    the killed rank lives on, the writers of its last checkpoint and the process behind them included. The signal
+    leaves a checkpoint of the last step and status 0, also where a batch system sends it to every process of the job.
     """
     output = tmp_path / "output"
     process = start(tiny_folders, output, "--checkpoint.asynchronous=true", restarts=1)
@@ -110,11 +110,12 @@ def test_a_killed_rank_and_a_signal_cost_no_step(tiny_folders, unbroken, tmp_pat
     assert not left, f"processes of a killed rank that live on: {left}"
     wait_for_step(process, output, "contrastive", 4)
     (rank,) = ranks_of(process)
-    rank.send_signal(signal.SIGTERM)
+    for part in (rank, *rank.children(recursive=True)):
+        part.send_signal(signal.SIGUSR1)
     assert finish(process) == 0, output.with_suffix(".log").read_text()[-3000:]
     done = len(losses(output, "contrastive"))
     text = output.with_suffix(".log").read_text()
-    assert f"Stopped in stage contrastive after step {done} of {STEPS} (signal SIGTERM)" in text
+    assert f"Stopped in stage contrastive after step {done} of {STEPS} (signal SIGUSR1)" in text
     assert 4 <= done < STEPS and complete_steps(output / "contrastive" / "checkpoints")[-1] == done
     assert finish(start(tiny_folders, output)) == 0
     after_kill, after_signal = re.findall(r"(\w+) goes on after step (\d+)", output.with_suffix(".log").read_text())

@@ -1,5 +1,6 @@
 """Which checkpoints of a stage count as complete."""
 
+from megatron_cocoa.checkpoint.writer import discard
 from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
 
 
@@ -14,17 +15,30 @@ def test_only_folders_with_index_and_description_are_complete(tmp_path):
     make(tmp_path, "step-00000100", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000020", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000120.incomplete", "metadata.json", "cocoa.json")
-    make(tmp_path, "step-00000010.removed", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000110", "metadata.json")
+    make(tmp_path, "step-00000115", "metadata.json", "cocoa.json")
+    (tmp_path / "step-00000115" / "cocoa.json").write_text("")
     make(tmp_path, "step-130", "metadata.json", "cocoa.json")
     assert complete_steps(tmp_path) == [20, 100]
     assert complete_steps(tmp_path / "absent") == []
+
+
+def test_what_cannot_be_removed_is_no_checkpoint_any_more(tmp_path, monkeypatch):
+    """Claim: files that somebody still reads neither end the run nor look like a checkpoint, and go another time."""
+    make(tmp_path, "step-00000100", "metadata.json", "cocoa.json")
+    path = tmp_path / "step-00000100"
+    monkeypatch.setattr("megatron_cocoa.checkpoint.writer.shutil.rmtree", lambda folder, ignore_errors: None)
+    discard(path, path)
+    discard(path, path)
+    assert complete_steps(tmp_path) == [] and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_go_and_checkpoints_stay(tmp_path):
     make(tmp_path, "step-00000100", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000120.incomplete", "half")
     make(tmp_path, "step-00000120.0a1b2c3d.incomplete", "half")
-    make(tmp_path, "step-00000010.removed", "half")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
