@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_cocoa.config import EmbeddingForm, ParallelSettings
+from megatron_cocoa.config import EmbeddingForm, ImageSize, ParallelSettings
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
@@ -68,7 +68,7 @@ class CocoaEmbedder:
         *,
         model_path: str | Path | None = None,
         dtype: str = "fp32",
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
         max_length: int | None = None,
@@ -86,8 +86,8 @@ class CocoaEmbedder:
             model_path: Hugging Face folder with the tokenizer and processor of a Megatron checkpoint; None takes
                 what the checkpoint carries, else the folder that the ``settings.yaml`` beside it names.
             dtype: ``fp32`` or ``bf16``, of parameters and activations.
-            image_size: side of the square in pixels that pictures are resized to; None takes what an exported folder
-                says, where no limits of tokens are given, else keeps their shape.
+            image_size: side of the square in pixels that pictures are resized to, or ``native``, which keeps their
+                shape; None takes what an exported folder says, where no limits of tokens are given, else ``native``.
             min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for those of the checkpoint's
                 training, else (and for an exported folder, which carries them there) the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and

@@ -24,6 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_cocoa.config import parse_image_size  # noqa: E402
+
 EXIT_BAD_INPUT = 2
 
 
@@ -40,7 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-column", default="image", metavar="NAME", help="default %(default)s")
     add("--instruction", default="", metavar="TEXT", help="put before each text as it stands")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default %(default)s)")
-    add("--image-size", type=int, metavar="PIXELS", help="resize pictures to a square of this side")
+    add("--image-size", type=parse_image_size, metavar="PIXELS",
+        help="native, or the side of a square (default: an export's own, else native)")  # fmt: skip
     add("--min-image-tokens", type=int, metavar="N", help="of a picture that keeps its shape (default: the model's)")
     add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")

@@ -30,6 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_cocoa.config import parse_image_size  # noqa: E402
+
 LAYOUT = {
     "tensor_model_parallel_size": "ranks that share each layer",
     "pipeline_model_parallel_size": "stages of layers, each on other ranks",
@@ -52,8 +54,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-root", metavar="DIR", help="image paths are relative to it and may not leave it")
     add("--output-path", metavar="DIR", help="folder for the scores")
     add("--tasks", nargs="+", metavar="NAME", help="these tasks alone (default: all of the benchmark)")
-    add("--image-size", type=_image_size, default=None, metavar="PIXELS",
-        help="native (default), or the side of a square such as 336, 448, 672")  # fmt: skip
+    add("--image-size", type=parse_image_size, metavar="PIXELS",
+        help="native, or the side of a square, such as 672 (default: an export's own, else native)")  # fmt: skip
     add("--min-image-tokens", type=int, metavar="N", help="of a picture that keeps its shape (default: the model's)")
     add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
@@ -73,10 +75,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.summarize is None and missing:
         parser.error(f"missing: {', '.join(missing)}")
     return args
-
-
-def _image_size(text: str) -> int | None:
-    return None if text == "native" else int(text)
 
 
 def summarize(folder: str) -> int:

@@ -7,7 +7,7 @@ fields are checked at construction, before any process group exists, so that a w
 
 from megatron_cocoa.config.adapter import LANGUAGE_TARGETS, VISION_TARGETS, AdapterSettings
 from megatron_cocoa.config.data import DataSettings, SourceSettings
-from megatron_cocoa.config.evaluation import EvaluationSettings
+from megatron_cocoa.config.evaluation import NATIVE, EvaluationSettings, ImageSize, parse_image_size
 from megatron_cocoa.config.model import FreezeSettings, ModelSettings, Recompute, RecomputeSettings
 from megatron_cocoa.config.names import STAGES, TEMPERATURE_RANGE
 from megatron_cocoa.config.parallel import ParallelSettings
@@ -30,8 +30,10 @@ __all__ = [
     "EmbeddingForm",
     "EvaluationSettings",
     "FreezeSettings",
+    "ImageSize",
     "LANGUAGE_TARGETS",
     "ModelSettings",
+    "NATIVE",
     "OptimizerSettings",
     "ParallelSettings",
     "Recompute",
@@ -44,4 +46,5 @@ __all__ = [
     "VISION_TARGETS",
     "ValidationSettings",
     "WarmupSettings",
+    "parse_image_size",
 ]

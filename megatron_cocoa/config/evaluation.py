@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cocoa.config.checks import require
+
+NATIVE = "native"
+"""Asks for pictures that keep their shape. None asks for nothing: it leaves the size to the model."""
+
+ImageSize = int | Literal["native"]
+"""The side in pixels of a square that pictures are resized to, or ``native``."""
+
+
+def parse_image_size(text: str) -> ImageSize:
+    """An ``ImageSize`` from the command line."""
+    if text == NATIVE:
+        return NATIVE
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture size: needed {NATIVE}, or a side in pixels")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -14,7 +30,8 @@ class EvaluationSettings:
 
     Args:
         image_size: side in pixels of the square that every picture is resized to (CoCoA evaluates at 672; 336 and
-            448 are its training sizes); None keeps their shape within the limits below (``native``).
+            448 are its training sizes); ``native`` keeps their shape within the limits below; None for the model's
+            own.
         min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape; None for those that the
             model was trained with, else the processor's.
         max_length: tokens per item, longer texts are cut and counted, image tokens never are; None for the model's
@@ -26,7 +43,7 @@ class EvaluationSettings:
         baselines: also embed each query without its picture, and without its text.
     """
 
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     min_image_tokens: int | None = None
     max_image_tokens: int | None = None
     max_length: int | None = None
@@ -39,5 +56,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         for name in ("image_size", "min_image_tokens", "max_image_tokens", "max_length", "batch_size"):
             value = getattr(self, name)
+            if name == "image_size" and value == NATIVE:
+                continue
             require(value is None or value >= 1, f"{name} is {value}, needs 1 or more")
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}, must not be negative")

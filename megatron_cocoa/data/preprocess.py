@@ -90,6 +90,11 @@ class PictureLoader:
         self.cutter = PatchCutter.of_processor(processor, vision)
 
     @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the square that every picture is resized to; None where they keep their shape."""
+        return self._image_size
+
+    @property
     def pixel_limits(self) -> tuple[int, int] | None:
         """Fewest and most pixels of a prepared picture; None where all are resized to one square."""
         return None if self._image_size is not None else self._pixel_limits

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_cocoa.config import EvaluationSettings
+from megatron_cocoa.config import NATIVE, EvaluationSettings
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.evaluation.metrics import TIE_TOLERANCE
@@ -37,9 +37,11 @@ def identity_of(
         hashes["processor_sha256"] = folder_sha256(processor_path)
 
     def complete(builder: SampleBuilder, options: PackOptions, benchmark: Benchmark) -> Identity:
-        bundle, limits = builder.bundle, builder.pictures.pixel_limits
+        bundle, pictures = builder.bundle, builder.pictures
+        limits = pictures.pixel_limits
         recorded: dict[str, Any] = {
-            "image_size": settings.image_size or "native",
+            # As pictures are sized, not as was asked: what is not asked for is left to the model.
+            "image_size": pictures.image_size or NATIVE,
             "pixel_limits": None if limits is None else list(limits),
             "max_length": builder.max_length,
             "dtype": settings.dtype,

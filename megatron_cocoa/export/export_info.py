@@ -10,8 +10,9 @@ from typing import Any
 from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.embedding_form import PLACEHOLDER_KEY, form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import config_of
+from megatron_cocoa.conversion.picture_sizes import IMAGE_SIZE_KEY
 from megatron_cocoa.data.preprocess import load_processor
-from megatron_cocoa.recipes.embedding_model import BRIDGE_KEY, IMAGE_SIZE_KEY
+from megatron_cocoa.recipes.embedding_model import BRIDGE_KEY
 
 DEFAULT_BRIDGE = "<|im_end|>"
 PROCESSOR_FILE = "preprocessor_config.json"

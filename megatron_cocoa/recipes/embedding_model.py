@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.config import ImageSize, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
 from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
+from megatron_cocoa.conversion.picture_sizes import PictureSizes
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.samples import SampleBuilder
@@ -25,9 +26,6 @@ from megatron_cocoa.recipes.stages import build_with_weights
 
 BRIDGE_KEY = "cocoa_bridge_token"
 """Where the ``config.json`` of an exported folder names the token that carries the embedding."""
-
-IMAGE_SIZE_KEY = "cocoa_image_size"
-"""Where it gives the side in pixels of the square that pictures are resized to; absent where they keep their shape."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def load_embedding_model(
     *,
     model_path: str | Path | None = None,
     dtype: str = "fp32",
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
     max_length: int | None = None,
@@ -60,10 +58,7 @@ def load_embedding_model(
 
     Args:
         path, model_path, dtype, max_length, bridge_token: as for ``CocoaEmbedder.from_pretrained``.
-        image_size: side of the square in pixels that pictures are resized to; None takes what an exported folder
-            says, where no limits of tokens are given, else keeps their shape.
-        min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for those of the checkpoint's
-            training, and where it had none, or the folder is an export, for those of ``preprocessor_config.json``.
+        image_size, min_image_tokens, max_image_tokens: likewise; see ``PictureSizes``.
         parallel: the layout that is initialised.
 
     Raises:
@@ -71,9 +66,10 @@ def load_embedding_model(
     """
     path = Path(path)
     settings, info = _settings_for(path, model_path, dtype, bridge_token, parallel)
-    sizes = {"image_size": image_size, "min_image_tokens": min_image_tokens, "max_image_tokens": max_image_tokens}
-    if all(value is None for value in sizes.values()):
-        sizes |= _sizes_of(path, info)
+    own = PictureSizes.of_config(_config_of_export(path)) if info is None else PictureSizes.of_checkpoint(info)
+    sizes = own.overridden_by(
+        image_size=image_size, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+    )
     form = form_of_config(_config_of_export(path)) if info is None else info.embedding_form
     context = prepare_context(settings)
     if info is not None:
@@ -89,16 +85,9 @@ def load_embedding_model(
         pad_to_multiple_of=context.pad_to_multiple_of,
         needs_pixels=topology.is_pipeline_first_stage(),
         form=form,
-        **sizes,
+        **asdict(sizes),
     )
     return EmbeddingModel(model, builder, options)
-
-
-def _sizes_of(path: Path, info: CheckpointInfo | None) -> dict[str, int | None]:
-    """What a model says of its pictures. A square is taken from exports alone, which were asked for it."""
-    if info is None:
-        return {"image_size": _config_of_export(path).get(IMAGE_SIZE_KEY)}
-    return {name: info.pictures.get(name) for name in ("min_image_tokens", "max_image_tokens")}
 
 
 def _settings_for(
