@@ -87,7 +87,8 @@ class CocoaEmbedder:
                 what the checkpoint carries, else the folder that the ``settings.yaml`` beside it names.
             dtype: ``fp32`` or ``bf16``, of parameters and activations.
             image_size: side of the square in pixels that pictures are resized to, or ``native``, which keeps their
-                shape; None takes what an exported folder says, where no limits of tokens are given, else ``native``.
+                shape; None sizes them as the checkpoint's training did, or as the exported folder says, unless limits
+                of tokens are given.
             min_image_tokens, max_image_tokens: of a picture that keeps its shape; None for those of the checkpoint's
                 training, else (and for an exported folder, which carries them there) the processor's limits.
             max_length: tokens per item; None for the model's ``max_position_embeddings``. Longer texts are cut, and

@@ -40,6 +40,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_cocoa.config import parse_image_size  # noqa: E402
 from megatron_cocoa.conversion.command import (  # noqa: E402
     DIALECT_NAMES,
     DTYPES,
@@ -91,10 +92,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     embedding.add_argument(
         "--image-size",
-        type=int,
+        type=parse_image_size,
         metavar="PIXELS",
-        help="resize pictures to a square of this side, as a stage with image_size does (hf only: "
-        "sentence-transformers cannot; default: pictures keep their shape)",
+        help="native, or the side of a square that pictures are resized to (default: as the model was trained, except "
+        "for sentence-transformers, which keeps pictures' shapes)",
     )
     for end, what in (("min", "fewest"), ("max", "most")):
         embedding.add_argument(
@@ -130,6 +131,7 @@ def convert(args: argparse.Namespace) -> bool:
 
 def _export(args: argparse.Namespace, conversion: dict):
     from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
+    from megatron_cocoa.export.export_info import read_export_info
     from megatron_cocoa.export.folder import EmbedderOptions, default_format, export_embedder
 
     chosen = default_format(args.mcore_path) if args.format == "auto" else args.format
@@ -154,7 +156,10 @@ def _export(args: argparse.Namespace, conversion: dict):
         min_image_tokens=args.min_image_tokens,
         max_image_tokens=args.max_image_tokens,
     )
-    return export_embedder(args.mcore_path, args.hf_path, options=options, **conversion)
+    report = export_embedder(args.mcore_path, args.hf_path, options=options, **conversion)
+    side = read_export_info(report.path).image_size
+    print("pictures keep their shape" if side is None else f"pictures are resized to {side} x {side} pixels")
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--instruction", default="", metavar="TEXT", help="put before each text as it stands")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default %(default)s)")
     add("--image-size", type=parse_image_size, metavar="PIXELS",
-        help="native, or the side of a square (default: an export's own, else native)")  # fmt: skip
+        help="native, or the side of a square (default: as the model was trained)")  # fmt: skip
     add("--min-image-tokens", type=int, metavar="N", help="of a picture that keeps its shape (default: the model's)")
     add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
@@ -76,6 +76,8 @@ def embed(args: argparse.Namespace) -> None:
         return embedder.encode(items, instruction=args.instruction, batch_size=args.batch_size)
 
     say = functools.partial(print, flush=True)
+    if launch.rank == 0:
+        say(embedder.builder.pictures.sizing)
     kept = embed_shards(corpus, encode, plan, rank=launch.rank, num_ranks=launch.world_size, say=say)
     print(f"rank {launch.rank}: done, {kept} shard(s) kept from before", flush=True)
     # Not after an error: other ranks may wait in a collective, which an orderly end would wait for too.
@@ -100,18 +102,24 @@ def _load(args: argparse.Namespace):
 
 def _made_from(args: argparse.Namespace, fingerprint: str) -> dict:
     """What the vectors depend on. Weights are told apart by path, names, sizes and times: hashing takes minutes."""
+    from megatron_cocoa.recipes.embedding_model import picture_sizes
+
     model = Path(args.model).resolve()
     if not model.is_dir():
         raise ValueError(f"{args.model} is not a folder: needed a Hugging Face folder or a Megatron checkpoint")
     files = sorted((file.name, file.stat().st_size, int(file.stat().st_mtime)) for file in model.iterdir())
-    sizes = ("image_size", "min_image_tokens", "max_image_tokens")
-    options = ("model_path", "instruction", "dtype", *sizes, "max_length")
+    limits = {name: getattr(args, name) for name in ("min_image_tokens", "max_image_tokens")}
+    sizes = picture_sizes(model, image_size=args.image_size, **limits)
+    options = ("model_path", "instruction", "dtype", "max_length")
     return {
         "corpus": str(Path(args.corpus).resolve()),
         "corpus_fingerprint": fingerprint,
         "model": str(model),
         "model_files": [list(entry) for entry in files],
         **{name: getattr(args, name) for name in options},
+        **limits,
+        # The square also where it is the model's own: what is taken as that is not the same in all versions.
+        "image_size": sizes.image_size or args.image_size,
     }
 
 

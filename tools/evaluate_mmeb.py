@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-path", metavar="DIR", help="folder for the scores")
     add("--tasks", nargs="+", metavar="NAME", help="these tasks alone (default: all of the benchmark)")
     add("--image-size", type=parse_image_size, metavar="PIXELS",
-        help="native, or the side of a square, such as 672 (default: an export's own, else native)")  # fmt: skip
+        help="native, or the side of a square, such as 672 (default: as the model was trained)")  # fmt: skip
     add("--min-image-tokens", type=int, metavar="N", help="of a picture that keeps its shape (default: the model's)")
     add("--max-image-tokens", type=int, metavar="N", help="likewise")
     add("--max-length", type=int, metavar="TOKENS", help="cut longer texts (default: the model's limit)")
@@ -111,6 +111,7 @@ def evaluate(args: argparse.Namespace) -> int:
     else:
         start_alone()
     encode, identity, versions = _load(args, settings, parallel, benchmark)
+    say(encode.builder.pictures.sizing)
     mmeb_run.evaluate(
         tasks,
         data_path=args.data_path,

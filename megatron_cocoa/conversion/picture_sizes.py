@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.config import NATIVE, ImageSize
+from megatron_cocoa.conversion.companions import run_settings
+
+SIZES = ("image_size", "min_image_tokens", "max_image_tokens")
 
 IMAGE_SIZE_KEY = "cocoa_image_size"
 """Where the ``config.json`` of an exported folder gives the side in pixels of the square that pictures are resized to;
@@ -32,9 +36,14 @@ class PictureSizes:
         return cls(image_size=content.get(IMAGE_SIZE_KEY))
 
     @classmethod
-    def of_checkpoint(cls, info: CheckpointInfo) -> PictureSizes:
-        """What a checkpoint says. A square is taken from exports alone, which were asked for it."""
-        return cls(None, info.pictures.get("min_image_tokens"), info.pictures.get("max_image_tokens"))
+    def of_checkpoint(cls, path: Path, info: CheckpointInfo) -> PictureSizes:
+        """Those of the stage that trained a checkpoint; of an imported one, what its ``config.json`` said.
+
+        Raises:
+            ValueError: if the settings of its run are needed, since it does not say, and are not readable.
+        """
+        stage = info.pictures or run_settings(path).get(info.stage)
+        return cls(**{name: stage.get(name) for name in SIZES}) if stage else cls.of_config(info.hf_config)
 
     def overridden_by(
         self, *, image_size: ImageSize | None, min_image_tokens: int | None, max_image_tokens: int | None

@@ -99,6 +99,13 @@ class PictureLoader:
         """Fewest and most pixels of a prepared picture; None where all are resized to one square."""
         return None if self._image_size is not None else self._pixel_limits
 
+    @property
+    def sizing(self) -> str:
+        """What becomes of a picture, in words."""
+        if self._image_size is not None:
+            return f"pictures are resized to {self._image_size} x {self._image_size} pixels"
+        return "pictures keep their shape, with {} to {} pixels".format(*self._pixel_limits)
+
     def load(self, image_path: PictureRef) -> np.ndarray:
         """The picture at ``image_path`` (relative to the root, or stored elsewhere), resized.
 

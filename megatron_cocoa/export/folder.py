@@ -14,10 +14,11 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, read_info
-from megatron_cocoa.config import EmbeddingForm
+from megatron_cocoa.config import NATIVE, EmbeddingForm, ImageSize
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
+from megatron_cocoa.conversion.picture_sizes import PictureSizes
 from megatron_cocoa.embedder import CocoaEmbedder
 from megatron_cocoa.export.export_info import (
     DEFAULT_BRIDGE,
@@ -40,7 +41,8 @@ class EmbedderOptions:
     Args:
         format: ``hf``, or ``sentence-transformers`` for the same folder with that library's modules.
         bridge_token: token that carries the embedding; None for the run's, else ``<|im_end|>``.
-        image_size: side in pixels of the square that pictures are resized to; None keeps their shape.
+        image_size: side in pixels of the square that pictures are resized to, or ``native``, which keeps their shape;
+            None for what the checkpoint's training did, where ``format`` can express it and no limits are given.
         min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape, written as pixel limits into
             ``preprocessor_config.json``, which every library reads; None for those of the training, and where it had
             none, for those of the model's own folder.
@@ -52,7 +54,7 @@ class EmbedderOptions:
 
     format: Literal["hf", "sentence-transformers"] = "hf"
     bridge_token: str | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     golden: bool = True
     min_image_tokens: int | None = None
     max_image_tokens: int | None = None
@@ -60,7 +62,8 @@ class EmbedderOptions:
     def __post_init__(self) -> None:
         if self.format not in ("hf", "sentence-transformers"):
             raise ValueError(f"format is {self.format!r}, needs hf or sentence-transformers")
-        if self.image_size is not None and self.format == "sentence-transformers":
+        is_square = self.image_size not in (None, NATIVE)
+        if is_square and self.format == "sentence-transformers":
             raise ValueError(
                 f"image_size {self.image_size} cannot be exported for sentence-transformers: it prepares pictures with "
                 f"transformers' Qwen2VLImageProcessor, which keeps a picture's shape under every setting "
@@ -68,11 +71,21 @@ class EmbedderOptions:
                 f"and resize pictures before encode, or export with --format hf"
             )
         limits = self.min_image_tokens, self.max_image_tokens
-        if self.image_size is not None and limits != (None, None):
+        if is_square and limits != (None, None):
             raise ValueError(
                 f"image_size {self.image_size} fixes the size of every picture: min_image_tokens and max_image_tokens "
                 f"{limits} would have no effect; leave out the one or the others"
             )
+
+    def sizes(self, own: PictureSizes) -> PictureSizes:
+        """How the exported model sizes pictures, for a checkpoint with sizes of its own."""
+        asked = self.image_size
+        # Refused above where it is asked for; where the training did it, the export says what it cannot do.
+        if asked is None and self.format == "sentence-transformers":
+            asked = NATIVE
+        return own.overridden_by(
+            image_size=asked, min_image_tokens=self.min_image_tokens, max_image_tokens=self.max_image_tokens
+        )
 
 
 def default_format(mcore_path: str | Path) -> Literal["plain", "hf"]:
@@ -133,10 +146,11 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     settings = run_settings(source)
     bridge_token = options.bridge_token or (settings.get("model") or {}).get("bridge_token") or DEFAULT_BRIDGE
     stage = "" if info is None else info.stage
-    trained = (info and info.pictures) or settings.get(stage) or {}
-    _check_image_size(options.image_size, folder)
-    if options.image_size is None and (folder / PROCESSOR_FILE).is_file():
-        _write_limits(folder, options, trained)
+    own = PictureSizes() if info is None else PictureSizes.of_checkpoint(source, info)
+    sizes = options.sizes(own)
+    _check_image_size(sizes.image_size, folder)
+    if sizes.image_size is None and (folder / PROCESSOR_FILE).is_file():
+        write_image_limits(folder, min_tokens=sizes.min_image_tokens, max_tokens=sizes.max_image_tokens)
     form = EmbeddingForm() if info is None else info.embedding_form
     if form.image_placeholder == "bare" and options.format == "sentence-transformers":
         raise ValueError(
@@ -144,7 +158,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
             f"sentence-transformers: with it transformers gives pictures positions in rows and columns, bare ones have "
             f"none. Export with --format hf"
         )
-    config = make_embedding_config(folder, ExportInfo(bridge_token, options.image_size, form))
+    config = make_embedding_config(folder, ExportInfo(bridge_token, sizes.image_size, form))
     # The published template would put a conversation's markers between the text and the bridge.
     for name in ("chat_template.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
@@ -159,7 +173,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
         bridge_token=bridge_token,
         default_bridge=bridge_token == DEFAULT_BRIDGE,
         sentence_transformers=with_modules,
-        image_size=options.image_size,
+        image_size=sizes.image_size,
         golden=with_golden,
         form=form,
     )
@@ -168,28 +182,25 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
         _check_bridge(folder, bridge_token, info.bridge_token_id)
     if with_golden:
         _golden(folder)
-    return _lines(options, missing, stage, trained.get("image_size"))
+    lines = _lines(options, missing)
+    if own.image_size not in (None, sizes.image_size):
+        lines.append(_departure(options, stage, own.image_size, sizes.image_size))
+    return lines
 
 
-def _lines(options: EmbedderOptions, missing: list[str], stage: str, trained_size: int | None) -> list[str]:
+def _lines(options: EmbedderOptions, missing: list[str]) -> list[str]:
     lines = []
     if missing:
         lines.append(f"{', '.join(missing)}, and with them golden.json: --companions names the folder that has them")
     elif not options.golden:
         lines.append("golden.json, as asked: this installation and others cannot be compared")
-    if trained_size is not None and options.image_size is None:
-        lines.append(
-            f"the picture size of the training: stage {stage} resized pictures to {trained_size} x {trained_size}, the "
-            f"folder keeps their shape; --format hf --image-size {trained_size} resizes them"
-        )
     return lines
 
 
-def _write_limits(folder: Path, options: EmbedderOptions, trained: dict[str, Any]) -> None:
-    asked = options.min_image_tokens, options.max_image_tokens
-    if asked == (None, None):
-        asked = trained.get("min_image_tokens"), trained.get("max_image_tokens")
-    write_image_limits(folder, min_tokens=asked[0], max_tokens=asked[1])
+def _departure(options: EmbedderOptions, stage: str, own: int, exported: int | None) -> str:
+    does = "keeps their shape" if exported is None else f"resizes them to {exported} x {exported}"
+    why = ", as asked" if options.format == "hf" else "; --format hf resizes them, too"
+    return f"the picture size of the training: stage {stage} resized pictures to {own} x {own}, the folder {does}{why}"
 
 
 def _check_image_size(image_size: int | None, folder: Path) -> None:

@@ -66,9 +66,8 @@ def load_embedding_model(
     """
     path = Path(path)
     settings, info = _settings_for(path, model_path, dtype, bridge_token, parallel)
-    own = PictureSizes.of_config(_config_of_export(path)) if info is None else PictureSizes.of_checkpoint(info)
-    sizes = own.overridden_by(
-        image_size=image_size, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+    sizes = picture_sizes(
+        path, image_size=image_size, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
     )
     form = form_of_config(_config_of_export(path)) if info is None else info.embedding_form
     context = prepare_context(settings)
@@ -90,27 +89,58 @@ def load_embedding_model(
     return EmbeddingModel(model, builder, options)
 
 
+def picture_sizes(
+    path: str | Path,
+    *,
+    image_size: ImageSize | None = None,
+    min_image_tokens: int | None = None,
+    max_image_tokens: int | None = None,
+) -> PictureSizes:
+    """How pictures are sized for a model, which is not loaded for it.
+
+    Args:
+        path: as for ``CocoaEmbedder.from_pretrained``.
+        image_size, min_image_tokens, max_image_tokens: asked for instead of the model's own.
+
+    Raises:
+        ValueError: if ``path`` is no model, or ``image_size`` is no size.
+    """
+    path = Path(path)
+    info = _info_of(path)
+    own = PictureSizes.of_config(_config_of_export(path)) if info is None else PictureSizes.of_checkpoint(path, info)
+    return own.overridden_by(
+        image_size=image_size, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+    )
+
+
+def _info_of(path: Path) -> CheckpointInfo | None:
+    """What a checkpoint holds; None for an exported or published folder."""
+    if (path / INFO_FILE).is_file():
+        return read_info(path)
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return None
+    raise ValueError(
+        f"{path} is neither a Hugging Face folder with config.json and safetensors, nor a Megatron checkpoint with "
+        f"{INFO_FILE}"
+    )
+
+
 def _settings_for(
     path: Path, model_path: str | Path | None, dtype: str, bridge_token: str | None, parallel: ParallelSettings
 ) -> tuple[TrainSettings, CheckpointInfo | None]:
     if dtype not in ("fp32", "bf16"):
         raise ValueError(f"dtype is {dtype!r}, needs fp32 or bf16")
-    if (path / INFO_FILE).is_file():
-        info = read_info(path)
+    info = _info_of(path)
+    if info is not None:
         chosen, tokens = _folder_of_checkpoint(path, model_path)
         more: dict[str, Any] = {"load": str(path)} | tokens
         with TorchDistReader(path) as reader:
             more["vision_ffn_multiple"] = StackedTensors(reader).vision_ffn_multiple
-    elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        info, chosen, content = None, Path(model_path or path), _config_of_export(path)
+    else:
+        chosen, content = Path(model_path or path), _config_of_export(path)
         more = {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
         if chosen != path:
             raise ValueError(f"{path} is a Hugging Face folder, which brings its own tokenizer: leave model_path out")
-    else:
-        raise ValueError(
-            f"{path} is neither a Hugging Face folder with config.json and safetensors, nor a Megatron checkpoint with "
-            f"{INFO_FILE}"
-        )
     if bridge_token is not None:
         more["bridge_token"] = bridge_token
     return TrainSettings(model=ModelSettings(path=str(chosen), dtype=dtype, **more), parallel=parallel), info

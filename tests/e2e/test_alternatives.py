@@ -56,6 +56,7 @@ def test_what_the_run_measured_is_what_the_embedder_computes(run, stage, form):
     # The run measures with the picture size of stage 3, whichever stage it has trained.
     saved = yaml.safe_load((output / "settings.yaml").read_text())
     sizes = {name: saved["contrastive"][name] for name in ("image_size", "min_image_tokens", "max_image_tokens")}
+    sizes["image_size"] = sizes["image_size"] or "native"
     embedder = CocoaEmbedder.from_pretrained(output / stage / "checkpoint", dtype=saved["model"]["dtype"], **sizes)
     assert (embedder.form.attention, embedder.form.image_placeholder) == form
     texts = embedder.encode([row["caption"] for row in rows])

@@ -66,6 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_files(folders, tmp_path):
     finished = len(list(output.glob("shard-*")))
     assert 3 <= finished < NUM_ROWS, f"{finished} shards were done: the kill came too early or too late"
     text = run(command(folders, output, ranks=2))
+    assert text.count("pictures keep their shape, with 3136 to 3136 pixels") == 1
     assert text.count("kept\n") == finished
     assert content(output) == wanted
     vectors = np.concatenate([np.load(output / name) for name in sorted(wanted) if name.endswith(".npy")])
@@ -77,7 +78,8 @@ def test_export_and_check_from_the_command_line(folders, tmp_path):
     """Claim: the two commands of the documentation work, and the exported files are those of the function."""
     target = tmp_path / "exported"
     arguments = ["--mcore-path", folders.checkpoint, "--hf-path", target, "--format", "sentence-transformers"]
-    run([sys.executable, "tools/convert_mcore_to_hf.py", *map(str, arguments), "--verify"])
+    text = run([sys.executable, "tools/convert_mcore_to_hf.py", *map(str, arguments), "--verify"])
+    assert "pictures keep their shape" in text
     assert "9 of 9" in run([sys.executable, "-m", "megatron_cocoa.export.check_golden", str(target)])
     names = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
     assert names == {str(f.relative_to(folders.exported)) for f in folders.exported.rglob("*") if f.is_file()}

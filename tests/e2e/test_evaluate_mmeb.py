@@ -46,6 +46,7 @@ def test_scores_from_the_command_line(folders, tmp_path):
     """Claim: one task gives files, a table that names what is missing, and a summary from the files alone."""
     output = tmp_path / "out"
     text = run(command(folders, output, "--tasks", "i2t", "--baselines"))
+    assert "pictures keep their shape, with 3136 to 3136 pixels" in text
     assert "missing (1): t2i" in text and "1 of 2 tasks" in text
     names = {"i2t_score.json", "i2t_pred.txt", "i2t_evidence.json", "summary.json", "report.html"}
     assert {file.name for file in output.iterdir()} == names

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,6 +55,17 @@ def test_native_is_native_also_for_an_export_of_squares(folders):
     assert sized(folders.exported, "--image-size", "56") == ({"image_size": 56, "pixel_limits": None}, (56, 56))
     bounded, (height, width) = sized(folders.exported, "--max-image-tokens", "36")
     assert bounded == {"image_size": "native", "pixel_limits": [LIMITS[0], 36 * 14**2]} and height < width
+
+
+def test_a_checkpoint_is_evaluated_at_the_size_of_its_training(folders, tmp_path):
+    """Claim: a checkpoint that was trained on squares has them in its score file as its export has; `native` is asked
+    for."""
+    checkpoint = shutil.copytree(folders.checkpoint, tmp_path / "checkpoint")
+    info = json.loads((checkpoint / "cocoa.json").read_text()) | {"stage": "contrastive"}
+    (checkpoint / "cocoa.json").write_text(json.dumps(info | {"pictures": {"image_size": SIDE}}))
+    assert sized(checkpoint) == sized(folders.exported) == ({"image_size": SIDE, "pixel_limits": None}, (SIDE, SIDE))
+    native = sized(checkpoint, "--image-size", "native")
+    assert native == sized(folders.exported, "--image-size", "native") and native[0]["image_size"] == "native"
 
 
 def test_a_model_without_a_size_of_its_own_is_recorded_as_before(folders):

@@ -16,11 +16,14 @@ from PIL import Image
 from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.checkpoint.convert import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.export.check_golden import check_golden
+from megatron_cocoa.export.embed_corpus import ShardPlan, prepare_output
 from megatron_cocoa.export.export_info import read_export_info
 from megatron_cocoa.export.folder import EmbedderOptions, default_format, export_embedder
 from megatron_cocoa.export.plain_transformers import PlainEmbedder
 from tests.unit.exported_folders import Folders, write_exported
+from tools.embed import _made_from, parse
 
 SIDE = 70
 
@@ -106,17 +109,87 @@ def run(qwen2, tmp_path_factory) -> Path:
 
 
 def test_a_run_is_exported_with_its_own_tokenizer(qwen2, run, tmp_path):
-    """Claim: the run's settings, in its output folder, say where the tokenizer is and which picture size it trained
-    with; the export says where it departs from that, and CocoaEmbedder finds the same folder."""
+    """Claim: the run's settings, in its output folder, say where the tokenizer is, and CocoaEmbedder finds the same
+    folder."""
     assert default_format(run) == "hf" and default_format(qwen2.checkpoint) == "plain"
     report = export_embedder(run, tmp_path / "exported", options=EmbedderOptions("hf"))
     said = "\n".join(report.left_out)
-    assert f"stage contrastive resized pictures to {SIDE} x {SIDE}" in said and "row" in said and "mask token" in said
+    assert "picture size" not in said and "row" in said and "mask token" in said
     assert all(result.passed for result in check_golden(tmp_path / "exported"))
     found = CocoaEmbedder.from_pretrained(run).encode(items())
     assert np.array_equal(found, CocoaEmbedder.from_pretrained(tmp_path / "exported").encode(items()))
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
-    assert config["text_config"]["is_causal"] is False and "cocoa_image_size" not in config
+    assert config["text_config"]["is_causal"] is False
+
+
+def sizes_of(path: Path, **options) -> tuple[int | None, tuple[int, int] | None]:
+    pictures = CocoaEmbedder.from_pretrained(path, **options).builder.pictures
+    return pictures.image_size, pictures.pixel_limits
+
+
+@pytest.mark.parametrize("said_by", ["checkpoint", "settings of the run"])
+def test_squares_travel_with_the_model(run, tmp_path, said_by):
+    """Claim: a checkpoint, its export, transformers as the card says and the export converted back resize pictures as
+    the training did, with nothing said at loading, and give the same vectors; `native` keeps shapes in all of them."""
+    if said_by == "checkpoint":
+        output = shutil.copytree(run.parents[1], tmp_path / "output")
+        checkpoint = output / run.relative_to(run.parents[1])
+        (output / "settings.yaml").write_text((output / "settings.yaml").read_text().replace(str(SIDE), "140"))
+        pictures = {"image_size": SIDE, "min_image_tokens": None, "max_image_tokens": None}
+        info = json.loads((checkpoint / "cocoa.json").read_text()) | {"pictures": pictures}
+        (checkpoint / "cocoa.json").write_text(json.dumps(info))
+    else:
+        checkpoint = run
+    export_embedder(checkpoint, tmp_path / "exported", options=EmbedderOptions("hf"))
+    convert_hf_to_mcore(tmp_path / "exported", tmp_path / "back")
+    forms = [checkpoint, tmp_path / "exported", tmp_path / "back"]
+    assert [sizes_of(form) for form in forms] == [(SIDE, None)] * 3
+    assert [sizes_of(form, image_size=2 * SIDE) for form in forms] == [(2 * SIDE, None)] * 3
+    limits = (56 * 56, 56 * 56)
+    assert [sizes_of(form, image_size="native") for form in forms] == [(None, limits)] * 3
+    assert [sizes_of(form, min_image_tokens=9) for form in forms] == [(None, (9 * 14**2, limits[1]))] * 3
+    vectors = CocoaEmbedder.from_pretrained(checkpoint).encode(items())
+    for form in forms[1:]:
+        assert np.array_equal(CocoaEmbedder.from_pretrained(form).encode(items()), vectors)
+    assert f"image_size={SIDE})" in (tmp_path / "exported" / "README.md").read_text()
+    wanted = plain_vectors(PlainEmbedder(tmp_path / "exported", image_size=SIDE))
+    assert distances(vectors, wanted).max() < 1e-6
+    assert all(result.passed for result in check_golden(tmp_path / "exported"))
+
+
+@pytest.mark.parametrize(
+    ("options", "side", "line"),
+    [
+        (EmbedderOptions("hf", image_size="native", golden=False), None, "keeps their shape, as asked"),
+        (EmbedderOptions("hf", max_image_tokens=20, golden=False), None, "keeps their shape, as asked"),
+        (EmbedderOptions("hf", image_size=56, golden=False), 56, "resizes them to 56 x 56, as asked"),
+        (EmbedderOptions("sentence-transformers", golden=False), None, "keeps their shape; --format hf resizes them"),
+    ],
+    ids=["native", "limits", "other square", "sentence-transformers"],
+)
+def test_an_export_says_where_it_departs_from_the_size_of_the_training(run, tmp_path, options, side, line):
+    """Claim: another picture size than the training's is exported where it is asked for, or where the format has none,
+    and said; CocoaEmbedder does what the folder's other readers do."""
+    report = export_embedder(run, tmp_path / "exported", options=options)
+    assert f"stage contrastive resized pictures to {SIDE} x {SIDE}, the folder {line}" in report.left_out[-1]
+    assert read_export_info(tmp_path / "exported").image_size == side == sizes_of(tmp_path / "exported")[0]
+
+
+def test_vectors_of_another_picture_size_are_not_mixed(run, tmp_path):
+    """Claim: a folder of vectors says the square that the model brought along, so that one of another size, or one of a
+    version that kept pictures' shapes, is not continued."""
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n')
+
+    def made_from(*arguments: str) -> dict:
+        needed = ("--model", str(run), "--corpus", str(tmp_path / "corpus.jsonl"), "--output", str(tmp_path / "out"))
+        return _made_from(parse([*needed, *arguments]), "fingerprint")
+
+    assert made_from() == made_from("--image-size", str(SIDE))
+    assert made_from()["image_size"] == SIDE and made_from("--image-size", "native")["image_size"] == "native"
+    plan = ShardPlan(tmp_path / "out", num_items=1, shard_size=1)
+    prepare_output(plan, made_from() | {"image_size": None})
+    with pytest.raises(ValueError, match=f"another image_size .image_size was None, is now {SIDE}"):
+        prepare_output(plan, made_from())
 
 
 def test_what_an_embedding_model_lacks_is_said(run, tmp_path):
@@ -157,7 +230,7 @@ def test_limits_of_pictures_travel_with_the_model(qwen2, run, tmp_path, older_na
     assert np.array_equal(vectors, own.encode(items()))
     wanted = plain_vectors(PlainEmbedder(tmp_path / "exported"))
     assert distances(vectors, wanted).max() < 1e-6
-    unbounded = CocoaEmbedder.from_pretrained(run).encode(items())
+    unbounded = CocoaEmbedder.from_pretrained(run, image_size="native").encode(items())
     assert distances(unbounded[3:], wanted[3:]).max() > 1e-4, "the limits are not without effect"
     asked = EmbedderOptions("sentence-transformers", max_image_tokens=20, golden=False)
     export_embedder(checkpoint, tmp_path / "asked", companions=companions, options=asked)
