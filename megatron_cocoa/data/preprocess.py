@@ -79,7 +79,7 @@ class PictureLoader:
         self._processor = processor
         self._vision = vision
         self._image_size = image_size
-        self._pixel_limits = _pixel_limits(processor, vision, min_image_tokens, max_image_tokens)
+        self._pixel_limits = limits_in_pixels(processor, min_tokens=min_image_tokens, max_tokens=max_image_tokens)
         self._max_source_pixels = max_source_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -194,10 +194,15 @@ class PictureLoader:
             raise PictureError("aspect_ratio", f"a picture of {width} x {height} pixels: {error}") from error
 
 
-def _pixel_limits(
-    processor: Qwen2VLImageProcessorPil, vision: VisionGeometry, min_tokens: int | None, max_tokens: int | None
+def limits_in_pixels(
+    processor: Qwen2VLImageProcessorPil, *, min_tokens: int | None, max_tokens: int | None
 ) -> tuple[int, int]:
-    per_token = vision.size_factor**2
+    """Fewest and most pixels of a picture that keeps its shape, from merged units; None for the processor's own.
+
+    Raises:
+        ValueError: if the smallest picture would be larger than the largest.
+    """
+    per_token = (processor.patch_size * processor.merge_size) ** 2
     low = processor.size["shortest_edge"] if min_tokens is None else min_tokens * per_token
     high = processor.size["longest_edge"] if max_tokens is None else max_tokens * per_token
     if not 0 < low <= high:

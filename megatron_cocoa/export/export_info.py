@@ -11,7 +11,7 @@ from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.embedding_form import PLACEHOLDER_KEY, form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import config_of
 from megatron_cocoa.conversion.picture_sizes import IMAGE_SIZE_KEY
-from megatron_cocoa.data.preprocess import load_processor
+from megatron_cocoa.data.preprocess import limits_in_pixels, load_processor
 from megatron_cocoa.recipes.embedding_model import BRIDGE_KEY
 
 DEFAULT_BRIDGE = "<|im_end|>"
@@ -63,16 +63,7 @@ def write_image_limits(folder: Path, *, min_tokens: int | None, max_tokens: int 
     """
     if min_tokens is max_tokens is None:
         return
-    processor = load_processor(folder)
-    per_token = (processor.patch_size * processor.merge_size) ** 2
-    low = processor.size["shortest_edge"] if min_tokens is None else min_tokens * per_token
-    high = processor.size["longest_edge"] if max_tokens is None else max_tokens * per_token
-    if not 0 < low <= high:
-        raise ValueError(
-            f"pictures would have at least {low} and at most {high} pixels ({per_token} make one image token): the "
-            f"limits are min_image_tokens {min_tokens} and max_image_tokens {max_tokens}, where None stands for those "
-            f"of {PROCESSOR_FILE}"
-        )
+    low, high = limits_in_pixels(load_processor(folder), min_tokens=min_tokens, max_tokens=max_tokens)
     file = folder / PROCESSOR_FILE
     content = json.loads(file.read_text(encoding="utf-8"))
     # Published files name the same limits twice, and the older names win where transformers finds them.

@@ -245,7 +245,7 @@ def test_sizes_that_cannot_be_expressed_are_refused(run, tmp_path):
         export_embedder(run, tmp_path / "x", options=EmbedderOptions("hf", image_size=60, golden=False))
     with pytest.raises(ValueError, match="would have no effect"):
         EmbedderOptions("hf", image_size=SIDE, max_image_tokens=9)
-    with pytest.raises(ValueError, match="would have at least 3920 and at most 196 pixels"):
+    with pytest.raises(ValueError, match="would need at least 3920 and at most 196 pixels"):
         options = EmbedderOptions("hf", min_image_tokens=20, max_image_tokens=1, golden=False)
         export_embedder(run, tmp_path / "x", options=options)
     with pytest.raises(ValueError, match="format is 'onnx'"):
