@@ -61,6 +61,6 @@ class PictureSizes:
         if isinstance(image_size, str) and image_size != NATIVE:
             raise ValueError(f"image_size is {image_size!r}, needs a side in pixels, {NATIVE}, or None for the model's")
         side = None if image_size == NATIVE else image_size
-        if side is not None or not min_image_tokens is max_image_tokens is None:
+        if side is not None or (min_image_tokens, max_image_tokens) != (None, None):
             return PictureSizes(side, min_image_tokens, max_image_tokens)
         return replace(self, image_size=None) if image_size == NATIVE else self
