@@ -11,6 +11,7 @@ Nothing here reads the environment or imports torch, so that a mistyped key fail
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -90,8 +91,11 @@ def save_settings(settings: TrainSettings, path: str | Path) -> None:
     Raises:
         OSError: if ``path`` cannot be written.
     """
-    text = yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    new.write_text(yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    # A run cannot be resumed without them: a full disk must not cost those that are there.
+    os.replace(new, path)
 
 
 def _split_options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

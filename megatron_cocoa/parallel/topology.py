@@ -22,11 +22,17 @@ _file_group: dist.ProcessGroup | None = None
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """What the launcher says about this process (torchrun's environment; one lone rank without it)."""
+    """What the launcher says about this process (torchrun's environment; one lone rank without it).
+
+    job:        of the batch system, or else torchrun's name of the run; the same for each of its starts.
+    is_restart: whether the launcher or the batch system has started the job before.
+    """
 
     rank: int
     world_size: int
     local_rank: int
+    job: str = ""
+    is_restart: bool = False
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> LaunchInfo:
@@ -34,6 +40,8 @@ class LaunchInfo:
             rank=int(env.get("RANK", "0")),
             world_size=int(env.get("WORLD_SIZE", "1")),
             local_rank=int(env.get("LOCAL_RANK", "0")),
+            job=env.get("SLURM_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
+            is_restart=any(int(env.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")),
         )
 
 

@@ -21,7 +21,7 @@ from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
 from megatron_cocoa.model.build import row_multiple
 from megatron_cocoa.model.language import padded_vocab_size
-from megatron_cocoa.recipes.resume import SETTINGS_FILE, holds_run
+from megatron_cocoa.recipes.resume import JOB_FILE, SETTINGS_FILE, holds_run
 
 TOY_FOLDER = "outputs/toy"
 """Where the toy preset's data and model folder are prepared, relative to the working directory."""
@@ -171,7 +171,7 @@ def check_output(settings: TrainSettings) -> None:
         raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
 
 
-RUN_FILES = (SETTINGS_FILE, "report.html", "results.json")
+RUN_FILES = (SETTINGS_FILE, JOB_FILE, "report.html", "results.json")
 
 
 def clear_output(settings: TrainSettings) -> None:

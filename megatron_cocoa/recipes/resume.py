@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.writer import restore_replaced
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
+from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.settings import settings_to_dict
 from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
 
 SETTINGS_FILE = "settings.yaml"
+JOB_FILE = ".job"
+"""Below a run's folder: the job that it belongs to, as ``LaunchInfo`` names it."""
+
 STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
 """Below a stage's folder: the weights that it hands over, and the folder of what it can be resumed from."""
 
@@ -43,6 +47,17 @@ class StagePlace:
 def holds_run(output: Path) -> bool:
     """Whether ``output`` belongs to a run that was started."""
     return (output / SETTINGS_FILE).is_file()
+
+
+def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:
+    """Settings that go on with the run where the launcher has started the job again that began it.
+
+    The command is the same one each time: with ``overwrite`` every restart would remove what the starts before it
+    have trained, and without ``resume`` it would be refused. Every rank calls it before any writes.
+    """
+    path = Path(settings.output_dir) / JOB_FILE
+    is_own = launch.is_restart and path.is_file() and path.read_text(encoding="utf-8") == launch.job
+    return replace(settings, overwrite=False, resume=True) if is_own else settings
 
 
 def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:

@@ -16,7 +16,15 @@ from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext, check_output, clear_output, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
 from megatron_cocoa.recipes.findings import Findings, describe, write_results
-from megatron_cocoa.recipes.resume import SETTINGS_FILE, StagePlace, check_same_run, find_places, holds_run
+from megatron_cocoa.recipes.resume import (
+    JOB_FILE,
+    SETTINGS_FILE,
+    StagePlace,
+    after_restart,
+    check_same_run,
+    find_places,
+    holds_run,
+)
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
 from megatron_cocoa.recipes.stages import StageSummary, build_loader, build_with_weights, check_microbatches, run_stage
 from megatron_cocoa.settings import save_settings
@@ -47,6 +55,7 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
         FloatingPointError: if step after step has no finite loss.
     """
     started = time.perf_counter()
+    settings = after_restart(settings, launch)
     settings.parallel.data_parallel_size(launch.world_size)
     if launch.rank == 0:
         check_output(settings)
@@ -55,7 +64,7 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     places = _find_places(context)
     _announce(context, launch, places or {})
     loaders = _checked_loaders(context, places or {})
-    _claim_output(context, is_resumed=places is not None)
+    _claim_output(context, launch, is_resumed=places is not None)
     minutes = settings.checkpoint.time_budget_minutes
     budget = None if minutes is None else minutes * 60
     with StopWatch(budget_seconds=budget, spent_seconds=seconds_since_start) as stop:
@@ -90,12 +99,13 @@ def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
     return find_places(context.output, [*context.settings.stages, BASELINE])
 
 
-def _claim_output(context: RunContext, *, is_resumed: bool) -> None:
+def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) -> None:
     """Make the output folder this run's own, on the first rank."""
     if topology.is_first_rank():
         if not is_resumed:
             clear_output(context.settings)
         save_settings(context.settings, context.output / SETTINGS_FILE)
+        (context.output / JOB_FILE).write_text(launch.job, encoding="utf-8")
 
 
 def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict[str, StageLoader | ReplicaLoader]:

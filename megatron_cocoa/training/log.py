@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-METRICS_FILE, VALIDATION_FILE = "metrics.jsonl", "validation.jsonl"
+METRICS_FILE, VALIDATION_FILE, WANDB_FILE = "metrics.jsonl", "validation.jsonl", "wandb.id"
 _NOT_IN_BAR = frozenset(
     "seconds lr tokens tokens_per_second_per_gpu samples_per_second_per_gpu tflops_per_second_per_gpu hfu "
     "skipped_samples data_wait memory_gib".split()
@@ -49,11 +50,12 @@ class StageLog:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, VALIDATION_FILE):
             _cut_after(folder / name, done)
-        self.lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        # By the line: a checkpoint counts on those of the steps before it.
+        self.lines = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self.validations = folder / VALIDATION_FILE
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self.bar = tqdm(total=steps, initial=done, desc=stage, unit="step", mininterval=1.0)
-        self.wandb = None if wandb_project is None else _start_wandb(wandb_project, folder, stage)
+        self.wandb = None if wandb_project is None else _start_wandb(wandb_project, folder, stage, done=done)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step, counted from 1. ``metrics`` are floats by name."""
@@ -63,7 +65,6 @@ class StageLog:
         self._record(step, metrics)
         self.bar.update()
         if step % self.interval == 0:
-            self.lines.flush()
             shown = {k: v for k, v in metrics.items() if k not in _NOT_IN_BAR and not (k == "skipped_steps" and not v)}
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
@@ -118,7 +119,8 @@ def _cut_after(path: Path, done: int) -> None:
     os.replace(new, path)
 
 
-def _start_wandb(project: str, folder: Path, stage: str):
+def _start_wandb(project: str, folder: Path, stage: str, *, done: int):
+    """The stage's run there, the same one again where the stage goes on."""
     try:
         import wandb
     except ImportError as error:
@@ -126,6 +128,10 @@ def _start_wandb(project: str, folder: Path, stage: str):
             f"wandb_project is {project!r}, but the wandb package is not installed: pip install wandb, or set "
             f"wandb_project to null"
         ) from error
-    run = wandb.init(project=project, dir=str(folder), name=f"{folder.parent.name}/{stage}", resume="allow")
+    known = folder / WANDB_FILE
+    identity = known.read_text(encoding="utf-8") if done and known.is_file() else uuid.uuid4().hex
+    known.write_text(identity, encoding="utf-8")
+    name = f"{folder.parent.name}/{stage}"
+    run = wandb.init(project=project, dir=str(folder), name=name, id=identity, resume="allow")
     run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
     return run

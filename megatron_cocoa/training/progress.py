@@ -17,6 +17,7 @@ class Progress:
     seconds:        wall time of the steps, over all processes that have worked on the stage.
     data_wait:      what of it the first rank spent waiting for its loader.
     best_value, best_step: of the validation's metric; None before the first.
+    validated:      the step that was validated last.
     """
 
     step: int = 0
@@ -28,6 +29,7 @@ class Progress:
     data_wait: float = 0.0
     best_value: float | None = None
     best_step: int | None = None
+    validated: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -126,15 +126,25 @@ def train_stage(
         ValueError: if a checkpoint cannot be written or loaded.
     """
     trainer = _StageTrainer(model, objective, loader, stage, settings, keeping, meter)
-    while trainer.progress.step < stage.steps:
-        log.step(trainer.progress.step + 1, trainer.step())
-        if validation is not None and trainer.progress.step % validation.interval == 0:
-            log.validation(trainer.progress.step, trainer.validate(validation))
-        reason = trainer.keep()
+    progress = trainer.progress
+
+    def validate_if_due() -> None:
+        if validation is not None and progress.step % validation.interval == 0 and progress.step != progress.validated:
+            log.validation(progress.step, trainer.validate(validation))
+
+    # Of the step that an earlier process stopped after.
+    validate_if_due()
+    while progress.step < stage.steps:
+        log.step(progress.step + 1, trainer.step())
+        reason = trainer.reason_to_stop()
+        if reason is None:
+            # A stop has to be quick: what sends the signal kills the run soon after.
+            validate_if_due()
+        trainer.keep(is_stopping=reason is not None)
         if reason is not None:
-            return StageResult(trainer.progress, reason)
+            return StageResult(progress, reason)
     trainer.finish()
-    return StageResult(trainer.progress)
+    return StageResult(progress)
 
 
 class _StageTrainer:
@@ -226,6 +236,7 @@ class _StageTrainer:
     def validate(self, validation: Validation) -> Metrics:
         """Measure, and keep the weights if they are the best so far."""
         progress = self.progress
+        progress.validated = progress.step
         with whole_parameters(self.model):
             measured = validation.measure(replace(self.model, chunks=self.model.bare_chunks))
             # Saving takes all ranks, and another processor may round another way: the first rank's numbers decide.
@@ -238,22 +249,25 @@ class _StageTrainer:
         self.model.train()
         return metrics
 
-    def keep(self) -> str | None:
-        """Write a checkpoint where one is due; why the run must stop now, or None."""
-        keeping = self.keeping
-        if keeping is None:
+    def reason_to_stop(self) -> str | None:
+        """Why the run must stop after this step, the same on all ranks; None goes on, as it does after the last."""
+        if self.keeping is None or self.keeping.stop is None:
             return None
-        step, is_last = self.progress.step, self.progress.step == self.stage.steps
+        reason = self.keeping.stop.reason()
+        return None if self.progress.step == self.stage.steps else reason
+
+    def keep(self, *, is_stopping: bool) -> None:
+        """Write a checkpoint where one is due, and none after the last step, whose weights are handed over."""
+        keeping, step = self.keeping, self.progress.step
+        if keeping is None:
+            return
         keeping.checkpoints.poll()
-        reason = keeping.stop.reason() if keeping.stop is not None else None
         is_due = keeping.save_interval is not None and step % keeping.save_interval == 0
-        if (is_due and not is_last) or (reason is not None and not is_last):
+        if is_stopping or (is_due and step != self.stage.steps):
             with whole_parameters(self.model):
                 keeping.checkpoints.save(self.model, self.optimizer, self._info())
-        if reason is not None and not is_last:
+        if is_stopping:
             keeping.checkpoints.wait()
-            return reason
-        return None
 
     def finish(self) -> None:
         """Leave the weights as a checkpoint must find them, and nothing under way."""

@@ -158,6 +158,16 @@ def test_the_ranks_save_before_the_time_ends(cluster, tmp_path, save_status):
     assert ("ended with status 7" in output) == (save_status == "7")
 
 
+def test_preemption_leaves_the_ranks_time_to_save(cluster, tmp_path):
+    """Claim: TERM to a node's shell, as Slurm sends it before it takes the nodes away, ends no rank that saves."""
+    job = cluster(torchrun=WAITING_TORCHRUN)
+    wait_for([tmp_path / "up.0.0", tmp_path / "up.0.1"])
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGTERM)
+    assert job.wait(timeout=60) == 0
+    assert (tmp_path / "saved.0.0").exists() and (tmp_path / "saved.0.1").exists()
+
+
 def test_a_job_is_not_queued_again_for_ever(cluster, tmp_path):
     """Claim: MAX_REQUEUES ends a job that never finishes, with a line that says so."""
     job = cluster(torchrun=WAITING_TORCHRUN, SLURM_RESTART_COUNT="2", MAX_REQUEUES="2")

@@ -12,6 +12,10 @@ def test_launch_info_reads_torchruns_environment():
     """Claim: under torchrun a process knows its place; without it, it is alone."""
     environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     assert LaunchInfo.from_environment(environment) == LaunchInfo(rank=5, world_size=8, local_rank=1)
+    torchrun = {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_RESTART_COUNT": "2"}
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"}
+    found = [LaunchInfo.from_environment(part) for part in (torchrun, slurm, torchrun | slurm)]
+    assert [(launch.job, launch.is_restart) for launch in found] == [("a1", True), ("77", False), ("77", True)]
     assert LaunchInfo.from_environment({}) == LaunchInfo(rank=0, world_size=1, local_rank=0)
 
 

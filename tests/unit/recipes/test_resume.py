@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_cocoa.config import ContrastiveSettings, DataSettings, ParallelSettings, TrainSettings
-from megatron_cocoa.recipes.resume import MAY_CHANGE, check_same_run
+from megatron_cocoa.parallel.topology import LaunchInfo
+from megatron_cocoa.recipes.resume import JOB_FILE, MAY_CHANGE, after_restart, check_same_run
 from megatron_cocoa.settings import save_settings, settings_to_dict
 
 BEFORE = TrainSettings(stages=("warmup", "bridge"))
@@ -48,6 +49,19 @@ def test_what_would_train_something_else_is_named(output, now, message):
     """Claim: each difference is told with both values, and what to do about it."""
     with pytest.raises(ValueError, match=message):
         check_same_run(now, output)
+
+
+@pytest.mark.parametrize("given", [dict(overwrite=True), dict(resume=False), dict(resume=True)])
+def test_a_job_that_is_started_again_goes_on_with_its_own_run(tmp_path, given):
+    """Claim: the same command with --overwrite removes an earlier run once, not what its own starts have trained."""
+    settings = replace(BEFORE, output_dir=str(tmp_path), **given)
+    first, again = (LaunchInfo(0, 1, 0, job="123", is_restart=started) for started in (False, True))
+    assert after_restart(settings, again) == settings, "nobody has begun a run there"
+    (tmp_path / JOB_FILE).write_text("99")
+    assert after_restart(settings, again) == settings, "it is another job's"
+    (tmp_path / JOB_FILE).write_text("123")
+    assert after_restart(settings, first) == settings, "the user has started it, as it says"
+    assert after_restart(settings, again) == replace(settings, overwrite=False, resume=True)
 
 
 def test_settings_that_cannot_be_read_stop_a_resume(tmp_path):

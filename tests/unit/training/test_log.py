@@ -1,6 +1,8 @@
 """What a run writes stays in step with what it has done, also when it is resumed."""
 
 import json
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -36,9 +38,27 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path):
 
 def test_a_missing_logging_package_is_named(tmp_path, monkeypatch):
     """Claim: asking for Weights & Biases without the package ends in what to install."""
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb, or set wandb_project to null"):
         write(tmp_path, [1], wandb_project="cocoa")
+
+
+def test_a_resumed_stage_goes_on_in_its_own_wandb_run(tmp_path, monkeypatch):
+    """Claim: one curve for a stage, however often it was started; another for one that starts afresh."""
+    wandb = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for done in (0, 2, 4, 0):
+        write(tmp_path, [done + 1, done + 2], done=done, wandb_project="cocoa")
+    first, second, third, afresh = [call.kwargs["id"] for call in wandb.init.call_args_list]
+    assert first == second == third != afresh
+
+
+def test_a_step_is_on_disk_before_the_next(tmp_path):
+    """Claim: a process that is killed has written every step that its last checkpoint counts."""
+    log = StageLog(tmp_path, stage="warmup", steps=10, is_writer=True, interval=5)
+    log.step(1, {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    log.close()
 
 
 def test_other_ranks_write_nothing(tmp_path):
