@@ -13,11 +13,12 @@ from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.feed import Made, packs_from
 from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.order import MAX_SUBSTITUTES
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import MAX_BAD_SHARE
 from megatron_cocoa.data.stages import STAGE_DATA, StageData
-from megatron_cocoa.data.step_plan import MAX_SUBSTITUTES, StepPlanner, StepShape
+from megatron_cocoa.data.step_plan import StepPlanner, StepShape
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 
 

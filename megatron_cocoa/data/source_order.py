@@ -7,13 +7,13 @@ its last full step sits out the epoch. Each epoch draws anew which rows those ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from megatron_cocoa.data.corruption import seeded_generator
-from megatron_cocoa.data.order import in_rounds, numbered
+from megatron_cocoa.data.order import drawn_rows, in_rounds, numbered
 
 
 class SourceOrder:
@@ -28,6 +28,8 @@ class SourceOrder:
     Raises:
         ValueError: for a source with fewer rows than a step needs: it would never be seen.
     """
+
+    repeats_rows = False
 
     def __init__(
         self,
@@ -65,12 +67,13 @@ class SourceOrder:
         epoch, offset = divmod(position, self.steps_per_epoch * self._batch_size)
         return epoch, int(self._epoch_rows(epoch)[offset])
 
-    def substitute(self, position: int, attempt: int) -> int:
-        """The row that replaces an unusable one: of the same source, by position and attempt alone."""
+    def substitutes(self, position: int) -> Iterator[int]:
+        """The rows that may replace an unusable one, best first, from the same source; see ``drawn_rows``."""
         _, row = self.at(position)
         rows = self._rows[self._source_of_row[row]]
-        key = (self._seed, self._stage, position, attempt, "substitute")
-        return int(rows[seeded_generator(*key).integers(rows.size)])
+        share = (position % self._batch_size, self._batch_size)
+        drawn = drawn_rows(rows.size, key=(self._seed, self._stage, position), share=share)
+        return (int(rows[index]) for index in drawn)
 
     def _check(self, names: list[str], batch_size: int) -> None:
         if names == [""]:

@@ -141,7 +141,9 @@ class ContrastiveData:
         # A pair and the same pair turned round: in one step, the text of one is a negative for itself in the other.
         groups = np.fromiter(map(_pair_key, rows), dtype=np.int64, count=len(rows))
         if not self.per_source:
-            return stream_of(self.row_set, seed=self.seed, stage="contrastive", groups=groups)
+            return stream_of(
+                self.row_set, seed=self.seed, stage="contrastive", groups=groups, batch_size=self.batch_size
+            )
         sources = [row.source for row in rows]
         return SourceOrder(sources, batch_size=self.batch_size, seed=self.seed, stage="contrastive", groups=groups)
 

@@ -7,20 +7,19 @@ out to be unusable is replaced: by the header when the plan is made, by decoding
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.decode import PictureError
+from megatron_cocoa.data.order import MAX_SUBSTITUTES
 from megatron_cocoa.data.packing import assign_samples
 from megatron_cocoa.data.prepared import PreparedSample
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.stages import Order, StageData
-
-MAX_SUBSTITUTES = 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class PackPlan:
         step: position of the step in the stream.
         index, count: which of the step's packs on this rank, and how many there are.
         rows: in order.
-        taken: rows of the whole step: a substitute is not one of them if that can be helped.
+        taken: rows of the whole step: a substitute is not one of them if that can be helped, and never where a step
+            may hold no row twice.
         rank_imbalance, pack_imbalance: of the whole step, see ``packing.Assignment``.
     """
 
@@ -159,9 +159,10 @@ class StepPlanner:
         samples: list[PreparedSample] = []
         decoded = self._builder.pictures.num_decoded
         room = None if self.shape.budget is None else self.shape.budget - sum(row.tokens for row in plan.rows)
+        taken = set(plan.taken)
         for row in plan.rows:
             limit = None if room is None else room + row.tokens
-            found = self._prepare(row, plan, limit, counts)
+            found = self._prepare(row, plan.step, taken, limit, counts)
             samples += found
             room = None if limit is None else limit - _tokens(found)
         _count(samples, counts)
@@ -180,42 +181,62 @@ class StepPlanner:
                 continue
             tokens, cost = sum(size.tokens for size in sizes), sum(map(self._cost.flops, sizes))
             return PlannedRow(place, epoch, row, tokens, cost, tuple(skipped))
-        raise self._given_up(place, last)
+        raise self._given_up(place, len(skipped), last)
 
-    def _prepare(self, planned: PlannedRow, plan: PackPlan, limit: int | None, counts: Counter) -> list[PreparedSample]:
+    def _prepare(
+        self, planned: PlannedRow, step: int, taken: set[int], limit: int | None, counts: Counter
+    ) -> list[PreparedSample]:
         """The samples of a place; ``limit`` is how many tokens its pack can take."""
         counts["rows"] += 1
         counts.update(f"skipped/{reason}" for _, reason in planned.skipped)
         tried = {row for row, _ in planned.skipped}
         last: Exception | None = None
         # Substitutes are drawn only where the first cannot be used.
-        for epoch, row in chain([(planned.epoch, planned.row)], self._candidates(planned.place, plan.taken)):
+        for epoch, row in chain([(planned.epoch, planned.row)], self._candidates(planned.place, taken)):
             if row in tried:
                 continue
             tried.add(row)
             try:
-                samples = self._data.prepare(self._data.row_set.rows[row], self._builder, epoch=epoch, step=plan.step)
+                samples = self._data.prepare(self._data.row_set.rows[row], self._builder, epoch=epoch, step=step)
             except PictureError as error:
                 counts[f"skipped/{error.reason}"] += 1
                 last = error
                 continue
             if limit is None or _tokens(samples) <= limit:
+                if not self._order.repeats_rows:
+                    taken.add(row)
                 return samples
             last = ValueError(f"a row of {_tokens(samples)} tokens is more than the {limit} that its pack has left")
-        raise self._given_up(planned.place, last)
+        raise self._given_up(planned.place, len(tried), last)
 
     def _candidates(self, place: int, taken: Set[int]) -> Iterator[tuple[int, int]]:
-        """``(epoch, row)``: the row of ``place``, then its substitutes, those that the step has already last."""
+        """``(epoch, row)``: the row of ``place``, then substitutes; those that the step has already last, or never."""
         epoch, row = self._order.at(place)
         yield epoch, row
-        substitutes = [self._order.substitute(place, attempt) for attempt in range(MAX_SUBSTITUTES - 1)]
-        yield from ((epoch, row) for row in sorted(substitutes, key=taken.__contains__))
+        rows: Iterable[int] = self._order.substitutes(place)
+        if self._order.repeats_rows:
+            rows = sorted(islice(rows, MAX_SUBSTITUTES - 1), key=taken.__contains__)
+        else:
+            rows = islice(_new(rows, taken), MAX_SUBSTITUTES - 1)
+        yield from ((epoch, row) for row in rows)
 
-    def _given_up(self, place: int, last: Exception) -> ValueError:
+    def _given_up(self, place: int, tried: int, last: Exception) -> ValueError:
+        none_left = ""
+        if tried < MAX_SUBSTITUTES and not self._order.repeats_rows:
+            none_left = ", and the step, which may hold no row twice, has all others of their source"
         return ValueError(
-            f"{MAX_SUBSTITUTES} rows one after the other have unusable pictures (position {place} of the stream): "
+            f"{tried} rows one after the other have unusable pictures (position {place} of the stream){none_left}: "
             f"check that the data folder holds the pictures; the last error was: {last}"
         )
+
+
+def _new(rows: Iterable[int], taken: Set[int]) -> Iterator[int]:
+    """Those of ``rows`` that are not ``taken``, each once."""
+    seen = set(taken)
+    for row in rows:
+        if row not in seen:
+            seen.add(row)
+            yield row
 
 
 def _tokens(samples: list[PreparedSample]) -> int:
