@@ -151,7 +151,7 @@ def _caption_row(record: dict, default_id: str) -> CaptionRow:
     row = CaptionRow(
         _row_id(record, default_id),
         pictures[0] if pictures else "",
-        _text(record, "caption").strip(),
+        plain(_text(record, "caption")),
         _text(record, "concept", required=False),
         _text(record, "source", required=False),
     )

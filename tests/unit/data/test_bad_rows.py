@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -43,6 +44,7 @@ BAD_CAPTIONS = {
     "null-picture": (caption(image_path=None), "image_path_empty"),
     "empty-caption": (caption(caption=""), "caption_empty"),
     "blank-caption": (caption(caption=" \n\t "), "caption_empty"),
+    "only-marks": (caption(caption=f" {MARK} <|image_2|>"), "caption_empty"),
     "empty-path": (caption(image_path=""), "image_path_empty"),
     "number-caption": (caption(caption=7), "caption_not_text"),
     "nan-caption": ('{"id": "n", "image_path": "a.png", "caption": NaN}', "caption_not_text"),
@@ -341,6 +343,19 @@ def test_control_tokens_in_user_text_stay_text(builder, bundle, token, with_pict
     expected = [bundle.vision_start_token_id, *[bundle.image_token_id] * units, bundle.vision_end_token_id]
     assert special == (expected if with_picture else []) + [bundle.bridge_token_id]
     assert (units > 0) == with_picture
+
+
+@pytest.mark.parametrize("text", [f"a sign that says {MARK} on it", "see <|image_2|>", f"{MARK} a cat"])
+def test_a_mark_in_a_caption_makes_no_picture(builder, tmp_path, text):
+    """Claim: a caption is text: its picture comes once, before it, and the mark of another is none."""
+    from megatron_cocoa.data.prepared import CorruptionSettings
+
+    written = write_jsonl(tmp_path / "w.jsonl", [caption(image_path="images/0.png", caption=text)])
+    (row,) = read_captions(written).rows
+    assert "image_" not in row.caption and row.caption.split() == re.sub(r"<.*?>", " ", text).split()
+    nothing = CorruptionSettings(seed=1, text_mask_ratio=0.0, unit_mask_ratio=0.0, mask_at_least_one=False)
+    sample = builder.warmup(row, nothing, epoch=0)
+    assert len(sample.pictures) == len(sample.grid_thw) == 1
 
 
 @pytest.mark.parametrize("token", CONTROL)
