@@ -73,17 +73,23 @@ def open_picture(ref: PictureRef, root: Path) -> Path | IO[bytes]:
         root: the data folder, resolved.
 
     Raises:
-        PictureError: for a path outside of its folder, or bytes that are not there.
+        PictureError: for a path outside of its folder, or bytes that are not there or cannot be read.
     """
     if isinstance(ref, str):
         return inside_root(root, ref)
     path = inside_root(_resolved(ref.root), ref.path)
     if ref.kind == "file":
         return path
-    if not path.is_file():
-        raise PictureError("missing_picture", f"{path} is not a file")
-    data = _slice(path, *ref.place) if ref.kind == "slice" else _cell(path, ref.column, *ref.place)
-    return io.BytesIO(data)
+    # A network file system may refuse once what it gives a moment later.
+    for is_last in (False, True):
+        try:
+            return io.BytesIO(_stored_bytes(ref, path))
+        except (PictureError, MemoryError):
+            raise
+        except Exception as error:
+            # What an archive that was cut or exchanged raises depends on where: KeyError, IndexError, Arrow's own.
+            if is_last:
+                raise PictureError("unreadable_picture", f"{ref} cannot be read: {error!r}") from error
 
 
 @lru_cache(maxsize=256)
@@ -91,12 +97,21 @@ def _resolved(root: str) -> Path:
     return Path(root).resolve()
 
 
+def _stored_bytes(ref: StoredPicture, path: Path) -> bytes:
+    if not path.is_file():
+        raise PictureError("missing_picture", f"{path} is not a file")
+    return _slice(path, *ref.place) if ref.kind == "slice" else _cell(path, ref.column, *ref.place)
+
+
 def _slice(path: Path, offset: int, size: int) -> bytes:
     if size > _MAX_MEMBER_BYTES:
         raise PictureError("too_large", f"{path} holds a picture of {size} bytes, at most {_MAX_MEMBER_BYTES} are read")
     with path.open("rb") as file:
         file.seek(offset)
-        return file.read(size)
+        data = file.read(size)
+    if len(data) < size:
+        raise EOFError(f"{path} has {len(data)} bytes from byte {offset} on, needed {size}: it is cut short")
+    return data
 
 
 def _cell(path: Path, column: str, row: int, index: int | None = None) -> bytes:

@@ -7,10 +7,12 @@ import struct
 import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_cocoa.data import stored
 from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.preprocess import PictureLoader
@@ -181,3 +183,62 @@ def test_bad_places_in_a_shard_are_refused(loader, tmp_path, kind, place, reason
     with pytest.raises(PictureError) as caught:
         loader.load(StoredPicture(str(tmp_path / "data"), "good.png", kind, place))
     assert caught.value.reason == reason
+
+
+def arrow_file(path) -> bytes:
+    table = pa.table({"image": [encoded("png")] * 3, "text": ["a", "b", "c"]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kept", "place", "column", "reason"),
+    [
+        (1.0, (1,), "image", None),
+        (0.5, (1,), "image", "unreadable_picture"),
+        (0.0, (1,), "image", "unreadable_picture"),
+        (None, (1,), "image", "missing_picture"),
+        (1.0, (3,), "image", "unreadable_picture"),
+        (1.0, (1,), "other", "unreadable_picture"),
+        (1.0, (1, 0), "image", "unreadable_picture"),
+        (1.0, (1,), "text", "missing_picture"),
+    ],
+)
+def test_bad_cells_of_an_arrow_file_are_refused(loader, tmp_path, kept, place, column, reason):
+    """Claim: a file that is cut short, is gone or is another costs its rows and not the run; the cause is chained."""
+    path = tmp_path / "data" / "pairs.arrow"
+    whole = arrow_file(path)
+    path.unlink()
+    if kept is not None:
+        path.write_bytes(whole[: int(len(whole) * kept)])
+    ref = StoredPicture(str(tmp_path / "data"), path.name, "cell", place, column)
+    if reason is None:
+        assert loader.load(ref).shape[0] == 3 and loader.planned_grid(ref)
+        return
+    for call in (loader.load, loader.planned_grid):
+        with pytest.raises(PictureError, match=path.name) as caught:
+            call(ref)
+        assert caught.value.reason == reason
+        assert reason == "missing_picture" or caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_what_the_file_system_refuses_once_is_asked_for_again(loader, tmp_path, monkeypatch, refusals):
+    """Claim: one error of a network file system costs nothing, a second one the row; none of them ends the run."""
+    read, left = stored._slice, [OSError(5, "Input/output error")] * refusals
+
+    def refusing(*args):
+        if left:
+            raise left.pop()
+        return read(*args)
+
+    monkeypatch.setattr(stored, "_slice", refusing)
+    data = (tmp_path / "data" / "good.png").read_bytes()
+    ref = StoredPicture(str(tmp_path / "data"), "good.png", "slice", (0, len(data)))
+    if refusals == 1:
+        assert loader.load(ref).max() > 0
+        return
+    with pytest.raises(PictureError, match="Input/output error") as caught:
+        loader.load(ref)
+    assert caught.value.reason == "unreadable_picture" and isinstance(caught.value.__cause__, OSError)

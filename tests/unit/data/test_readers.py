@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cocoa.config import DataSettings, SourceSettings
+from megatron_cocoa.data import stored
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.mixture import BLOCK, MixedOrder
 from megatron_cocoa.data.mmeb_train import SUBSETS, is_constant_target, without_instruction
@@ -218,6 +219,30 @@ def test_mmeb_train_rows_follow_the_rules_of_each_stage(tmp_path):
     assert len(contrastive.rows) == 7 and contrastive.rows[3].query.text == (
         "Find a Wikipedia image that answers this question: Which part?"
     )
+
+
+@pytest.mark.parametrize("writer", [write_saved_source, write_shards_source])
+@pytest.mark.parametrize("is_gone", [False, True], ids=["cut", "gone"])
+@pytest.mark.parametrize("image_size", [70, None], ids=["found-by-reading", "found-by-the-header"])
+def test_an_archive_that_is_lost_under_way_costs_its_rows(
+    settings, bundle, vision, data_folder, tmp_path, writer, is_gone, image_size
+):
+    """Claim: a shard or table that is cut or removed after its rows were read is treated like any broken picture."""
+    source = writer(tmp_path, data_folder)
+    stage = replace(settings.contrastive, image_size=image_size)
+    settings = replace(settings, data=DataSettings(sources=(source,)), contrastive=stage)
+    place = dict(data_parallel_rank=0, data_parallel_size=1)
+    loader = StageLoader("contrastive", settings, bundle=bundle, vision=vision, **place)
+    # As in another process: a table that this one has mapped stays as it is.
+    stored._mapped.cache_clear()
+    first = sorted([*tmp_path.rglob("*.tar"), *tmp_path.rglob("*.arrow")])[0]
+    whole = first.read_bytes()
+    first.unlink()
+    if not is_gone:
+        first.write_bytes(whole[: len(whole) // 3])
+    assert sum(len(batch.sample_ids) for batch in loader.next_step()) == 16
+    reason = "missing_picture" if is_gone else "unreadable_picture"
+    assert loader.num_skipped() == loader.statistics()[f"skipped/{reason}"] > 0
 
 
 def test_the_published_subsets_and_constants():
