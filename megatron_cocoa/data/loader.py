@@ -151,8 +151,16 @@ class StageLoader:
         Raises:
             ValueError: if the state belongs to another stage, seed or set of rows, where the stream would differ.
         """
-        found = {name: state.get(name) for name in self._identity}
-        if found != self._identity:
+        # States of earlier versions say nothing of what is in the rows.
+        found = {name: state.get(name) for name in self._identity if name in state or name != "rows_digest"}
+        differing = [name for name, value in found.items() if value != self._identity[name]]
+        if differing == ["rows_digest"]:
+            raise ValueError(
+                f"the data of stage {self._identity['stage']} has changed since the loader state was saved: as many "
+                f"rows, but other ids, texts, picture paths or another order (rows_digest {found['rows_digest']}, now "
+                f"{self._identity['rows_digest']}); resume with the same data"
+            )
+        if differing:
             raise ValueError(
                 f"the saved loader state is of {found}, this run's loader is {self._identity}: the stream of samples "
                 f"would differ; resume with the same data and seed"
@@ -219,5 +227,6 @@ class StageLoader:
 
 def _identity(stage: str, settings: TrainSettings, data: StageData) -> dict:
     """What must be the same for a saved position to mean the same samples; plain enough for JSON."""
-    identity = {"stage": stage, "seed": settings.seed, "num_rows": len(data.row_set.rows)}
+    rows = data.row_set.rows
+    identity = {"stage": stage, "seed": settings.seed, "num_rows": len(rows), "rows_digest": rows.digest()}
     return identity | ({"sources": [list(part) for part in data.row_set.parts]} if data.row_set.parts else {})

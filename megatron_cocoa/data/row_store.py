@@ -6,6 +6,7 @@ each forked worker soon has a copy of them all. The buffer takes what the texts 
 
 from __future__ import annotations
 
+import hashlib
 import marshal
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,7 +18,8 @@ from megatron_cocoa.data.stored import PictureRef, StoredPicture
 Row = CaptionRow | PairRow
 
 _FORMAT = 2
-"""Of ``marshal``: the last one without references between values, which single rows hardly have. Never on disk."""
+"""Of ``marshal``: the last one without references between values, which single rows hardly have: equal rows are equal
+bytes. No row is ever on disk in it, but digests are."""
 
 
 class RowStore(Sequence):
@@ -56,6 +58,15 @@ class RowStore(Sequence):
     def nbytes(self) -> int:
         """Bytes of all rows together, but for what they share."""
         return len(self._buffer) + self._ends.nbytes
+
+    def digest(self) -> str:
+        """Equal for equal rows in equal order, hexadecimal; a fiftieth of the time that it takes to fill the store.
+
+        The folders that pictures lie under do not count: they may move between two starts of a run.
+        """
+        found = hashlib.blake2b(self._buffer, digest_size=16)
+        found.update(repr([value if isinstance(value, str) else value[1:] for value in self._shared]).encode("utf-8"))
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -68,7 +68,7 @@ class RowSet:
     """The rows of a source, or of several, that can serve, and why others cannot.
 
     Args:
-        rows: in the order of the files.
+        rows: a ``RowStore``, in the order of the files.
         dropped: rows left out on purpose or as malformed, by reason.
         flipped: text-to-image rows that were turned round.
         parts: ``(source, number of rows, weight)`` in the order of ``rows``, where there are several sources.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.config import STAGES
+from megatron_cocoa.config import STAGES, DataSettings, SourceSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.order import SampleOrder
 from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples
@@ -271,6 +271,34 @@ def test_a_state_of_another_stream_is_refused(make):
         make("bridge").load_state_dict(state)
     with pytest.raises(ValueError, match="'num_rows': 7"):
         make("warmup").load_state_dict({**state, "num_rows": 7})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_rows_are_refused_and_a_moved_folder_is_not(make, settings, data_folder, tmp_path, stage):
+    """Claim: as many rows with one other word are another stream; the same rows elsewhere are the same one."""
+    state = json.loads(json.dumps(make(stage).state_dict()))
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(data_folder, moved)
+    changed = replace(settings, data=replace(settings.data, path=str(moved)))
+    make(stage, changed=changed).load_state_dict(state)
+    lines = (moved / f"{stage}.jsonl").read_text().splitlines()
+    lines[5] = lines[5].replace('"row-5"', '"row-five"')
+    (moved / f"{stage}.jsonl").write_text("\n".join(lines))
+    other = make(stage, changed=changed)
+    with pytest.raises(ValueError, match=f"the data of stage {stage} has changed .*as many rows.*resume with the same"):
+        other.load_state_dict(state)
+    # As earlier versions left it.
+    other.load_state_dict({name: value for name, value in state.items() if name != "rows_digest"})
+
+
+def test_a_moved_source_goes_on(make, settings, data_folder, tmp_path):
+    """Claim: pictures are named by their place below the source's folder, wherever that lies."""
+    shutil.copytree(data_folder, tmp_path / "elsewhere")
+    loaders = [
+        make("bridge", changed=replace(settings, data=DataSettings(sources=(SourceSettings("s", str(folder)),))))
+        for folder in (data_folder, tmp_path / "elsewhere")
+    ]
+    loaders[1].load_state_dict(loaders[0].state_dict())
 
 
 def test_more_pairs_per_step_than_there_are_is_refused(make, settings):
