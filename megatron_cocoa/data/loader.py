@@ -108,6 +108,7 @@ class StageLoader:
         )
         self._num_workers = settings.data.num_workers
         self._position = 0
+        self._plan_digest = 0
         self._counts: Counter = Counter()
         self._packs: Iterator[Made] | None = None
 
@@ -138,6 +139,7 @@ class StageLoader:
                 break
         self._counts.update(steps=1, rank_imbalance=plan.rank_imbalance, pack_imbalance=plan.pack_imbalance)
         self._position += self._stage_settings.global_batch_size
+        self._plan_digest = plan.digest
         self._check_skipped()
         return batches
 
@@ -195,6 +197,10 @@ class StageLoader:
     def num_skipped(self) -> int:
         """Samples of this rank whose pictures could not be used, since the start of the process."""
         return sum(number for name, number in self._counts.items() if name.startswith("skipped/"))
+
+    def plan_digest(self) -> int:
+        """63 bits that tell what the last step's plan gives to all ranks: the same on each, or one has misread."""
+        return self._plan_digest
 
     def close(self) -> None:
         """End the worker processes, if there are any. Safe to call twice."""

@@ -20,13 +20,14 @@ class _Handed:
 
     Args:
         batches: all of whose floats are deferred, and whose deferred parts hold no pictures.
-        state, statistics: of the reader after the step.
+        state, statistics, plan_digest: of the reader after the step.
         error: why the reader could not go on.
     """
 
     batches: tuple[PackedBatch, ...] = ()
     state: dict | None = None
     statistics: dict[str, float] | None = None
+    plan_digest: int = 0
     error: str | None = None
 
 
@@ -105,6 +106,10 @@ class ReplicaLoader:
         """As ``StageLoader.num_skipped``, as of the last step."""
         return int(sum(n for name, n in self._latest.statistics.items() if name.startswith("skipped/")))
 
+    def plan_digest(self) -> int:
+        """As ``StageLoader.plan_digest``."""
+        return self._latest.plan_digest
+
     def close(self) -> None:
         """End the thread and the reader's processes. Safe to call twice."""
         self._settle()
@@ -152,6 +157,7 @@ class ReplicaLoader:
             batches=tuple(replace(b, deferred=replace(b.deferred, pictures=None)) for b in read),
             state=self._reader.state_dict(),
             statistics=self._reader.statistics(),
+            plan_digest=self._reader.plan_digest(),
         )
 
     def _complete(self, batch: PackedBatch, read: PackedBatch | None) -> PackedBatch:

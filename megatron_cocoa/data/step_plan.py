@@ -6,10 +6,13 @@ out to be unusable is replaced: by the header when the plan is made, by decoding
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, islice
+
+import numpy as np
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.collate import PackOptions
@@ -53,6 +56,7 @@ class PackPlan:
         taken: rows of the whole step: a substitute is not one of them if that can be helped, and never where a step
             may hold no row twice.
         rank_imbalance, pack_imbalance: of the whole step, see ``packing.Assignment``.
+        digest: of the whole step: which row stands at which place, and in which pack of which rank; 63 bits.
     """
 
     step: int
@@ -62,6 +66,7 @@ class PackPlan:
     taken: frozenset[int]
     rank_imbalance: float
     pack_imbalance: float
+    digest: int
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class StepPlanner:
             budget=shape.budget,
             packs_multiple_of=shape.packs_multiple_of,
         )
-        own = found.packs[shape.rank]
+        own, digest = found.packs[shape.rank], _digest(rows, found.packs)
         return [
             PackPlan(
                 step=step,
@@ -145,6 +150,7 @@ class StepPlanner:
                 taken=frozenset(taken),
                 rank_imbalance=found.rank_imbalance,
                 pack_imbalance=found.pack_imbalance,
+                digest=digest,
             )
             for index, pack in enumerate(own)
         ]
@@ -228,6 +234,18 @@ class StepPlanner:
             f"{tried} rows one after the other have unusable pictures (position {place} of the stream){none_left}: "
             f"check that the data folder holds the pictures; the last error was: {last}"
         )
+
+
+def _digest(rows: Sequence[PlannedRow], packs: Sequence[Sequence[Sequence[int]]]) -> int:
+    """What ``PackPlan.digest`` says of a step's rows and of the packs of each rank."""
+    placed = [
+        (rank, number, rows[index].place, rows[index].row)
+        for rank, own in enumerate(packs)
+        for number, pack in enumerate(own)
+        for index in pack
+    ]
+    found = hashlib.blake2b(np.array(placed, dtype="<i8").tobytes(), digest_size=8)
+    return int.from_bytes(found.digest(), "little") >> 1
 
 
 def _new(rows: Iterable[int], taken: Set[int]) -> Iterator[int]:

@@ -44,6 +44,9 @@ class Loader(Protocol):
     def num_skipped(self) -> int:
         """Samples of this data-parallel rank that could not be used, since the start of the process."""
 
+    def plan_digest(self) -> int:
+        """63 bits that tell how the last step's samples were shared out: equal on ranks that agree on it."""
+
 
 class Log(Protocol):
     """What takes each step's metrics: see ``megatron_cocoa.training.log.StageLog``."""
@@ -207,12 +210,24 @@ class _StageTrainer:
         }
 
     def _whole_step(self, batches: Sequence[PackedBatch]) -> tuple[Workload, int]:
-        """Over all data-parallel ranks: what the step's packs ask of the model, and samples skipped so far."""
+        """Over all data-parallel ranks: what the step's packs ask of the model, and samples skipped so far.
+
+        Raises:
+            ValueError: on all ranks of the world, if replicas have shared out the step's samples in different ways.
+        """
         vision = self.model.architecture.vision
         counts = sum((Workload.of(batch, vision) for batch in batches), Workload()).counts()
-        total = torch.tensor([*counts.values(), self.loader.num_skipped()], dtype=torch.int64, device=device.device())
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        *numbers, skipped = total.tolist()
+        own = [*counts.values(), self.loader.num_skipped(), *_powers(self.loader.plan_digest())]
+        total = torch.tensor(own, dtype=torch.int64, device=device.device())
+        group = parallel_state.get_data_parallel_group()
+        dist.all_reduce(total, group=group)
+        *numbers, skipped = total[: len(counts) + 1].tolist()
+        if not _all_equal(total[len(counts) + 1 :].tolist(), group.size()):
+            raise ValueError(
+                f"the data-parallel ranks do not agree on the samples of step {self.progress.step + 1}: some were left "
+                f"out or taken twice. A rank could not read a picture's header that another could, or read another "
+                f"size: see that every host has the same files, and go on from the last checkpoint"
+            )
         return Workload.from_counts(dict(zip(counts, numbers))), skipped
 
     def _speed(self, workload: Workload, seconds: float, *, is_cached: bool) -> Metrics:
@@ -282,6 +297,20 @@ class _StageTrainer:
             loader=self.loader.state_dict(),
             progress=self.progress.as_dict(),
         )
+
+
+def _powers(digest: int) -> list[int]:
+    """Three parts of 63 bits and their squares: their sums over ranks tell whether all ranks have the same bits.
+
+    So the sums that each step takes anyway suffice. 21 bits, since squares must sum to less than 2**63.
+    """
+    parts = [digest >> shift & (1 << 21) - 1 for shift in (0, 21, 42)]
+    return [*parts, *(part * part for part in parts)]
+
+
+def _all_equal(sums: Sequence[int], num_ranks: int) -> bool:
+    """From the sums of ``_powers``: n times the sum of squares is the square of the sum for n equal numbers only."""
+    return all(num_ranks * squares == total * total for total, squares in zip(sums[:3], sums[3:]))
 
 
 def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cocoa.config import OptimizerSettings, ParallelSettings
+from megatron_cocoa.data.decode import PictureError
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
@@ -43,6 +45,34 @@ class _Poisoned:
     def num_skipped(self) -> int:
         return 0
 
+    def plan_digest(self) -> int:
+        return self.loader.plan_digest()
+
+
+class _Misread:
+    """A loader whose reader on the last data-parallel rank cannot read a header in one step that others can."""
+
+    def __init__(self, loader, step: int) -> None:
+        self.loader, self.at, self.step = loader, step, 0
+
+    def next_step(self):
+        self.step += 1
+        reader = getattr(self.loader, "_reader", self.loader)
+        is_last = topology.data_parallel_rank() == topology.data_parallel_size() - 1
+        if self.step == self.at and is_last and reader is not None:
+            pictures = reader._planner._builder.pictures
+            planned_grid = pictures.planned_grid
+
+            def refused(image_path):
+                pictures.planned_grid = planned_grid
+                raise PictureError("unreadable_picture", f"{image_path}: Input/output error")
+
+            pictures.planned_grid = refused
+        return self.loader.next_step()
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
 
 class _Weights:
     """Whether a step changed any weight of this rank, and what was reported of it."""
@@ -63,8 +93,8 @@ class _Weights:
         self.before = now
 
 
-def poisoned(stage: str, steps: set[int], **degrees) -> dict:
-    """What each step did to each rank's weights, and how the run ended."""
+def _run(stage: str, wrap: Callable[[object], object], degrees: dict) -> tuple[_Weights, str]:
+    """What a run did to this rank's weights, and the error that ended it; ``wrap`` spoils its loader."""
     parallel = ParallelSettings(**degrees)
     topology.set_layout(parallel, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +104,7 @@ def poisoned(stage: str, steps: set[int], **degrees) -> dict:
         context = prepare_context(settings)
         model = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
         model = wrap_data_parallel(model, parallel)
-        loader, weights, error = _Poisoned(build_loader(context, stage), steps), _Weights(model), ""
+        loader, weights, error = wrap(build_loader(context, stage)), _Weights(model), ""
         try:
             train_stage(
                 model,
@@ -84,11 +114,27 @@ def poisoned(stage: str, steps: set[int], **degrees) -> dict:
                 settings=settings,
                 log=weights,
             )
-        except FloatingPointError as found:
-            error = str(found)
+        except (FloatingPointError, ValueError) as found:
+            error = f"{type(found).__name__}: {found}"
+    return weights, error
+
+
+def _gathered(names: tuple[str, ...], values: tuple) -> dict:
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (weights.changed, weights.skipped, error))
-    return dict(zip(("changed", "skipped", "messages"), (list(column) for column in zip(*everyone))))
+    dist.all_gather_object(everyone, values)
+    return dict(zip(names, (list(column) for column in zip(*everyone))))
+
+
+def poisoned(stage: str, steps: set[int], **degrees) -> dict:
+    """What each step did to each rank's weights, and how the run ended."""
+    weights, error = _run(stage, lambda loader: _Poisoned(loader, steps), degrees)
+    return _gathered(("changed", "skipped", "messages"), (weights.changed, weights.skipped, error))
+
+
+def misread(stage: str, step: int, **degrees) -> dict:
+    """How many steps each rank has counted, and how the run ended."""
+    weights, error = _run(stage, lambda loader: _Misread(loader, step), degrees)
+    return _gathered(("steps", "messages"), (len(weights.changed), error))
 
 
 LAYOUTS = {"single": (1, _degrees()), "dp2": (2, _degrees()), "pp2": (2, _degrees(pp=2)), "tp2": (2, _degrees(tp=2))}
@@ -98,8 +144,17 @@ ONCE = {
     for name in names
 }
 ALWAYS = {f"poisoned-always-{name}": ("bridge", *layout) for name, layout in LAYOUTS.items() if name in ("dp2", "pp2")}
+MISREAD = {
+    "misread-dp2": ("contrastive", 2, _degrees()),
+    "misread-tp2-dp2": ("warmup", 4, _degrees(tp=2)),
+    "misread-nobody-dp2": ("contrastive", 2, _degrees()),
+}
 
 CHECKS = {
+    **{
+        n: Check(size, functools.partial(misread, stage, 0 if "nobody" in n else 3, **deg))
+        for n, (stage, size, deg) in MISREAD.items()
+    },
     **{n: Check(size, functools.partial(poisoned, stage, {3}, **deg)) for n, (stage, size, deg) in ONCE.items()},
     **{
         n: Check(size, functools.partial(poisoned, stage, set(range(2, STEPS + 1)), **deg))

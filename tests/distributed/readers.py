@@ -60,7 +60,7 @@ def one_reader(workers: int, **parallel) -> dict:
             own, shared = _own_reader(context, stage), build_loader(context, stage)
             for _ in range(STEPS):
                 expected, found = own.next_step(), shared.next_step()
-                assert len(expected) == len(found)
+                assert len(expected) == len(found) and own.plan_digest() == shared.plan_digest() > 0
                 differing += [name for a, b in zip(expected, found) for name in _different_fields(a, b)]
             assert own.state_dict() == shared.state_dict()
             state = shared.state_dict()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.faults import ALWAYS, IN_A_ROW, ONCE, STEPS
+from tests.distributed.faults import ALWAYS, IN_A_ROW, MISREAD, ONCE, STEPS
 from tests.distributed.launch import result_of
 
 
@@ -25,3 +25,14 @@ def test_spoiled_steps_in_a_row_end_the_run_with_the_samples_named(request, chec
     assert f"{IN_A_ROW} steps in a row (optimizer.max_skipped_steps), up to step {IN_A_ROW + 1}" in message
     # A step has eight samples, named in the message whichever rank holds them.
     assert len(message.rpartition("samples of this step: ")[2].split(", ")) == 8
+
+
+@pytest.mark.parametrize("check", MISREAD)
+def test_ranks_that_plan_a_step_in_different_ways_all_end_the_run(request, check):
+    """Claim: one replica's read error does not shift samples between ranks unseen; every rank says so, in that step."""
+    found = result_of(request, check)
+    (message,), (steps,) = set(found["messages"]), set(found["steps"])
+    if "nobody" in check:
+        assert (message, steps) == ("", STEPS)
+    else:
+        assert steps == 2 and "the data-parallel ranks do not agree on the samples of step 3" in message

@@ -245,6 +245,25 @@ def test_a_folder_without_pictures_ends_in_an_error(make, settings, broken_folde
     loader.close()
 
 
+def test_the_digest_of_a_plan_is_that_of_all_ranks_unless_one_misreads(make, settings, broken_folder):
+    """Claim: ranks and worker processes that plan the same have one digest; a rank that replaces a row has another."""
+    stage = replace(settings.warmup, image_size=None)
+    changed = replace(settings, warmup=stage, data=replace(settings.data, path=str(broken_folder)))
+    ahead = replace(changed, data=replace(changed.data, num_workers=1))
+    loaders = [make("warmup", rank=r, size=2, changed=c) for r, c in ((0, changed), (1, ahead))]
+    digests = []
+    for _ in range(3):
+        for loader in loaders:
+            loader.next_step()
+        digests.append([loader.plan_digest() for loader in loaders])
+    assert all(0 < ours == theirs < 2**63 for ours, theirs in digests) and len({ours for ours, _ in digests}) == 3
+    loaders[1].close()
+    shutil.copy(broken_folder / "images" / "3.png", broken_folder / "images" / "5.png")
+    misread = make("warmup", rank=1, size=2, changed=changed)
+    found = [misread.next_step() and misread.plan_digest() for _ in range(3)]
+    assert sum(ours != theirs for ours, (theirs, _) in zip(found, digests)) >= 1
+
+
 def test_errors_of_the_worker_processes_surface(make, settings, data_folder, tmp_path):
     shutil.copytree(data_folder, tmp_path / "pairs")
     data = replace(settings.data, path=str(tmp_path / "pairs"), num_workers=1)
