@@ -47,7 +47,7 @@ class DataSettings:
         path: folder with ``warmup.jsonl``, ``bridge.jsonl`` and ``contrastive.jsonl`` (see docs/data.md), whose
             image paths are relative to it.
         sources: read these instead of the files in ``path``, mixed; a list of records, in YAML.
-        max_length: tokens per sample; longer texts are cut, image tokens never are.
+        max_length: tokens per sample; longer texts are cut, image tokens never are (published: 4096).
         num_workers: processes per data-parallel replica that decode and pack ahead of training; 0 does it in between.
         tokens_per_microbatch: fill packs with as many samples as fit into this many tokens and pad them to exactly
             that, which spares pipeline stages the exchange of shapes; ``micro_batch_size`` does not count then. None
@@ -56,7 +56,7 @@ class DataSettings:
 
     path: str | None = None
     sources: tuple[SourceSettings, ...] = ()
-    max_length: int = 2048
+    max_length: int = 4096
     num_workers: int = 0
     tokens_per_microbatch: int | None = None
 

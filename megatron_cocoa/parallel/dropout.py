@@ -3,7 +3,8 @@
 A mask on a tensor that all tensor-parallel ranks hold must be one mask: each rank computes its slice of the next
 product from it, and they reduce gradients as if their inputs were equal. A mask on a shard must differ from rank to
 rank. Both come from random states that Megatron tracks, so that recompute draws the same masks again. The trainer
-seeds them by step and data-parallel rank; other ranks of a replica draw from equal streams, as in Megatron-LM.
+seeds them by step, data-parallel rank and pipeline stage; context-parallel ranks draw from equal streams, as in
+Megatron-LM.
 """
 
 from __future__ import annotations

@@ -132,6 +132,9 @@ def run_stage(
     stage_settings, folder = settings.stage(stage), context.output / name
     check_microbatches(context, stage)
     loader = loader or build_loader(context, stage)
+    if topology.is_first_rank():
+        samples, rows = stage_settings.steps * stage_settings.global_batch_size, loader.state_dict()["num_rows"]
+        print(f"Stage {name}: {stage_settings.steps} steps, {samples / rows:.2f} epochs of {rows:,} rows", flush=True)
     parts = dict(with_image_decoder=stage == "warmup", learned_temperature=settings.learned_temperature(stage))
     if resume_step is None:
         bare = build_with_weights(context, checkpoint=checkpoint, **parts)

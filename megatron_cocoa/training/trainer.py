@@ -181,7 +181,8 @@ class _StageTrainer:
         """One optimizer step, or one that is skipped on all ranks; its metrics, the same on every rank but times."""
         begun, progress = time.perf_counter(), self.progress
         # Whatever is random in the model follows from the step: nothing of it needs to be saved.
-        device.seed_everything(self.settings.seed, progress.step, parallel_state.get_data_parallel_rank())
+        place = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        device.seed_everything(self.settings.seed, progress.step, *place)
         batches = self.loader.next_step()
         waited = time.perf_counter() - begun
         for chunk in self.model.chunks:
@@ -221,8 +222,9 @@ class _StageTrainer:
         total = torch.tensor(own, dtype=torch.int64, device=device.device())
         group = parallel_state.get_data_parallel_group()
         dist.all_reduce(total, group=group)
-        *numbers, skipped = total[: len(counts) + 1].tolist()
-        if not _all_equal(total[len(counts) + 1 :].tolist(), group.size()):
+        sums = total.tolist()
+        *numbers, skipped = sums[: len(counts) + 1]
+        if not _all_equal(sums[len(counts) + 1 :], group.size()):
             raise ValueError(
                 f"the data-parallel ranks do not agree on the samples of step {self.progress.step + 1}: some were left "
                 f"out or taken twice. A rank could not read a picture's header that another could, or read another "

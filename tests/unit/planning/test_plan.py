@@ -104,8 +104,8 @@ def test_memory_moves_with_what_saves_it():
 def test_long_samples_are_refused():
     """Claim: pictures larger than a sample may be are an error with the numbers, not a wrong plan."""
     architecture = published_architecture("qwen2.5-vl-3b")
-    settings = settings_of("qwen2.5-vl-3b", "--contrastive.image_size=1344")
-    with pytest.raises(ValueError, match="2304 image and 128 text tokens, above data.max_length 2048"):
+    settings = settings_of("qwen2.5-vl-3b", "--contrastive.image_size=1960")
+    with pytest.raises(ValueError, match="4900 image and 128 text tokens, above data.max_length 4096"):
         expected_pack(architecture, settings, "contrastive", data_parallel_size=8)
 
 

@@ -41,7 +41,7 @@ def test_what_changes_how_but_not_what_is_allowed(output, now):
             replace(BEFORE, contrastive=ContrastiveSettings(lr=1e-3, temperature=0.05)),
             "contrastive.lr was 2e-05, is 0.001; contrastive.temperature was 0.02, is 0.05",
         ),
-        (replace(BEFORE, data=DataSettings(max_length=77)), "data.max_length was 2048, is 77"),
+        (replace(BEFORE, data=DataSettings(max_length=77)), "data.max_length was 4096, is 77"),
         (replace(BEFORE, stages=("bridge",)), "stages can only be added at the end"),
     ],
 )
