@@ -118,13 +118,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> PackedBatch:
         """Copy the tensors, deferred ones too, to ``device``; ``dtype`` casts the floats (pixels and targets)."""
-        whole, moved = self.materialized(), {}
-        for f in fields(whole):
-            value = getattr(whole, f.name)
-            if isinstance(value, Tensor):
-                cast = dtype if value.is_floating_point() else None
-                moved[f.name] = value.to(device, dtype=cast, non_blocking=True)
-        return replace(whole, **moved)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+        return self.materialized().mapped(move)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The batch with ``function`` of each tensor that it has, deferred ones left as they are."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, Tensor)})
 
     def validate(self, *, spatial_merge_size: int) -> None:
         """Refuse a batch whose parts do not fit together.

@@ -46,17 +46,23 @@ def run_microbatches(
         What ``loss_function`` returned beside its scalar, one entry a micro-batch in order; empty on all but the
         last pipeline stage.
     """
-    dtype = model.config.params_dtype
+    dtype, target = model.config.params_dtype, device.device()
 
     def forward_step(data_iterator, chunk):
         index, chunk_index, batch = next(data_iterator)
-        batch = batch.to(device.device(), dtype=dtype)
+        batch = batch.to(target, dtype=dtype)
         if before_forward is not None:
             before_forward((index, chunk_index))
         return chunk(batch), functools.partial(_loss, loss_function, index, batch)
 
     chunks = model.bare_chunks
-    iterators = [_numbered(batches, i, chunk.pre_process or chunk.post_process) for i, chunk in enumerate(chunks)]
+    iterators = []
+    for index, chunk in enumerate(chunks):
+        # Pixels are read by the first chunk of the pipeline, and targets by the last: others do without.
+        reads_floats = chunk.pre_process or chunk.post_process
+        is_deferred = reads_floats and any(batch.deferred is not None for batch in batches)
+        make = functools.partial(_prepared, reads_floats=reads_floats, dtype=dtype, target=target)
+        iterators.append(_numbered(batches, index, make, is_ahead=is_deferred or target.type != "cpu"))
     try:
         with torch.set_grad_enabled(not forward_only):
             return get_forward_backward_func()(
@@ -74,23 +80,25 @@ def run_microbatches(
 
 
 def _numbered(
-    batches: Sequence[PackedBatch], chunk_index: int, reads_floats: bool
+    batches: Sequence[PackedBatch], chunk_index: int, make: Callable[[PackedBatch], PackedBatch], *, is_ahead: bool
 ) -> Iterator[tuple[int, int, PackedBatch]]:
-    """Each batch with its number and the chunk's, its deferred fields made while the batch before it runs.
-
-    Pixels are read by the first chunk of the pipeline, and targets by the last: others do without.
-    """
-    is_deferred = reads_floats and any(batch.deferred is not None for batch in batches)
-    make = PackedBatch.materialized if is_deferred else _without_deferred
-    made = map_ahead(make, batches, num_workers=int(is_deferred), num_ahead=2)
+    """Each batch as ``make`` gives it, with its number and the chunk's; made while the one before it runs."""
+    made = map_ahead(make, batches, num_workers=int(is_ahead), num_ahead=2)
     with contextlib.closing(made):
         for index in range(len(batches)):
             # No name for it: a batch lives as long as its user needs it.
             yield index, chunk_index, next(made)
 
 
-def _without_deferred(batch: PackedBatch) -> PackedBatch:
-    return replace(batch, deferred=None)
+def _prepared(batch: PackedBatch, *, reads_floats: bool, dtype: torch.dtype, target: torch.device) -> PackedBatch:
+    """The batch with what it defers, or without where nothing reads that; for a GPU cast and in pinned memory.
+
+    A copy from other memory would wait for all that the GPU has still to do, and let it run dry after that.
+    """
+    whole = batch.materialized() if reads_floats else replace(batch, deferred=None)
+    if target.type == "cpu":
+        return whole
+    return whole.mapped(lambda x: device.staged(x.to(dtype) if x.is_floating_point() else x, target))
 
 
 def _loss(loss_function: LossFunction, index: int, batch: PackedBatch, output: ModelOutput):

@@ -60,6 +60,18 @@ def upload(array: np.ndarray, target: torch.device) -> torch.Tensor:
     return host.pin_memory().to(target, non_blocking=True) if target.type == "cuda" else host.to(target)
 
 
+def staged(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
+    """A copy in memory that the GPU ``target`` reads by itself, so that handing it over waits for nothing.
+
+    Without a GPU the tensor itself. May be called in a thread.
+    """
+    if target.type != "cuda" or tensor.is_cuda or not tensor.numel():
+        return tensor
+    # A thread starts on the first GPU: pinning there would leave a context of every rank on it.
+    with torch.cuda.device(target):
+        return tensor.contiguous().pin_memory()
+
+
 def distributed_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 

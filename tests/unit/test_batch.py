@@ -1,11 +1,12 @@
 """The batch contract refuses what would corrupt a run in silence, with the numbers."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
+from megatron_cocoa.model import schedule
 
 TOKENS = 16
 
@@ -76,6 +77,20 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
     """Claim: each mismatch is an error that says what was found and what was needed."""
     with pytest.raises(ValueError, match=message):
         batch(**changes).validate(spatial_merge_size=2)
+
+
+def test_a_batch_for_a_gpu_is_cast_and_staged_whole(monkeypatch):
+    """Claim: every tensor is pinned, deferred ones too where they are read, and pixels travel at half their size."""
+    pinned = []
+    monkeypatch.setattr(schedule.device, "staged", lambda x, target: pinned.append(x) or x)
+    whole = batch()
+    deferring = replace(whole, pixel_values=None, deferred=lambda: {"pixel_values": whole.pixel_values})
+    how = dict(dtype=torch.bfloat16, target=torch.device("cuda", 1))
+    made = schedule._prepared(deferring, reads_floats=True, **how)
+    assert made.deferred is None and torch.equal(made.pixel_values, whole.pixel_values.bfloat16())
+    assert len(pinned) == sum(isinstance(getattr(whole, f.name), torch.Tensor) for f in fields(whole))
+    assert {x.dtype for x in pinned} == {torch.bfloat16, torch.int64}
+    assert schedule._prepared(deferring, reads_floats=False, **how).pixel_values is None
 
 
 def test_moving_casts_floating_point_alone():
