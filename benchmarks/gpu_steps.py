@@ -26,7 +26,7 @@ from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.step import forward_backward
 
 STAGE = "bridge"
-STEPS = 5
+WARM_UP, STEPS = 2, 5
 MICRO_BATCHES = 4
 """Of a step. The optimizer's part is that of one GPU without others to share its state with: in a run of many it is
 less, here it is a few per cent of these."""
@@ -40,9 +40,14 @@ class Depth:
     vision: int
 
     @classmethod
-    def cut(cls) -> tuple[Depth, Depth, Depth]:
-        """A base, then one with more language layers and one with more tower blocks (each eighth sees frames)."""
-        return cls(2, 8), cls(6, 8), cls(2, 16)
+    def cut(cls, shape: str) -> tuple[Depth, Depth, Depth]:
+        """A base, then one with more language layers and one with more tower blocks (each eighth sees frames).
+
+        As many as a GPU of 80 GB holds with their optimizer's state: whatever a point is off counts several times in
+        the whole model.
+        """
+        base, more = (4, 16) if shape == "3b" else (2, 6)
+        return cls(base, 8), cls(more, 8), cls(base, 16)
 
     @classmethod
     def tiny(cls) -> tuple[Depth, Depth, Depth]:
@@ -95,14 +100,18 @@ def with_tail(batch: PackedBatch, extra: int) -> PackedBatch:
     return replace(batch, input_ids=ids, position_ids=positions, tail_length=batch.tail_length + extra)
 
 
-def measure_step(case: StepCase, depth: Depth) -> dict[str, float]:
-    """Median seconds of an optimizer step, and its peak bytes above weights, gradients and optimizer state."""
+def measure_step(case: StepCase, depth: Depth) -> dict[str, object]:
+    """Median seconds of an optimizer step, and its peak bytes above weights, gradients and optimizer state.
+
+    Each step's own seconds stand beside them, and how often the allocator had to start over in those steps: times that
+    wander, or an allocator at its limit, say that something else than the kernels was measured.
+    """
     found = _measure(case, depth)
     device.release_memory()
     return found
 
 
-def _measure(case: StepCase, depth: Depth) -> dict[str, float]:
+def _measure(case: StepCase, depth: Depth) -> dict[str, object]:
     config = model_config(case.shape, layers=depth.language, vision_layers=depth.vision)
     settings = TrainSettings(model=case.model)
     batches = [case.batch(config)] * case.micro_batches
@@ -126,9 +135,17 @@ def _measure(case: StepCase, depth: Depth) -> dict[str, float]:
             raise RuntimeError(f"the loss of {case.shape} with {depth} is not a number")
         optimizer.step()
 
-    step()
+    for _ in range(1 if case.tiny else WARM_UP):
+        step()
+    retries = device.allocation_retries()
     seconds = [_timed(step) for _ in range(1 if case.tiny else STEPS)]
-    return {"seconds": statistics.median(seconds), "peak_bytes": peak_bytes(step)}
+    retries = device.allocation_retries() - retries
+    return {
+        "seconds": statistics.median(seconds),
+        "peak_bytes": peak_bytes(step),
+        "each": [round(value, 4) for value in seconds],
+        "allocation_retries": retries,
+    }
 
 
 def _timed(step) -> float:

@@ -69,7 +69,7 @@ def attention_section(tiny: bool) -> dict[str, object]:
 def step_section(shape: str) -> Callable[[bool], dict[str, object]]:
     def run(tiny: bool) -> dict[str, object]:
         name = "small" if tiny else shape
-        depths = Depth.tiny() if tiny else Depth.cut()
+        depths = Depth.tiny() if tiny else Depth.cut(shape)
         found: dict[str, object] = {}
         plain = "fp32" if tiny else "bf16"
         for label, (recipe, fp8_vision) in {plain: (None, False), **FP8}.items():

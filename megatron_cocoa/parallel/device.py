@@ -140,6 +140,11 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() if has_gpu() else _process_memory("VmHWM")
 
 
+def allocation_retries() -> int:
+    """How often this GPU's memory was full of unused pieces, and was given back to be taken anew; 0 without a GPU."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if has_gpu() else 0
+
+
 def reset_peak_memory() -> int:
     """Let ``peak_memory_bytes`` count from now on; returns the bytes in use now, by the same measure."""
     if has_gpu():

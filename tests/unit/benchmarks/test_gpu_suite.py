@@ -29,6 +29,7 @@ def test_the_suite_runs_in_tiny_mode_and_claims_nothing(tmp_path):
     assert found["tiny"] and found["gpu"] is None and list(found["results"]) == sections
     row = found["results"]["step_3b"]["fp32"]
     assert row["mfu"] is None and row["useful_flops"] > 0
+    assert [(len(point["each"]), point["allocation_retries"]) for point in row["measured"]] == [(1, 0)] * 3
     assert "absent" in found["results"]["step_3b"]["delayed"]
     assert [row["n"] for row in found["results"]["attention"]["results"]] == [32, 48]
     assert "no number below says anything about a GPU" in done.stdout
@@ -56,7 +57,7 @@ def test_a_failing_section_is_recorded_and_the_others_run(monkeypatch):
 def test_whole_models_cost_is_that_of_their_layers():
     """Claim: a cost that is linear in the depths is found again at the published ones."""
     cost = lambda d: 5.0 + 2.0 * d.language + 3.0 * d.vision  # noqa: E731
-    depths = Depth.cut()
+    depths = Depth.cut("3b")
     points = [{"seconds": cost(d), "peak_bytes": cost(d) * 7} for d in depths]
     found = extrapolate(StepCase("small", None, True), depths, points)
     wanted = cost(Depth(found["layers"], found["vision_layers"]))
