@@ -16,7 +16,8 @@ from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, OwnTensors, own_tens
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.stacked import StackedLayout
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo
-from megatron_cocoa.checkpoint.torch_dist_writer import BACKEND_FILE, CHUNK_BYTES, TorchDistWriter
+from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
+from megatron_cocoa.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistWriter
 
 COMPANION_FOLDER = "huggingface"
 """Inside of an imported checkpoint: configuration, tokenizer and processor files for the way back."""

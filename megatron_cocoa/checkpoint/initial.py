@@ -12,16 +12,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_cocoa.checkpoint.convert import Gated, Padded
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, load_huggingface_weights
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, load_checkpoint
+from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_checkpoint
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
-IMAGE_DECODER = "image_decoder."
+IMAGE_DECODER, TOWER = "image_decoder.", "vision_model."
 LOGIT_SCALE = "logit_scale"
 
 
@@ -64,7 +65,7 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
         ValueError: if the source is incomplete or does not fit, or the image decoder has more layers than it can copy.
     """
     if source.checkpoint is not None:
-        info = load_checkpoint(source.checkpoint, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE))
+        info = _load_checkpoint(chunks, table, source.checkpoint)
         if info.stage == IMPORT_STAGE:
             _set_mask_row(chunks, source)
         elif info.mask_token_id != source.mask_token_id:
@@ -87,6 +88,25 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
         read = RandomWeights(seed=source.seed, initializer_range=source.initializer_range).read
         fill_parameters(chunks, read, table, **place, **mean)
         _start_image_decoder(chunks, table, read, source)
+
+
+@torch.no_grad()
+def _load_checkpoint(chunks: Sequence[nn.Module], table: NameTable, path: Path) -> CheckpointInfo:
+    """Load the weights, whatever the tower's ffn is padded to in the checkpoint: layouts differ in what they need."""
+    with TorchDistReader(path) as reader:
+        tensors = StackedTensors(reader)
+        width = tensors.vision_ffn_multiple
+        padded = [m for m in table if m.megatron_name.startswith(TOWER) and isinstance(m.layout, (Gated, Padded))]
+        others = {m.megatron_name: m for m in padded if width not in (1, m.layout.padded_width)}
+        left_out = frozenset(others)
+        info = load_checkpoint(path, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE), left_out=left_out)
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if name in others:
+                    mapping = others[name]
+                    whole = mapping.merge(mapping.padded_to(width).split(tensors(name)))
+                    copy_shard(parameter, mapping, whole, **_tensor_parallel_place())
+    return info
 
 
 def _tensor_parallel_place() -> dict[str, int]:

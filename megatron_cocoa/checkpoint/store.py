@@ -17,11 +17,14 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE, CheckpointWriter, is_complete
 from megatron_cocoa.config import EmbeddingForm
 
@@ -99,7 +102,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | Path, chunks: Sequence[nn.Module], *, optimizer=None, may_be_missing: tuple[str, ...] = ()
+    path: str | Path,
+    chunks: Sequence[nn.Module],
+    *,
+    optimizer=None,
+    may_be_missing: tuple[str, ...] = (),
+    left_out: frozenset[str] = frozenset(),
 ) -> CheckpointInfo:
     """Load weights (and optimizer state) into the chunks at their layout; every rank calls it.
 
@@ -109,27 +117,42 @@ def load_checkpoint(
         optimizer: loads its state too, and the modules' extra state (scales and history of delayed FP8). Both are
             pickled, so that a run takes them from its own checkpoints alone; weights that a run starts from are not.
         may_be_missing: prefixes of parameters that keep their values where the checkpoint lacks them.
+        left_out: names of parameters that keep their values whatever it has.
 
     Raises:
-        ValueError: if the folder is no complete checkpoint, lacks a parameter that may not be missing, or holds
-            adapters that are not merged and that the model does not have.
+        ValueError: if the folder is no complete checkpoint or is damaged, lacks a parameter that may not be missing,
+            has one of another shape, or holds adapters that are not merged and that the model does not have.
     """
     info = read_info(path)
+    with TorchDistReader(path):
+        # It has seen by now that every file is there and as long as it should be.
+        pass
     if optimizer is not None and not info.has_optimizer:
         raise ValueError(f"{path} holds weights alone: it can start a stage, but a run cannot resume from it")
     state = sharded_state(chunks, optimizer, is_loading=True)
+    for part, entries in state.items():
+        for name in left_out & entries.keys() if part.startswith("model") else ():
+            del entries[name]
+    _check_shapes(path, state)
     present = _present(path, with_objects=optimizer is not None)
     _refuse_unmerged(path, state, present)
     absent = _drop_absent(state, present)
     refused = sorted(name for name in absent if not name.startswith(may_be_missing or ("\0",)))
     if refused:
         raise ValueError(f"{path} lacks {len(refused)} parameters of the model: {', '.join(refused[:20])}")
-    loaded = dist_checkpointing.load(state, str(path))
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (CheckpointException, CheckpointingException, EOFError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{path} cannot be loaded, it may be damaged ({reason[-1] if reason else type(error).__name__}): go on "
+            f"from another one; a run takes the one before it once this folder is moved away"
+        ) from error
     for index, chunk in enumerate(chunks):
         # Not strict: modules of Transformer Engine expect an extra state that the checkpoint may not have.
         with _pickled_state_allowed(optimizer is not None):
             missing, unexpected = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        wrong = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state") and n not in absent]
+        wrong = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state") and n not in absent | left_out]
         if wrong:
             raise ValueError(f"{path} does not fit the model, {len(wrong)} parameters: {', '.join(wrong[:20])}")
     if optimizer is not None:
@@ -177,6 +200,23 @@ def _metadata() -> dict[str, Any]:
         "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+
+
+def _check_shapes(path: str | Path, state: ShardedStateDict) -> None:
+    """Megatron would name one tensor's parts; what has to be changed is seen from whole shapes."""
+    stored = dist_checkpointing.load_tensors_metadata(str(path))
+    wrong = []
+    for entry in (e for part, entries in state.items() if part.startswith("model") for e in entries.values()):
+        # What is built from several stored tensors has no shape of its own.
+        if isinstance(entry, ShardedTensor) and not entry.allow_shape_mismatch and entry.key in stored:
+            found = stored[entry.key].global_shape
+            if tuple(found) != tuple(entry.global_shape):
+                wrong.append(f"{entry.key} is {tuple(found)}, needed {tuple(entry.global_shape)}")
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit the model, {len(wrong)} tensor(s) of this rank have another shape, such as "
+            f"{wrong[0]}: use the model folder and model.* settings that it was trained with"
+        )
 
 
 def _present(path: str | Path, *, with_objects: bool) -> set[str]:

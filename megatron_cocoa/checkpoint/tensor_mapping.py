@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,6 +50,10 @@ class Mapping:
     def stacked_name(self) -> str:
         """Key in a distributed checkpoint, which stacks the layers of a decoder in a new dimension 0."""
         return _LAYER.sub(".layers.", self.megatron_name)
+
+    def padded_to(self, width: int) -> Mapping:
+        """The same tensor with an ffn that is padded to ``width``, for a mapping whose layout pads."""
+        return replace(self, layout=replace(self.layout, padded_width=width))
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """The unsharded Megatron tensor from Hugging Face's tensors.

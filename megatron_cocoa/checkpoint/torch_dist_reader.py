@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX
-from megatron_cocoa.checkpoint.torch_dist_writer import BACKEND_FILE, METADATA_FILE
+
+METADATA_FILE = ".metadata"
+BACKEND_FILE = "metadata.json"
 
 _UNUSED_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 _KNOWN: dict[tuple[str, str], Any] = {

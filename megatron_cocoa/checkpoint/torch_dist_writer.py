@@ -30,9 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
+from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE, METADATA_FILE
 
-METADATA_FILE = ".metadata"
-BACKEND_FILE = "metadata.json"
 _BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

@@ -1,21 +1,26 @@
 """A run starts from the same weights whether they come from a folder or from its converted checkpoint."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_cocoa.checkpoint.initial import WeightSource, load_initial_weights
+from megatron_cocoa.checkpoint.store import load_checkpoint
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.model.build import build_model
-from tests.parity import compare
+from tests.parity import compare, reference
 from tests.parity.cases import Case
 
 MASK_TOKEN, USED_ROWS = 155, 156
 
 
-def start(chunk, table, source: WeightSource, *, decoder_layers: int = 1) -> dict[str, torch.Tensor]:
-    settings = compare.settings_of(Case("unit", decoder_layers=decoder_layers))
+def start(
+    chunk, table, source: WeightSource, *, decoder_layers: int = 1, vision_ffn_multiple: int = 1
+) -> dict[str, torch.Tensor]:
+    model = dict(vision_ffn_multiple=vision_ffn_multiple)
+    settings = compare.settings_of(Case("unit", decoder_layers=decoder_layers, model=model))
     model = build_model(chunk.architecture, settings, with_image_decoder=True)
     with torch.no_grad():
         for parameter in model.chunks[0].parameters():
@@ -42,6 +47,51 @@ def test_folder_and_converted_checkpoint_give_the_same_start(tiny, tmp_path):
     torch.testing.assert_close(row, embedding[:MASK_TOKEN].mean(0), rtol=1e-5, atol=1e-6)
     middle = found["language_model.decoder.layers.2.mlp.linear_fc2.weight"]
     assert torch.equal(found["image_decoder.decoder.layers.0.mlp.linear_fc2.weight"], middle)
+
+
+@pytest.mark.parametrize("stored, run", [(1, 40), (40, 1), (40, 56)])
+def test_a_checkpoint_starts_a_run_with_another_padding_of_the_tower(tiny, tmp_path, stored, run):
+    """Claim: every weight is what a folder gives, exactly, where layouts of two stages need other ffn widths."""
+    tiny.huggingface.save_pretrained(tmp_path / "hf")
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", vision_ffn_multiple=stored)
+    settings = compare.settings_of(Case("unit", model=dict(vision_ffn_multiple=run)))
+    table = compare.name_table(tiny.huggingface.config, settings)
+    folder = WeightSource(tmp_path / "hf", None, seed=3, mask_token_id=MASK_TOKEN, used_rows=USED_ROWS)
+    wanted = start(tiny.chunk, table, folder, vision_ffn_multiple=run)
+    found = start(tiny.chunk, table, replace(folder, checkpoint=tmp_path / "mcore"), vision_ffn_multiple=run)
+    tower = [name for name in wanted if name.startswith("vision_model.")]
+    assert len(tower) > 20 and all(torch.equal(found[name], wanted[name]) for name in tower)
+
+
+def cut(path):
+    largest = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut, r"mcore/.*\.distcp has \d+ bytes"),
+        (lambda path: (path / ".metadata").write_bytes(b"garbage"), r"mcore/\.metadata"),
+        (lambda path: (path / ".metadata").unlink(), r"mcore is incomplete"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path, damage, message):
+    """Claim: what is wrong with which folder is one message, not a traceback from inside of torch."""
+    tiny.huggingface.save_pretrained(tmp_path / "hf")
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    damage(tmp_path / "mcore")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "mcore", [tiny.chunk])
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(tiny, tmp_path):
+    """Claim: shapes that do not fit are found before anything is loaded, with what was found and needed."""
+    other = reference.tiny_huggingface(reference.tiny_config("qwen2_5_vl", layers=2))
+    other.save_pretrained(tmp_path / "hf")
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    with pytest.raises(ValueError, match=r"does not fit the model, \d+ tensor.* is \(.*\), needed \("):
+        load_checkpoint(tmp_path / "mcore", [tiny.chunk])
 
 
 def decoder_starts(tiny, folder, **changed) -> list[torch.Tensor]:
