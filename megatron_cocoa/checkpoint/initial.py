@@ -18,7 +18,7 @@ from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, load_hug
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_checkpoint
+from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_checkpoint, read_info
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
@@ -30,6 +30,7 @@ LOGIT_SCALE = "logit_scale"
 class WeightSource:
     """One of three: ``checkpoint`` if given, else the safetensors in ``folder`` if it has any, else ``seed``.
 
+    may_be_random: whether a folder without weights means that they are to be drawn.
     mask_token_id: embedding row that starts as the mean of the used rows, unless a checkpoint brings it.
     used_rows:     rows of the embedding that the tokenizer uses.
     initializer_range: spread of random weights.
@@ -41,12 +42,30 @@ class WeightSource:
     seed: int
     mask_token_id: int
     used_rows: int
+    may_be_random: bool = False
     initializer_range: float = 0.02
     decoder_init: Literal["middle_layer", "random"] = "middle_layer"
 
     @property
     def has_safetensors(self) -> bool:
         return any(self.folder.glob("*.safetensors"))
+
+    def check(self) -> None:
+        """Look for the weights, before anything is built.
+
+        Raises:
+            ValueError: if the checkpoint or a file of the folder is missing or cut short, or the folder has no weights
+                and may not.
+        """
+        if self.checkpoint is not None:
+            read_info(self.checkpoint)
+        elif self.has_safetensors:
+            HuggingFaceReader(self.folder).close()
+        elif not self.may_be_random:
+            try:
+                HuggingFaceReader(self.folder).close()
+            except ValueError as error:
+                raise ValueError(f"{error}; model.random_weights true draws weights instead of reading them") from error
 
     def describe(self) -> str:
         if self.checkpoint is not None:
@@ -78,6 +97,7 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
                 tensors = StackedTensors(reader)
                 _start_image_decoder(chunks, table, lambda m: tensors(m.megatron_name), source)
         return
+    source.check()
     place = _tensor_parallel_place()
     mean = dict(mean_row=source.mask_token_id, used_rows=source.used_rows)
     if source.has_safetensors:

@@ -16,7 +16,9 @@ class ModelSettings:
 
     Args:
         path: folder with a Hugging Face ``config.json``, tokenizer and ``preprocessor_config.json``. Its
-            safetensors are loaded if it has any, else the weights are drawn from ``seed``.
+            safetensors are loaded.
+        random_weights: draw the weights from ``seed`` where ``path`` has no safetensors, as the toy preset does; else
+            such a folder is refused.
         load: Megatron checkpoint to start from instead of the weights in ``path``.
         dtype: parameters and activations; gradients and master weights stay FP32 under ``bf16``.
         transformer_impl: ``local`` is torch and Megatron-Core alone, ``transformer_engine`` needs the package
@@ -38,6 +40,7 @@ class ModelSettings:
     """
 
     path: str | None = None
+    random_weights: bool = False
     load: str | None = None
     dtype: Literal["fp32", "bf16"] = "bf16"
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"

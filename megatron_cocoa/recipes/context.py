@@ -47,6 +47,7 @@ class RunContext:
             checkpoint = Path(settings.model.load)
         return WeightSource(
             folder=Path(settings.model.path),
+            may_be_random=settings.model.random_weights,
             checkpoint=checkpoint,
             seed=settings.seed,
             mask_token_id=self.bundle.mask_token_id,

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.writer import restore_replaced
-from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.settings import settings_to_dict
@@ -25,8 +25,8 @@ STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
 
 MAY_CHANGE = (
     "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
-    "recompute. data.path data.num_workers data.tokens_per_microbatch model.path model.transformer_impl "
-    "model.attention_backend model.vision_attention_backend model.make_vocab_size_divisible_by "
+    "recompute. data.path data.num_workers data.tokens_per_microbatch model.path model.random_weights "
+    "model.transformer_impl model.attention_backend model.vision_attention_backend model.make_vocab_size_divisible_by "
     "warmup.micro_batch_size bridge.micro_batch_size contrastive.micro_batch_size"
 ).split()
 """Settings, or groups of them, that change how a run computes but not what."""
@@ -83,7 +83,8 @@ def _place(folder: Path) -> StagePlace:
 def check_same_run(settings: TrainSettings, output: Path) -> None:
     """Refuse to go on with a run under settings that would train something else.
 
-    Stages may be added at the end, and how the run is laid out over ranks and packs may change.
+    Stages may be added at the end, those that nothing is kept of may be set anew, and how the run is laid out over
+    ranks and packs, and where its files lie, may change.
 
     Raises:
         ValueError: naming each setting that differs, with both values.
@@ -102,7 +103,9 @@ def check_same_run(settings: TrainSettings, output: Path) -> None:
             f"the run in {output} has stages {stages}, now they are {now['stages']}: stages can only be added at "
             f"the end"
         )
-    changed = [key for key in now if key != "stages" and before.get(key) != now[key] and not _may_change(key)]
+    begun = [stage for stage in STAGES if _has_begun(output / stage)]
+    differing = [key for key in now if _compared(key, before.get(key)) != _compared(key, now[key])]
+    changed = [key for key in differing if key != "stages" and not _may_change(key, begun)]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key, 'absent')}, is {now[key]}" for key in changed)
         raise ValueError(
@@ -111,7 +114,23 @@ def check_same_run(settings: TrainSettings, output: Path) -> None:
         )
 
 
-def _may_change(key: str) -> bool:
+def _has_begun(folder: Path) -> bool:
+    return (folder / STAGE_CHECKPOINT).is_dir() or bool(complete_steps(folder / STEP_CHECKPOINTS))
+
+
+def _compared(key: str, value: Any) -> Any:
+    """A setting without the places of files: the rows themselves are compared where their loader resumes."""
+    if key != "data.sources":
+        return value
+    return [{name: v for name, v in source.items() if name not in ("path", "image_root")} for source in value or ()]
+
+
+def _may_change(key: str, begun: list[str]) -> bool:
+    part = key.partition(".")[0]
+    if part in STAGES and part not in begun:
+        return True
+    if key == "model.load" and begun:
+        return True
     return any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in MAY_CHANGE)
 
 

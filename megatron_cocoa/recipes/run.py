@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
@@ -26,7 +25,14 @@ from megatron_cocoa.recipes.resume import (
     holds_run,
 )
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
-from megatron_cocoa.recipes.stages import StageSummary, build_loader, build_with_weights, check_microbatches, run_stage
+from megatron_cocoa.recipes.stages import (
+    StageSummary,
+    build_loader,
+    build_with_weights,
+    check_contrastive,
+    check_microbatches,
+    run_stage,
+)
 from megatron_cocoa.settings import save_settings
 from megatron_cocoa.training.stopping import StopWatch
 
@@ -118,12 +124,13 @@ def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict
         ValueError: as the stage would raise it.
     """
     settings = context.settings
-    if settings.model.load is not None:
-        read_info(settings.model.load)
+    context.weight_source(None).check()
     loaders = {}
     # In the same order on every rank: ranks of a replica build their loaders together.
     for stage in dict.fromkeys([*settings.stages, *(["contrastive"] if settings.with_baseline else [])]):
         check_microbatches(context, stage)
+        if stage == "contrastive":
+            check_contrastive(context)
         loaders[stage] = build_loader(context, stage)
     for stage in [stage for stage in loaders if places.get(stage, StagePlace()).is_complete]:
         loaders.pop(stage).close()

@@ -264,6 +264,22 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
     )
 
 
+def check_contrastive(context: RunContext) -> None:
+    """Refuse what the objective of stage ``contrastive`` would refuse at its first step, after the other stages.
+
+    Raises:
+        ValueError: if the model's embeddings are not as wide as asked for, or a step has a single pair.
+    """
+    settings, width = context.settings.contrastive, context.architecture.text.hidden_size
+    if max(settings.matryoshka_dims, default=0) > width:
+        raise ValueError(
+            f"contrastive.matryoshka_dims are {list(settings.matryoshka_dims)}, the model's embeddings have {width} "
+            f"dimensions: name none above that"
+        )
+    if settings.global_batch_size < 2:
+        raise ValueError("contrastive.global_batch_size is 1, needs 2 or more: each pair's negatives are the others")
+
+
 def check_microbatches(context: RunContext, stage: str) -> None:
     """Refuse batch sizes that the layout cannot run.
 

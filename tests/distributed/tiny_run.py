@@ -75,7 +75,11 @@ def tiny_settings(folder: Path, *, steps: int = 20, parallel: ParallelSettings |
     stage = dict(steps=steps, global_batch_size=8, micro_batch_size=2, image_size=None, **rates)
     return TrainSettings(
         model=ModelSettings(
-            path=str(folder / "model"), dtype="fp32", transformer_impl="local", make_vocab_size_divisible_by=16
+            path=str(folder / "model"),
+            random_weights=True,
+            dtype="fp32",
+            transformer_impl="local",
+            make_vocab_size_divisible_by=16,
         ),
         data=DataSettings(path=str(folder / "pairs"), max_length=128),
         parallel=parallel or ParallelSettings(),

@@ -1,5 +1,6 @@
 """A run starts from the same weights whether they come from a folder or from its converted checkpoint."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -94,10 +95,28 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(tiny, tmp_pat
         load_checkpoint(tmp_path / "mcore", [tiny.chunk])
 
 
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "neither model.safetensors nor .* model.random_weights true draws"),
+        ({"pytorch_model.bin": ""}, "no safetensors. Pickles can run code"),
+        ({"model.safetensors.index.json": json.dumps({"weight_map": {"x": "a.safetensors"}})}, "a.safetensors"),
+    ],
+)
+def test_a_folder_without_its_weights_is_not_trained_from_nothing(tmp_path, files, message):
+    """Claim: a download that was cut short is an error before the model is built, unless weights are to be drawn."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    source = WeightSource(tmp_path, None, seed=3, mask_token_id=MASK_TOKEN, used_rows=USED_ROWS)
+    with pytest.raises(ValueError, match=message):
+        source.check()
+    replace(source, may_be_random=True).check()
+
+
 def decoder_starts(tiny, folder, **changed) -> list[torch.Tensor]:
     """A weight of each of the image decoder's layers, and the language model's layers' beside them."""
     table = compare.name_table(tiny.huggingface.config, compare.settings_of(Case("unit")))
-    source = WeightSource(folder, None, seed=3, mask_token_id=MASK_TOKEN, used_rows=USED_ROWS)
+    source = WeightSource(folder, None, seed=3, mask_token_id=MASK_TOKEN, used_rows=USED_ROWS, may_be_random=True)
     number = changed.pop("decoder_layers")
     found = start(tiny.chunk, table, replace(source, **changed), decoder_layers=number)
     assert not any(weight.isnan().any() for weight in found.values())

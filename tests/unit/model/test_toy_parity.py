@@ -67,7 +67,8 @@ def test_embedded_model_equals_hugging_face(single_rank, folder, kind):
     architecture, settings = QwenVLArchitecture.from_huggingface(config), compare.settings_of(Case("unit"))
     ours = build_model(architecture, settings, with_image_decoder=False)
     mask_row = config.text_config.vocab_size - 1
-    source = WeightSource(model_folder, None, 7, mask_row, config.text_config.vocab_size - 1, initializer_range=0.05)
+    used = config.text_config.vocab_size - 1
+    source = WeightSource(model_folder, None, 7, mask_row, used, may_be_random=True, initializer_range=0.05)
     load_initial_weights(ours.chunks, table, source)
     chunk = ours.chunks[0].eval()
 

@@ -4,17 +4,26 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cocoa.config import ContrastiveSettings, DataSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.config import (
+    BridgeSettings,
+    ContrastiveSettings,
+    DataSettings,
+    ModelSettings,
+    ParallelSettings,
+    SourceSettings,
+    TrainSettings,
+)
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.resume import JOB_FILE, MAY_CHANGE, after_restart, check_same_run
 from megatron_cocoa.settings import save_settings, settings_to_dict
 
-BEFORE = TrainSettings(stages=("warmup", "bridge"))
+BEFORE = TrainSettings(stages=("warmup", "bridge"), data=DataSettings(sources=(SourceSettings("a", "/data/a"),)))
 
 
 @pytest.fixture
 def output(tmp_path):
     save_settings(BEFORE, tmp_path / "settings.yaml")
+    (tmp_path / "contrastive" / "checkpoint").mkdir(parents=True)
     return tmp_path
 
 
@@ -24,12 +33,15 @@ def output(tmp_path):
         BEFORE,
         replace(BEFORE, resume=True, log_interval=3),
         replace(BEFORE, parallel=ParallelSettings(tensor_model_parallel_size=4, use_distributed_optimizer=True)),
-        replace(BEFORE, data=DataSettings(path="/elsewhere", num_workers=4)),
+        replace(BEFORE, data=replace(BEFORE.data, path="/elsewhere", num_workers=4)),
         replace(BEFORE, stages=("warmup", "bridge", "contrastive")),
+        replace(BEFORE, bridge=BridgeSettings(lr=1e-3)),
+        replace(BEFORE, model=ModelSettings(load="/elsewhere", random_weights=True)),
+        replace(BEFORE, data=DataSettings(sources=(SourceSettings("a", "/elsewhere", image_root="/pictures"),))),
     ],
 )
 def test_what_changes_how_but_not_what_is_allowed(output, now):
-    """Claim: layout, paths, logging and further stages may change between two processes of one run."""
+    """Claim: layout, paths, logging, further stages and those that nothing is kept of may change within one run."""
     check_same_run(now, output)
 
 
@@ -41,7 +53,11 @@ def test_what_changes_how_but_not_what_is_allowed(output, now):
             replace(BEFORE, contrastive=ContrastiveSettings(lr=1e-3, temperature=0.05)),
             "contrastive.lr was 2e-05, is 0.001; contrastive.temperature was 0.02, is 0.05",
         ),
-        (replace(BEFORE, data=DataSettings(max_length=77)), "data.max_length was 4096, is 77"),
+        (replace(BEFORE, data=replace(BEFORE.data, max_length=77)), "data.max_length was 4096, is 77"),
+        (
+            replace(BEFORE, data=DataSettings(sources=(SourceSettings("a", "/data/a", weight=2.0),))),
+            r"data.sources was .*'weight': None.*, is .*'weight': 2.0",
+        ),
         (replace(BEFORE, stages=("bridge",)), "stages can only be added at the end"),
     ],
 )

@@ -1,0 +1,25 @@
+"""What a later stage would refuse at its first step is refused before the first stage trains."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_cocoa.config import ContrastiveSettings, TrainSettings
+from megatron_cocoa.recipes.stages import check_contrastive
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(matryoshka_dims=(64, 512)), r"matryoshka_dims are \[64, 512\], the model's embeddings have 256"),
+        (dict(global_batch_size=1, micro_batch_size=1), "global_batch_size is 1, needs 2 or more"),
+    ],
+)
+def test_contrastive_learning_is_checked_with_the_model(changes, message):
+    """Claim: dimensions that the model does not have, and steps without a negative, cost no training."""
+    architecture = SimpleNamespace(text=SimpleNamespace(hidden_size=256))
+    settings = replace(TrainSettings(), contrastive=ContrastiveSettings(**changes))
+    with pytest.raises(ValueError, match=message):
+        check_contrastive(SimpleNamespace(settings=settings, architecture=architecture))
+    check_contrastive(SimpleNamespace(settings=TrainSettings(), architecture=architecture))
