@@ -125,10 +125,19 @@ def _check_pipeline(layers: int, pp: int, parallel: ParallelSettings) -> None:
         raise ValueError("num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages")
     fixed = [n for n in (first, last) if n is not None]
     remaining, stages = layers - sum(fixed), pp - len(fixed)
+    remedy = (
+        "change parallel.pipeline_model_parallel_size or parallel.num_layers_in_first_pipeline_stage and "
+        "parallel.num_layers_in_last_pipeline_stage"
+    )
     if remaining < 0 or (stages == 0 and remaining) or (stages and remaining % stages):
         raise ValueError(
             f"{layers} language layers cannot be split: {fixed or 'none'} fixed for the first/last stage leave "
-            f"{remaining} layers for {stages} of {pp} pipeline stages"
+            f"{remaining} layers for {stages} of {pp} pipeline stages; {remedy}"
+        )
+    if stages and not remaining:
+        raise ValueError(
+            f"{layers} language layers leave {stages} of {pp} pipeline stages without a layer: {fixed or 'none'} fixed "
+            f"for the first/last stage; {remedy}"
         )
     chunks = parallel.virtual_pipeline_model_parallel_size
     per_stage = [*fixed, remaining // stages] if stages else fixed

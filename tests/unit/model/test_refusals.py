@@ -67,6 +67,13 @@ ARCHITECTURE = QwenVLArchitecture.from_huggingface(reference.tiny_config("qwen2_
         (
             {},
             {},
+            dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=4),
+            r"4 language layers leave 1 of 2 pipeline stages without a layer: \[4\] fixed .* "
+            "change parallel.pipeline_model_parallel_size or parallel.num_layers_in_first_pipeline_stage",
+        ),
+        (
+            {},
+            {},
             dict(num_layers_in_last_pipeline_stage=2),
             "num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages",
         ),
