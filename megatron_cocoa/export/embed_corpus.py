@@ -23,6 +23,7 @@ from megatron_cocoa.export.corpus import Corpus
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+SHARD_FILES = ("embeddings-*.npy", "ids-*.jsonl", "shard-*.json")
 
 Encode = Callable[[Sequence[dict[str, Any]]], np.ndarray]
 
@@ -64,7 +65,7 @@ def prepare_output(plan: ShardPlan, made_from: dict[str, Any], *, overwrite: boo
     Args:
         plan: of the shards.
         made_from: corpus, model and settings, as JSON values.
-        overwrite: discard shards that were made from something else.
+        overwrite: discard shards that were made from something else; a manifest without any is replaced anyway.
 
     Raises:
         ValueError: naming what differs, or if the folder holds something else than shards.
@@ -81,15 +82,15 @@ def prepare_output(plan: ShardPlan, made_from: dict[str, Any], *, overwrite: boo
         differing = [name for name in sorted(set(wanted) | set(found)) if wanted.get(name) != found.get(name)]
         if not differing:
             return
-        if not overwrite:
+        shards = [file for pattern in SHARD_FILES for file in output.glob(pattern)]
+        if shards and not overwrite:
             name = differing[0]
             raise ValueError(
                 f"{output} holds shards with another {', '.join(differing)} ({name} was {found.get(name)!r}, is now "
                 f"{wanted.get(name)!r}): name another output folder, or pass --overwrite"
             )
-        for pattern in ("embeddings-*.npy", "ids-*.jsonl", "shard-*.json"):
-            for old in output.glob(pattern):
-                old.unlink()
+        for old in shards:
+            old.unlink()
     output.mkdir(parents=True, exist_ok=True)
     _write_atomically(file, (json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode())
 

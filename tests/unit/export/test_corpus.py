@@ -41,6 +41,17 @@ def test_damaged_shards_are_made_again(tmp_path):
         prepare_output(plan, {"corpus": "other"})
 
 
+def test_a_run_that_made_no_shard_holds_no_folder(tmp_path):
+    """Claim: after a model that could not be loaded the same folder takes another one; what has shards does not."""
+    plan = ShardPlan(tmp_path, 1, 1)
+    prepare_output(plan, {"model": "wrong"})
+    prepare_output(plan, {"model": "right"})
+    assert json.loads((tmp_path / "manifest.json").read_text())["model"] == "right"
+    plan.file("ids", 0).write_text("")
+    with pytest.raises(ValueError, match="holds shards with another model .model was 'right', is now 'wrong'"):
+        prepare_output(plan, {"model": "wrong"})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -188,6 +188,7 @@ def test_vectors_of_another_picture_size_are_not_mixed(run, tmp_path):
     assert made_from()["image_size"] == SIDE and made_from("--image-size", "native")["image_size"] == "native"
     plan = ShardPlan(tmp_path / "out", num_items=1, shard_size=1)
     prepare_output(plan, made_from() | {"image_size": None})
+    plan.file("ids", 0).write_text("")
     with pytest.raises(ValueError, match=f"another image_size .image_size was None, is now {SIDE}"):
         prepare_output(plan, made_from())
 
