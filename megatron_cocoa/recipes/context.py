@@ -142,7 +142,8 @@ def read_config(folder: Path):
 def check_output(settings: TrainSettings) -> None:
     """Refuse an output folder that cannot be written, holds an earlier run that may not go, or feeds this one.
 
-    Nothing is removed yet. For the first rank alone: the others could see its probe of the disk.
+    What a start that never took a step has left does not count as a run. Nothing else is removed yet. For the first
+    rank alone: the others could see its probe of the disk.
 
     Raises:
         ValueError: naming the folder and what to change.
@@ -150,7 +151,8 @@ def check_output(settings: TrainSettings) -> None:
     output = Path(settings.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file: name a folder")
-    if output.is_dir() and any(output.iterdir()):
+    was_trained = output.is_dir() and not all(_is_left_by_a_start(path, output) for path in output.rglob("*"))
+    if was_trained:
         if not (settings.overwrite or settings.resume):
             raise ValueError(
                 f"{output} holds an earlier run: name another --output_dir, pass --resume true to go on with it, or "
@@ -165,11 +167,28 @@ def check_output(settings: TrainSettings) -> None:
                 raise ValueError(f"{name} {source} lies in output_dir {output}, which would be overwritten")
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not was_trained:
+            # Resumed by a corrected command, they would be held against it.
+            (output / SETTINGS_FILE).unlink(missing_ok=True)
         probe = output / ".write-test"
         probe.write_bytes(b"\0" * 65536)
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
+
+
+def _is_left_by_a_start(path: Path, output: Path) -> bool:
+    """Whether ``path`` below ``output`` is what a run writes before its first step, and nothing that cost a step."""
+    if path.is_dir() and not path.is_symlink():
+        return True
+    match path.relative_to(output).parts:
+        case (name,):
+            return name in (SETTINGS_FILE, JOB_FILE)
+        case (_, "metrics.jsonl" | "validation.jsonl"):
+            return path.stat().st_size == 0
+        case (_, "wandb.id") | (_, "tensorboard" | "wandb", *_):
+            return True
+    return False
 
 
 RUN_FILES = (SETTINGS_FILE, JOB_FILE, "report.html", "results.json")

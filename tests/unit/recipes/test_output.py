@@ -1,0 +1,45 @@
+"""Which output folders a run may take."""
+
+import pytest
+
+from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.recipes.context import check_output, clear_output
+from megatron_cocoa.recipes.resume import JOB_FILE
+from megatron_cocoa.settings import save_settings
+
+
+@pytest.fixture
+def output(tmp_path):
+    """What a run leaves that ended before its first step."""
+    output = tmp_path / "run"
+    (output / "warmup" / "tensorboard").mkdir(parents=True)
+    (output / "warmup" / "tensorboard" / "events.out.tfevents.1").write_bytes(b"\0" * 88)
+    (output / "warmup" / "metrics.jsonl").write_text("")
+    (output / JOB_FILE).write_text("12")
+    save_settings(TrainSettings(seed=3), output / "settings.yaml")
+    return output
+
+
+@pytest.mark.parametrize("given", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_start_that_took_no_step_holds_no_folder(output, given):
+    """Claim: the corrected command runs in the same folder, whether it resumes or not, and twice if need be."""
+    settings = TrainSettings(output_dir=str(output), **given)
+    check_output(settings)
+    assert not (output / "settings.yaml").exists(), "a resume would be refused under other settings"
+    check_output(settings)
+    clear_output(settings)
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["warmup/checkpoint/metadata.json", "warmup/metrics.jsonl", "warmup/notes.txt", "report.html", "thesis.tex"],
+)
+def test_what_cost_a_step_or_is_not_ours_holds_the_folder(output, left):
+    """Claim: beside a checkpoint, a line of metrics, a report or somebody's own file nothing is begun or removed."""
+    (output / left).parent.mkdir(exist_ok=True)
+    (output / left).write_text("{}\n")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(ValueError, match="holds an earlier run: name another --output_dir"):
+        check_output(TrainSettings(output_dir=str(output)))
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
