@@ -22,6 +22,7 @@ from megatron_cocoa.data.toy import prepare_toy
 from megatron_cocoa.model.build import row_multiple
 from megatron_cocoa.model.language import padded_vocab_size
 from megatron_cocoa.recipes.resume import JOB_FILE, SETTINGS_FILE, holds_run
+from megatron_cocoa.training.log import import_wandb
 
 TOY_FOLDER = "outputs/toy"
 """Where the toy preset's data and model folder are prepared, relative to the working directory."""
@@ -142,12 +143,15 @@ def read_config(folder: Path):
 def check_output(settings: TrainSettings) -> None:
     """Refuse an output folder that cannot be written, holds an earlier run that may not go, or feeds this one.
 
+    So is a Weights & Biases project without its package, which would be missed only once the model is loaded.
     What a start that never took a step has left does not count as a run. Nothing else is removed yet. For the first
     rank alone: the others could see its probe of the disk.
 
     Raises:
-        ValueError: naming the folder and what to change.
+        ValueError: naming the folder or the package, and what to change.
     """
+    if settings.wandb_project is not None:
+        import_wandb(settings.wandb_project)
     output = Path(settings.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file: name a folder")

@@ -119,8 +119,12 @@ def _cut_after(path: Path, done: int) -> None:
     os.replace(new, path)
 
 
-def _start_wandb(project: str, folder: Path, stage: str, *, done: int):
-    """The stage's run there, the same one again where the stage goes on."""
+def import_wandb(project: str):
+    """The package that ``wandb_project`` needs.
+
+    Raises:
+        ValueError: if it is absent.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -128,6 +132,12 @@ def _start_wandb(project: str, folder: Path, stage: str, *, done: int):
             f"wandb_project is {project!r}, but the wandb package is not installed: pip install wandb, or set "
             f"wandb_project to null"
         ) from error
+    return wandb
+
+
+def _start_wandb(project: str, folder: Path, stage: str, *, done: int):
+    """The stage's run there, the same one again where the stage goes on."""
+    wandb = import_wandb(project)
     known = folder / WANDB_FILE
     identity = known.read_text(encoding="utf-8") if done and known.is_file() else uuid.uuid4().hex
     known.write_text(identity, encoding="utf-8")

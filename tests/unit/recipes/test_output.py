@@ -1,5 +1,7 @@
 """Which output folders a run may take."""
 
+import sys
+
 import pytest
 
 from megatron_cocoa.config import TrainSettings
@@ -43,3 +45,11 @@ def test_what_cost_a_step_or_is_not_ours_holds_the_folder(output, left):
     with pytest.raises(ValueError, match="holds an earlier run: name another --output_dir"):
         check_output(TrainSettings(output_dir=str(output)))
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_a_missing_logging_package_is_found_before_the_folder_is_taken(tmp_path, monkeypatch):
+    """Claim: Weights & Biases without its package is refused at the start, not once the model is loaded."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb, or set wandb_project to null"):
+        check_output(TrainSettings(output_dir=str(tmp_path / "run"), wandb_project="cocoa"))
+    assert not (tmp_path / "run").exists()
