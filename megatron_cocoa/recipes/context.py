@@ -27,6 +27,9 @@ from megatron_cocoa.training.log import import_wandb
 TOY_FOLDER = "outputs/toy"
 """Where the toy preset's data and model folder are prepared, relative to the working directory."""
 
+POOLS = {"heldout": "eval_heldout.jsonl", "training": "eval_train.jsonl"}
+"""Files of the data folder that retrieval is measured on, by the pool's name."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -92,13 +95,15 @@ def prepare_context(settings: TrainSettings) -> RunContext:
     """Fill in the toy set where no model or data is named, and read the model folder.
 
     Raises:
-        ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model, or data packages that are missing.
+        ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model, data packages that are missing, or
+            ``evaluate`` with nothing to measure on.
     """
     is_toy = settings.model.path is None
     if is_toy:
         toy = prepare_toy(TOY_FOLDER)
         data = settings.data if settings.data.path else replace(settings.data, path=str(toy.pairs))
         settings = replace(settings, model=replace(settings.model, path=str(toy.model)), data=data)
+    _check_pools(settings)
     config = read_config(Path(settings.model.path))
     architecture = QwenVLArchitecture.from_huggingface(config)
     bundle = load_tokenizer(
@@ -124,6 +129,17 @@ def prepare_context(settings: TrainSettings) -> RunContext:
         hf_config=config.to_dict(),
         is_toy=is_toy,
     )
+
+
+def _check_pools(settings: TrainSettings) -> None:
+    """Refuse a run that is asked for measurements, and whose data folder has nothing to take them on."""
+    folder = settings.data.path
+    pools = [] if folder is None else [file for file in POOLS.values() if (Path(folder) / file).is_file()]
+    if settings.evaluate and not pools:
+        raise ValueError(
+            f"evaluate is true, but data.path {folder} has neither {' nor '.join(POOLS.values())} to measure on: write "
+            f"one (see docs/data.md), or set evaluate to false"
+        )
 
 
 def read_config(folder: Path):

@@ -18,8 +18,8 @@ from megatron_cocoa.evaluation.pictures import encode_png, patches_to_picture
 from megatron_cocoa.evaluation.probes import predict_units, sample_losses
 from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.recipes.context import RunContext, evaluation_parts
-from megatron_cocoa.recipes.retrieval import PICTURE, POOLS
+from megatron_cocoa.recipes.context import POOLS, RunContext, evaluation_parts
+from megatron_cocoa.recipes.retrieval import PICTURE
 
 
 def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:

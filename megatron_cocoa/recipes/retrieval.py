@@ -23,10 +23,9 @@ from megatron_cocoa.evaluation.pictures import thumbnail_png
 from megatron_cocoa.evaluation.report_data import POOL_NAMES, RecallRow, RetrievalStrip
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.recipes.context import RunContext, evaluation_parts
+from megatron_cocoa.recipes.context import POOLS, RunContext, evaluation_parts
 from megatron_cocoa.recipes.retrieval_examples import pool_examples
 
-POOLS = {"heldout": "eval_heldout.jsonl", "training": "eval_train.jsonl"}
 PICTURE = "<|image_1|>"
 
 
@@ -44,7 +43,7 @@ class Pool:
 
 
 def read_pools(context: RunContext) -> list[Pool]:
-    """The evaluation pools that the data folder has; none where a run reads ``data.sources`` alone."""
+    """The evaluation pools that the data folder has; none where a run without ``evaluate`` reads other sources."""
     if context.settings.data.path is None:
         return []
     folder = Path(context.settings.data.path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.recipes.context import RunContext
+from megatron_cocoa.recipes.context import POOLS, RunContext
 from megatron_cocoa.recipes.evidence import bridge_evidence
-from megatron_cocoa.recipes.retrieval import POOLS, RetrievalProbe
+from megatron_cocoa.recipes.retrieval import RetrievalProbe
 
 
 class HeldOutValidation:
