@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from megatron_cocoa.config.checks import require, require_ratio
+from megatron_cocoa.config.checks import nearest_divisors, nearest_multiples, require, require_ratio
 from megatron_cocoa.config.names import TEMPERATURE_RANGE
 
 
@@ -36,6 +36,8 @@ class StageSettings:
         min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape; None for the limits of
             ``preprocessor_config.json``.
     """
+
+    stage: ClassVar[str] = "stage"
 
     steps: int = 1000
     global_batch_size: int = 128
@@ -80,7 +82,8 @@ class StageSettings:
         """
         require(
             self.global_batch_size % data_parallel_size == 0,
-            f"global_batch_size {self.global_batch_size} is not divisible by data parallel size {data_parallel_size}",
+            f"{self.stage}.global_batch_size {self.global_batch_size} is not divisible by data parallel size "
+            f"{data_parallel_size}: {nearest_multiples(self.global_batch_size, data_parallel_size)} would be",
         )
         return self.global_batch_size // data_parallel_size
 
@@ -96,8 +99,9 @@ class StageSettings:
         size = min(self.micro_batch_size, share)
         require(
             share % size == 0,
-            f"global_batch_size {self.global_batch_size} over data parallel size {data_parallel_size} gives {share} "
-            f"samples a rank, which are not divisible by micro_batch_size {size}",
+            f"{self.stage}.global_batch_size {self.global_batch_size} over data parallel size {data_parallel_size} "
+            f"gives {share} samples a rank, which are not divisible by {self.stage}.micro_batch_size {size}: they are "
+            f"by {nearest_divisors(share, size)}",
         )
         return size
 
@@ -129,6 +133,8 @@ class WarmupSettings(StageSettings):
         decoder_init: where they start: ``middle_layer`` copies consecutive layers of the language model from its middle
             on (MoCa), ``random`` draws them as fresh layers. The linear map to pixels is always drawn.
     """
+
+    stage: ClassVar[str] = "warmup"
 
     steps: int = 3000
     global_batch_size: int = 128
@@ -164,6 +170,8 @@ class BridgeSettings(StageSettings):
         query_unit_mask_ratio: share of block A's image units replaced by noise (published: none).
         mask_at_least_one: mask one eligible token where the draw masked none.
     """
+
+    stage: ClassVar[str] = "bridge"
 
     steps: int = 2000
     global_batch_size: int = 64
@@ -211,6 +219,8 @@ class ContrastiveSettings(StageSettings):
             average; name the whole width, too, to keep it. Empty: the whole width alone (published).
         matryoshka_weights: of ``matryoshka_dims``, in the same order; empty weighs them equally.
     """
+
+    stage: ClassVar[str] = "contrastive"
 
     steps: int = 2000
     global_batch_size: int = 1024

@@ -14,7 +14,7 @@ from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.feed import Made, packs_from
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.order import MAX_SUBSTITUTES
-from megatron_cocoa.data.preprocess import PictureLoader, load_processor
+from megatron_cocoa.data.preprocess import PictureLoader, check_image_size, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import MAX_BAD_SHARE
 from megatron_cocoa.data.stages import STAGE_DATA, StageData
@@ -210,6 +210,7 @@ class StageLoader:
             packs.close()
 
     def _picture_loader(self, settings: TrainSettings, vision: VisionGeometry) -> PictureLoader:
+        check_image_size(self._stage_settings.image_size, vision, name=f"{self._stage_settings.stage}.image_size")
         return PictureLoader(
             Path(settings.data.path or "."),
             processor=load_processor(settings.model.path),

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from megatron_cocoa.config.checks import nearest_multiples
 from megatron_cocoa.data.decode import MAX_SOURCE_PIXELS, PictureError, accept_picture, picture_size, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.patches import PatchCutter
@@ -65,11 +66,7 @@ class PictureLoader:
                 f"preprocessor_config.json has patch, merge and temporal sizes {found}, config.json has {needed}: "
                 f"the two files must come from one model"
             )
-        if image_size is not None and (image_size < 1 or image_size % vision.size_factor):
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of {vision.size_factor} pixels "
-                f"(patch_size {vision.patch_size} x spatial_merge_size {vision.spatial_merge_size})"
-            )
+        check_image_size(image_size, vision)
         if image_size is not None and not min_image_tokens is max_image_tokens is None:
             raise ValueError(
                 f"image_size {image_size} fixes the size of every picture: min_image_tokens {min_image_tokens} and "
@@ -212,6 +209,24 @@ def limits_in_pixels(
             f"of preprocessor_config.json"
         )
     return low, high
+
+
+def check_image_size(image_size: int | None, vision: VisionGeometry, *, name: str = "image_size") -> None:
+    """Refuse a square that cannot be cut into merged units.
+
+    Args:
+        image_size: side in pixels; None passes.
+        vision: gives what it must be a multiple of.
+        name: of the setting.
+
+    Raises:
+        ValueError: naming the nearest sizes that can.
+    """
+    if image_size is not None and (image_size < 1 or image_size % vision.size_factor):
+        raise ValueError(
+            f"{name} {image_size} is not a multiple of {vision.size_factor} pixels (patch_size {vision.patch_size} x "
+            f"spatial_merge_size {vision.spatial_merge_size}): {nearest_multiples(image_size, vision.size_factor)} is"
+        )
 
 
 def load_processor(path: str | Path) -> Qwen2VLImageProcessorPil:

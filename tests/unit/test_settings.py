@@ -324,10 +324,17 @@ def test_a_pack_never_holds_more_than_a_ranks_share():
     ]  # fmt: skip
     small = ContrastiveSettings(global_batch_size=128, micro_batch_size=16)
     assert (small.samples_per_microbatch(2), small.num_microbatches(2)) == (16, 4)
-    with pytest.raises(ValueError, match="128 is not divisible by data parallel size 3"):
-        stage.num_microbatches(3)
-    with pytest.raises(ValueError, match="gives 64 samples a rank, which are not divisible by micro_batch_size 24"):
-        ContrastiveSettings(global_batch_size=128, micro_batch_size=24).num_microbatches(2)
+
+
+def test_batches_that_do_not_divide_are_told_with_their_stage_and_what_does():
+    """Claim: a message names the stage's setting as it is written, and the nearest values that divide."""
+    stage = WarmupSettings(global_batch_size=128, micro_batch_size=24)
+    with pytest.raises(ValueError, match="^warmup.global_batch_size 128 is not .* 6: 126 or 132 would be$"):
+        stage.num_microbatches(6)
+    with pytest.raises(ValueError, match="^warmup.global_batch_size 128 .* 200: 200 would be$"):
+        stage.num_microbatches(200)
+    with pytest.raises(ValueError, match="gives 64 .* by warmup.micro_batch_size 24: they are by 16 or 32$"):
+        stage.num_microbatches(2)
 
 
 SOURCES = """

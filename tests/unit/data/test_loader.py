@@ -54,6 +54,15 @@ def test_the_global_batch_is_the_same_at_any_data_parallel_size(make, stage):
             assert len(found) == 4 and equal_samples(expected, by_sample(found))
 
 
+def test_a_picture_size_that_does_not_fit_is_told_with_its_stage(make, settings, vision):
+    """Claim: whoever trains three stages reads which one's setting is meant, and what it can be."""
+    factor = vision.size_factor
+    odd = replace(settings, bridge=replace(settings.bridge, image_size=4 * factor + 1))
+    message = rf"bridge.image_size {4 * factor + 1} is not a multiple of {factor} .*: {4 * factor} or {5 * factor} is"
+    with pytest.raises(ValueError, match=message):
+        make("bridge", changed=odd)
+
+
 def test_samples_do_not_depend_on_the_micro_batch_size(make, settings):
     wide = replace(settings, warmup=replace(settings.warmup, micro_batch_size=8))
     narrow_steps, wide_steps = make("warmup").next_step(), make("warmup", changed=wide).next_step()

@@ -254,7 +254,7 @@ def test_the_share_of_the_budget_and_the_imbalance_are_reported(make, settings):
 def test_a_budget_does_not_ask_what_micro_batch_size_divides(make, settings):
     """Claim: ``micro_batch_size`` does not count under a budget, also where it would not divide a rank's share."""
     odd = replace(settings, contrastive=replace(settings.contrastive, micro_batch_size=3))
-    with pytest.raises(ValueError, match="not divisible by micro_batch_size 3"):
+    with pytest.raises(ValueError, match="not divisible by contrastive.micro_batch_size 3"):
         make("contrastive", odd)
     loader = make("contrastive", replace(odd, data=replace(odd.data, tokens_per_microbatch=256, max_length=128)))
     assert sum(len(batch.query_rows) for batch in loader.next_step()) == odd.contrastive.global_batch_size
