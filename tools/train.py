@@ -6,6 +6,7 @@ Usually started through examples/pretrain_cocoa.sh; see --help for every setting
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -17,6 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_cocoa.settings import parse_settings  # noqa: E402
 
 EXIT_BAD_INPUT = 2
+
+
+def _tell_launcher(message: str) -> None:
+    """Leave ``message`` where torchrun looks for the root cause that it prints last, in the form of torch's
+    ``ErrorHandler``, which would have it print our stack."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        more = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        # What was printed stands without it.
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}), encoding="utf-8")
 
 
 def main() -> int:
@@ -40,6 +52,7 @@ def main() -> int:
             # torchrun ends all ranks when one has ended: let the first one speak, if it has found the same.
             time.sleep(3)
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        _tell_launcher(str(error))
         return EXIT_BAD_INPUT
     return 0
 

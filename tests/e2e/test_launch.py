@@ -102,12 +102,15 @@ def test_the_other_scripts_are_valid_shell(script):
     ids=["key", "type", "order", "ranks"],
 )
 def test_a_mistake_ends_in_one_message(tmp_path, ranks, arguments, message):
-    """Claim: a wrong setting is told once, on rank 0, without a traceback of ours, and the exit is not zero."""
+    """Claim: a wrong setting is told once, on rank 0, without a traceback of ours, and the exit is not zero; what
+    torchrun prints at the end names it as the root cause."""
     output = str(tmp_path / "output")
     done = launch(
         "torchrun", f"--nproc-per-node={ranks}", str(ROOT / SCRIPT), "--output_dir", output, *arguments, cwd=tmp_path
     )
     text = done.stdout + done.stderr
     assert done.returncode != 0
-    assert text.count(message) == 1, text
+    said, _, root_cause = text.partition("Root Cause")
+    assert said.count(message) == 1, text
+    assert message in root_cause and "To enable traceback" not in root_cause, text
     assert "tools/train.py\", line" not in text, "the message must not come with our own stack"
