@@ -93,7 +93,7 @@ def resolve_implementation(settings: ModelSettings) -> str:
     installed = importlib.util.find_spec("transformer_engine") is not None
     usable = installed and device.has_gpu()
     if settings.transformer_impl == "transformer_engine" and not usable:
-        missing = "a GPU" if installed else "the transformer-engine package (pip install megatron_cocoa[te])"
+        missing = "a GPU" if installed else "transformer-engine (pip install --no-build-isolation -e '.[te]')"
         raise ValueError(f"transformer_impl transformer_engine needs {missing}; choose local")
     if settings.fp8 and not usable:
         raise ValueError("fp8 needs Transformer Engine and a GPU that has it; set model.fp8 to null")

@@ -1,5 +1,6 @@
 """Layouts and batches that would not work, or would corrupt a run in silence, end in a message with the numbers."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_cocoa.config import ModelSettings, ParallelSettings
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.heads import local_rows
 from megatron_cocoa.model.segments import SegmentTable
+from megatron_cocoa.model.specs import resolve_implementation
 from megatron_cocoa.model.transformer_configs import check_layout
 from tests.parity import reference
 
@@ -116,6 +118,13 @@ def test_padding_makes_the_published_tower_width_divisible():
     with pytest.raises(ValueError, match="3420, is not divisible by tensor parallel size 8"):
         check_layout(architecture, model=ModelSettings(), parallel=parallel)
     check_layout(architecture, model=ModelSettings(vision_ffn_multiple=128), parallel=parallel)
+
+
+def test_missing_transformer_engine_is_told_with_the_command_that_installs_it(monkeypatch):
+    """Claim: the command is one that works: the project is on no index, and the package builds against torch."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-build-isolation -e '\.\[te\]'.*; choose local"):
+        resolve_implementation(ModelSettings(transformer_impl="transformer_engine"))
 
 
 class _Group:
