@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -313,20 +313,40 @@ def _spell(hint: Any) -> str:
         if is_dataclass(record):
             return f"a list of records with the keys {', '.join(field.name for field in fields(record))}"
         return "a list of names" if record is str else "a list of numbers"
+    if get_origin(hint) is dict:
+        return "a mapping of names to names"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}[hint]
 
 
 def _check_records(key: str, value: Any, hint: Any, source: str) -> None:
-    """Refuse a misspelled key in a list of records by its nearest known one."""
+    """Refuse a list of records by the entry and key that is misspelled, missing or of another type."""
     record = get_args(hint)[0] if get_origin(hint) is tuple else None
     if not is_dataclass(record) or not isinstance(value, list):
         return
-    known = [field.name for field in fields(record)]
+    types = get_type_hints(record)
+    needed = [field.name for field in fields(record) if field.default is MISSING and field.default_factory is MISSING]
     for number, entry in enumerate(value):
-        for name in entry if isinstance(entry, Mapping) else ():
-            if name not in known:
-                where = f"{source}: {key}[{number}]"
-                raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), known)}")
+        if not isinstance(entry, Mapping):
+            continue
+        where = f"{source}: {key}[{number}]"
+        for name, found in entry.items():
+            if name not in types:
+                raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(types))}")
+            try:
+                _no_null(_record_parser(record).parse_object({name: found}, defaults=False)[name], types[name])
+            except (ArgumentError, TypeError):
+                raise SettingsError(f"{where}.{name} is {found!r}, needed {_spell(types[name])}") from None
+        missing = [name for name in needed if name not in entry]
+        if missing:
+            raise SettingsError(f"{where} has no {' and no '.join(missing)}: each record needs {' and '.join(needed)}")
+
+
+@cache
+def _record_parser(record: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    for name, hint in get_type_hints(record).items():
+        parser.add_argument(f"--{name}", type=hint)
+    return parser
 
 
 def _as_records(value: Any, hint: Any) -> Any:

@@ -367,7 +367,11 @@ def test_sources_stand_for_a_data_folder_but_not_for_its_pools(tmp_path):
     ("change", "message"),
     [
         (("weight: 1,", "wieght: 1,"), r"data.sources\[1\]: unknown setting wieght, did you mean weight"),
-        (("format: webdataset", "format: tar"), "needed a list of records with the keys name, path, format"),
+        (("format: webdataset", "format: tar"), r"data.sources\[1\].format is 'tar', needed one of jsonl, mmeb-train"),
+        (("columns: {caption: text}", "columns: text"), r"\[1\].columns is 'text', needed a mapping of names to names"),
+        (("max_rows: 100000", "max_rows: many"), r"\[0\].max_rows is 'many', needed a whole number or null"),
+        (("path: shards, ", ""), r"data.sources\[1\] has no path: each record needs name and path"),
+        (("\n  - {name: COCO", "\n  - COCO\n  - {name: COCO"), "needed a list of records with the keys name, path"),
         (("weight: 2.0, ", ""), "give each a positive one, or none"),
         (("name: own", "name: COCO"), "each must occur once"),
     ],
