@@ -67,8 +67,10 @@ class _Work:
     counts: Counter = field(default_factory=Counter)
     pictures: dict[PictureRef, str] = field(default_factory=dict)
     reasons: Counter = field(default_factory=Counter)
+    first_rejected: str | None = None
 
-    def reject(self, row_id: str, reason: str) -> None:
+    def reject(self, row_id: str, reason: str, message: str | None = None) -> None:
+        self.first_rejected = self.first_rejected or f"{row_id}: {message or reason}"
         self.reasons[reason] += 1
         self.rejected.write(json.dumps({"id": row_id, "reason": reason}, ensure_ascii=False) + "\n")
 
@@ -129,7 +131,8 @@ def _write(plan: Preparation, scratch: Path, progress: bool) -> dict:
                 }
             )
     if not work.counts["rows"]:
-        raise ValueError(f"no row is left for stage {plan.stage}: all were rejected ({dict(work.reasons)})")
+        first = f", the first one {work.first_rejected}" if work.first_rejected else ""
+        raise ValueError(f"no row is left for stage {plan.stage}: all were rejected ({dict(work.reasons)}){first}")
     manifest = {
         "stage": plan.stage,
         "rows": work.counts["rows"],
@@ -151,7 +154,7 @@ def _write_row(row: CaptionRow | PairRow, work: _Work) -> None:
     try:
         record = _record(row, work)
     except PictureError as error:
-        work.reject(row.row_id, error.reason)
+        work.reject(row.row_id, error.reason, str(error))
         return
     work.counts["rows"] += 1
     work.rows.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -185,10 +188,11 @@ def _picture(ref: PictureRef, work: _Work) -> str:
     """Where the picture will be found; checked, and copied if it must be, once."""
     if ref not in work.pictures:
         source = open_picture(ref, Path.cwd())
+        name = source if isinstance(source, Path) else str(ref)
         if work.plan.check == "decode":
-            read_picture(source, name=str(ref))
+            read_picture(source, name=name)
         elif work.plan.check == "header":
-            picture_size(source, name=str(ref))
+            picture_size(source, name=name)
         is_file = isinstance(ref, str) or ref.kind == "file"
         path = ref if isinstance(ref, str) else ref.path
         work.pictures[ref] = path if is_file and not work.plan.copy_pictures else _copied(ref, work)

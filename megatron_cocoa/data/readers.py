@@ -37,7 +37,7 @@ def jsonl_records(path: str | Path) -> Iterator[Record]:
     try:
         file = path.open(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): data.path must name its folder") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}): name it, or the folder that has it") from error
     with file:
         try:
             for number, line in enumerate(file, start=1):

@@ -88,6 +88,14 @@ def test_nothing_half_written_carries_a_final_name(data_folder, tmp_path, monkey
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_where_no_picture_is_found_the_first_is_named(data_folder, tmp_path):
+    """Claim: a wrong --image-root is seen in the message: the row, and the path that was looked for."""
+    source = SourceSettings("raw", str(data_folder), image_root=str(tmp_path))
+    looked_for = f"{tmp_path.resolve() / 'images'}/.* is not a file"
+    with pytest.raises(ValueError, match=rf"all were rejected .*missing_picture.*, the first one raw/.*: {looked_for}"):
+        prepare(Preparation("warmup", (source,), tmp_path / "out"), progress=False)
+
+
 def test_an_earlier_file_is_kept_unless_it_may_be_replaced(data_folder, tmp_path):
     source = SourceSettings("raw", str(data_folder), image_root=str(data_folder))
     plan = Preparation("warmup", (source,), tmp_path / "out")

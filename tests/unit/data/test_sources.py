@@ -26,7 +26,7 @@ def test_too_many_malformed_rows_stop_the_run(tmp_path):
 
 
 def test_missing_and_empty_files_say_so(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.jsonl cannot be read"):
+    with pytest.raises(ValueError, match="nowhere.jsonl cannot be read .*: name it, or the folder that has it"):
         read_captions(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="0 of 0 rows"):
         read_captions(write_jsonl(tmp_path / "empty.jsonl", []))
