@@ -148,6 +148,10 @@ def read_config(folder: Path):
     Raises:
         ValueError: if it is missing, unreadable or of another family.
     """
+    if not folder.exists():
+        could_be_name = len(folder.parts) == 2 and not folder.is_absolute()
+        hub = f"; if that is a name on the Hub: hf download {folder} --local-dir {folder.name}" if could_be_name else ""
+        raise ValueError(f"{folder} does not exist: model.path must be a Qwen2-VL or Qwen2.5-VL folder{hub}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: model.path must be a Qwen2-VL or Qwen2.5-VL folder")
     try:

@@ -1,10 +1,11 @@
 """What a run needs before a model is built."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from megatron_cocoa.recipes.context import prepare_context
+from megatron_cocoa.recipes.context import prepare_context, read_config
 from tests.distributed.tiny_run import tiny_settings
 
 
@@ -17,3 +18,13 @@ def test_evaluation_without_a_pool_is_refused(tiny_folders, tmp_path):
     with pytest.raises(ValueError, match=message):
         prepare_context(nothing)
     prepare_context(replace(nothing, evaluate=False))
+
+
+def test_a_name_on_the_hub_is_told_how_to_become_a_folder(tmp_path):
+    """Claim: who gives a model's name reads that there is no such folder, and the command that makes one."""
+    with pytest.raises(ValueError, match="^Qwen/No does not exist: .* hf download Qwen/No --local-dir No$"):
+        read_config(Path("Qwen/No"))
+    with pytest.raises(ValueError, match="absent does not exist: .* folder$"):
+        read_config(tmp_path / "absent")
+    with pytest.raises(ValueError, match="has no config.json"):
+        read_config(tmp_path)
