@@ -160,6 +160,14 @@ def test_a_bad_checkpoint_ends_in_one_message(sides, tmp_path, capsys, monkeypat
     assert_refused(EXPORT, folder, message, capsys, monkeypatch)
 
 
+@pytest.mark.parametrize("depth", [".", "contrastive"])
+def test_a_folder_around_a_checkpoint_names_it(sides, tmp_path, capsys, monkeypatch, depth):
+    """Claim: whoever names a run or a stage is told which folder in it is the checkpoint."""
+    checkpoint = shutil.copytree(sides[1], tmp_path / "run" / depth / "checkpoint")
+    message = f"is a folder around checkpoints: name one of them, {checkpoint}"
+    assert_refused(EXPORT, tmp_path / "run", message, capsys, monkeypatch)
+
+
 @pytest.mark.parametrize("tool", [IMPORT, EXPORT], ids=lambda tool: tool.stem)
 def test_a_disk_that_cannot_be_read_ends_in_one_message(sides, tmp_path, capsys, monkeypatch, tool):
     """Claim: a disk error in the middle of a file is one message, and what was written so far is removed."""
