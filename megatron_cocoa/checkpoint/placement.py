@@ -38,7 +38,7 @@ def check_target(target: Path, source: Path, *, marker: str, kind: str, overwrit
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} is the source folder itself: choose another target")
     if not overwrite:
-        raise ValueError(f"{target} exists: choose another target or ask to overwrite it")
+        raise ValueError(f"{target} exists: choose another target or ask to overwrite it (--overwrite)")
     if not target.is_dir() or (any(target.iterdir()) and not (target / marker).is_file()):
         raise ValueError(f"{target} is not a {kind} (no {marker}), and will not be overwritten")
     if target.resolve() in source.resolve().parents:
