@@ -5,7 +5,9 @@
 #   torchrun --nproc-per-node 4 examples/pretrain_cocoa.sh --parallel.tensor_model_parallel_size 2
 #   NPROC_PER_NODE=4 bash examples/pretrain_cocoa.sh --parallel.tensor_model_parallel_size 2
 #
-# The second form also takes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
+# The second form also takes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT: started on each of two nodes, with
+# NODE_RANK 0 on the one that MASTER_ADDR names and 1 on the other, this is one run of 16 ranks:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 NPROC_PER_NODE=8 bash examples/pretrain_cocoa.sh --preset qwen2.5-vl-7b ...
 #
 # One file, two languages: torchrun hands its script to Python, people hand theirs to a shell. The four quotes above
 # are two empty strings to a shell, which then runs the lines down to `exec` and takes the rest for a here-document.
