@@ -15,6 +15,9 @@ for argument in "$@"; do
     previous=$argument
 done
 
+# Large pages for large tensors, where the kernel has them: some per cent of a step on a CPU.
+export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
+
 echo "[quickstart] training the toy preset: three stages, results in $output"
 torchrun --nproc-per-node 1 examples/pretrain_cocoa.sh \
     --evaluate true --output_dir "$output" --overwrite true "$@"

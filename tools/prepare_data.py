@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     counts = {name: manifest[name] for name in ("rows", "flipped", "rejected")}
     print(f"{args.output / args.stage}.jsonl: {json.dumps(counts)}")
     if not args.copy_pictures and args.kind in ("mmeb-train", "jsonl"):
-        root = sources[0].image_root or args.input if args.input.is_dir() else args.input.parent
+        root = sources[0].image_root or (args.input if args.input.is_dir() else args.input.parent)
         entry = {"name": args.input.stem, "path": f"{args.output}", "image_root": f"{root}", "stages": [args.stage]}
         print(f"picture paths are relative to {root}; in a settings file:\ndata:\n  sources:\n  - {json.dumps(entry)}")
 

@@ -7,6 +7,7 @@ its position alone, there is no state in a worker that a checkpoint would have t
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -73,7 +74,9 @@ def packs_from(planner: StepPlanner, start: int, *, num_workers: int) -> Iterato
 
 def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) -> Iterator[Made]:
     # Forked workers share the rows, which may be gigabytes, and the caches of tokens.
-    shared = dict(batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork")
+    shared = dict(
+        batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork", worker_init_fn=_outlive_stop_signals
+    )
     plans = DataLoader(_Plans(planner), sampler=steps, num_workers=1, **shared)
     packs = DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared)
     for made in packs:
@@ -81,6 +84,14 @@ def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) 
             raise ValueError(made.message)
         plan, batch, counts = made
         yield plan, _arrays_as_tensors(batch), counts
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """A batch system may send them to every process of a job: the rank makes its last checkpoint, and a worker that is
+    gone would end it before. Workers end when their rank asks them to, or is no more.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(value: object) -> object:

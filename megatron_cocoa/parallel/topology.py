@@ -24,24 +24,29 @@ _file_group: dist.ProcessGroup | None = None
 class LaunchInfo:
     """What the launcher says about this process (torchrun's environment; one lone rank without it).
 
-    job:        of the batch system, or else torchrun's name of the run; the same for each of its starts.
-    is_restart: whether the launcher or the batch system has started the job before.
+    jobs:      names of torchrun's run and of the batch system's job, which are the same at each of its starts.
+    restarted: those of them that have been started before, as far as is known here: torchrun counts on each node for
+               itself, and leaves out restarts that another node has caused.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    job: str = ""
-    is_restart: bool = False
+    jobs: tuple[str, ...] = ()
+    restarted: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> LaunchInfo:
+        # Without a name of its own each launch of torchrun is called none.
+        run, job = env.get("TORCHELASTIC_RUN_ID", "none"), env.get("SLURM_JOB_ID")
+        names = {"TORCHELASTIC_RESTART_COUNT": "" if run == "none" else run, "SLURM_RESTART_COUNT": job}
+        named = {counter: f"{counter.partition('_')[0].lower()} {name}" for counter, name in names.items() if name}
         return cls(
             rank=int(env.get("RANK", "0")),
             world_size=int(env.get("WORLD_SIZE", "1")),
             local_rank=int(env.get("LOCAL_RANK", "0")),
-            job=env.get("SLURM_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
-            is_restart=any(int(env.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")),
+            jobs=tuple(named.values()),
+            restarted=tuple(name for counter, name in named.items() if int(env.get(counter, "0"))),
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 
 from megatron_cocoa.checkpoint.store import read_info
@@ -50,14 +51,20 @@ def holds_run(output: Path) -> bool:
 
 
 def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:
-    """Settings that go on with the run where the launcher has started the job again that began it.
+    """Settings that go on with the run where a job has been started again that began it; every rank calls it.
 
     The command is the same one each time: with ``overwrite`` every restart would remove what the starts before it
-    have trained, and without ``resume`` it would be refused. Every rank calls it before any writes.
+    have trained, and without ``resume`` it would be refused.
     """
-    path = Path(settings.output_dir) / JOB_FILE
-    is_own = launch.is_restart and path.is_file() and path.read_text(encoding="utf-8") == launch.job
-    return replace(settings, overwrite=False, resume=True) if is_own else settings
+    restarted: list[tuple[str, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(restarted, launch.restarted)
+
+    def is_own() -> bool:
+        path = Path(settings.output_dir) / JOB_FILE
+        begun_by = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return any(name in begun_by for names in restarted for name in names)
+
+    return replace(settings, overwrite=False, resume=True) if on_first_rank(is_own) else settings
 
 
 def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
@@ -65,7 +72,8 @@ def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
 
     What an earlier process left half-written is removed.
     """
-    return on_first_rank(lambda: {name: _place(output / name) for name in names}, f"cannot resume the run in {output}")
+    failure = f"cannot resume the run in {output}"
+    return on_first_rank(lambda: {name: _place(output / name) for name in names}, failure, is_long=True)
 
 
 def _place(folder: Path) -> StagePlace:

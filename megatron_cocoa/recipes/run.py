@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_cocoa.config import TrainSettings
@@ -61,12 +62,11 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
         FloatingPointError: if step after step has no finite loss.
     """
     started = time.perf_counter()
-    settings = after_restart(settings, launch)
     settings.parallel.data_parallel_size(launch.world_size)
-    if launch.rank == 0:
-        check_output(settings)
     context = prepare_context(settings)
     topology.initialize(settings.parallel, launch, seed=settings.seed)
+    context = replace(context, settings=after_restart(context.settings, launch))
+    on_first_rank(lambda: check_output(context.settings))
     places = _find_places(context)
     _announce(context, launch, places or {})
     loaders = _checked_loaders(context, places or {})
@@ -106,12 +106,15 @@ def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
 
 
 def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) -> None:
-    """Make the output folder this run's own, on the first rank."""
-    if topology.is_first_rank():
+    """Make the output folder this run's own, on the first rank; the others wait, for their rows' reading as well."""
+
+    def claim() -> None:
         if not is_resumed:
             clear_output(context.settings)
         save_settings(context.settings, context.output / SETTINGS_FILE)
-        (context.output / JOB_FILE).write_text(launch.job, encoding="utf-8")
+        (context.output / JOB_FILE).write_text("\n".join(launch.jobs), encoding="utf-8")
+
+    on_first_rank(claim, f"cannot write to {context.output}", is_long=True)
 
 
 def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict[str, StageLoader | ReplicaLoader]:

@@ -44,7 +44,7 @@ class StageLog:
         done: int = 0,
         wandb_project: str | None = None,
     ):
-        self.stage, self.interval, self.is_writer = stage, interval, is_writer
+        self.stage, self.interval, self.is_writer, self.done = stage, interval, is_writer, done
         if not is_writer:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +72,9 @@ class StageLog:
         """Record what a validation after ``step`` found."""
         if not self.is_writer:
             return
+        if step == self.done:
+            # A stop put it off, and an earlier process that went on from there may have made up for it.
+            _cut_after(self.validations, step - 1)
         with self.validations.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._record(step, {f"validation/{name}": value for name, value in metrics.items()})

@@ -91,14 +91,15 @@ def assert_same_run(output: Path, unbroken: Path) -> None:
 
 
 def test_a_killed_rank_and_a_signal_cost_no_step(tiny_folders, unbroken, tmp_path):
-    """Claim: the run that was killed in one stage and ended by SIGUSR1 in the other ends where an unbroken one ends.
+    """Claim: the run that was killed in one stage and ended by SIGTERM in the other ends where an unbroken one ends.
 
     With --max-restarts and --resume it goes on by itself after a kill, from its last complete checkpoint; nothing of
     the killed rank lives on, the writers of its last checkpoint and the process behind them included. The signal
     leaves a checkpoint of the last step and status 0, also where a batch system sends it to every process of the job.
     """
     output = tmp_path / "output"
-    process = start(tiny_folders, output, "--checkpoint.asynchronous=true", restarts=1)
+    more = "--checkpoint.asynchronous=true", "--data.num_workers=1"
+    process = start(tiny_folders, output, *more, restarts=1)
     wait_for_step(process, output, "bridge", INTERVAL + 1)
     while not complete_steps(output / "bridge" / "checkpoints"):
         assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
@@ -111,11 +112,11 @@ def test_a_killed_rank_and_a_signal_cost_no_step(tiny_folders, unbroken, tmp_pat
     wait_for_step(process, output, "contrastive", 4)
     (rank,) = ranks_of(process)
     for part in (rank, *rank.children(recursive=True)):
-        part.send_signal(signal.SIGUSR1)
+        part.send_signal(signal.SIGTERM)
     assert finish(process) == 0, output.with_suffix(".log").read_text()[-3000:]
     done = len(losses(output, "contrastive"))
     text = output.with_suffix(".log").read_text()
-    assert f"Stopped in stage contrastive after step {done} of {STEPS} (signal SIGUSR1)" in text
+    assert f"Stopped in stage contrastive after step {done} of {STEPS} (signal SIGTERM)" in text
     assert 4 <= done < STEPS and complete_steps(output / "contrastive" / "checkpoints")[-1] == done
     assert finish(start(tiny_folders, output)) == 0
     after_kill, after_signal = re.findall(r"(\w+) goes on after step (\d+)", output.with_suffix(".log").read_text())

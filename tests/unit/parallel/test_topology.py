@@ -14,8 +14,11 @@ def test_launch_info_reads_torchruns_environment():
     assert LaunchInfo.from_environment(environment) == LaunchInfo(rank=5, world_size=8, local_rank=1)
     torchrun = {"TORCHELASTIC_RUN_ID": "a1", "TORCHELASTIC_RESTART_COUNT": "2"}
     slurm = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"}
-    found = [LaunchInfo.from_environment(part) for part in (torchrun, slurm, torchrun | slurm)]
-    assert [(launch.job, launch.is_restart) for launch in found] == [("a1", True), ("77", False), ("77", True)]
+    launch = LaunchInfo.from_environment(torchrun | slurm)
+    assert (launch.jobs, launch.restarted) == (("torchelastic a1", "slurm 77"), ("torchelastic a1",))
+    # What all launches without a name are called tells none from another.
+    launch = LaunchInfo.from_environment(torchrun | {"TORCHELASTIC_RUN_ID": "none"})
+    assert (launch.jobs, launch.restarted) == ((), ())
     assert LaunchInfo.from_environment({}) == LaunchInfo(rank=0, world_size=1, local_rank=0)
 
 

@@ -14,7 +14,8 @@ from megatron_cocoa.config import (
     TrainSettings,
 )
 from megatron_cocoa.parallel.topology import LaunchInfo
-from megatron_cocoa.recipes.resume import JOB_FILE, MAY_CHANGE, after_restart, check_same_run
+from megatron_cocoa.recipes import resume
+from megatron_cocoa.recipes.resume import JOB_FILE, MAY_CHANGE, check_same_run
 from megatron_cocoa.settings import save_settings, settings_to_dict
 
 BEFORE = TrainSettings(stages=("warmup", "bridge"), data=DataSettings(sources=(SourceSettings("a", "/data/a"),)))
@@ -68,16 +69,26 @@ def test_what_would_train_something_else_is_named(output, now, message):
 
 
 @pytest.mark.parametrize("given", [dict(overwrite=True), dict(resume=False), dict(resume=True)])
-def test_a_job_that_is_started_again_goes_on_with_its_own_run(tmp_path, given):
-    """Claim: the same command with --overwrite removes an earlier run once, not what its own starts have trained."""
+def test_a_job_that_is_started_again_goes_on_with_its_own_run(tmp_path, monkeypatch, given):
+    """Claim: the same command with --overwrite removes an earlier run once, not what its own starts have trained.
+
+    Also where the node of another rank alone counts the restart.
+    """
     settings = replace(BEFORE, output_dir=str(tmp_path), **given)
-    first, again = (LaunchInfo(0, 1, 0, job="123", is_restart=started) for started in (False, True))
-    assert after_restart(settings, again) == settings, "nobody has begun a run there"
-    (tmp_path / JOB_FILE).write_text("99")
-    assert after_restart(settings, again) == settings, "it is another job's"
-    (tmp_path / JOB_FILE).write_text("123")
-    assert after_restart(settings, first) == settings, "the user has started it, as it says"
-    assert after_restart(settings, again) == replace(settings, overwrite=False, resume=True)
+    monkeypatch.setattr(resume.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(resume, "on_first_rank", lambda action: action())
+
+    def after(*restarted: tuple[str, ...]) -> TrainSettings:
+        monkeypatch.setattr(resume.dist, "all_gather_object", lambda found, mine: found.extend(restarted))
+        return resume.after_restart(settings, LaunchInfo(0, 2, 0, jobs=("torchelastic a",)))
+
+    again = (), ("torchelastic a",)
+    assert after(*again) == settings, "nobody has begun a run there"
+    (tmp_path / JOB_FILE).write_text("torchelastic b\nslurm 7")
+    assert after(*again) == settings, "it is another job's"
+    (tmp_path / JOB_FILE).write_text("torchelastic a\nslurm 7")
+    assert after((), ()) == settings, "the user has started it, as it says"
+    assert after(*again) == replace(settings, overwrite=False, resume=True)
 
 
 def test_settings_that_cannot_be_read_stop_a_resume(tmp_path):

@@ -27,6 +27,17 @@ def test_steps_that_were_lost_are_written_once(tmp_path):
     assert validations == [2, 4]
 
 
+def test_a_validation_that_was_put_off_is_written_once(tmp_path):
+    """Claim: a run that goes on twice from the same stop validates its step twice, and keeps one line."""
+    write(tmp_path, [1, 2, 3, 4])
+    for _ in range(2):
+        log = StageLog(tmp_path, stage="warmup", steps=10, is_writer=True, interval=1, done=4)
+        log.validation(4, {"recall@1": 0.4})
+        log.close()
+    validations = [json.loads(line)["step"] for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert validations == [2, 4]
+
+
 def test_a_line_that_was_cut_short_is_dropped(tmp_path):
     """Claim: a process that was killed while it wrote does not make the file unreadable."""
     write(tmp_path, [1, 2])
