@@ -20,6 +20,7 @@ from megatron_cocoa.model.flops import Workload
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import on_first_rank
+from megatron_cocoa.training.agreement import all_equal, powers
 from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
 from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.progress import Progress
@@ -218,13 +219,13 @@ class _StageTrainer:
         """
         vision = self.model.architecture.vision
         counts = sum((Workload.of(batch, vision) for batch in batches), Workload()).counts()
-        own = [*counts.values(), self.loader.num_skipped(), *_powers(self.loader.plan_digest())]
+        own = [*counts.values(), self.loader.num_skipped(), *powers(self.loader.plan_digest())]
         total = torch.tensor(own, dtype=torch.int64, device=device.device())
         group = parallel_state.get_data_parallel_group()
         dist.all_reduce(total, group=group)
         sums = total.tolist()
         *numbers, skipped = sums[: len(counts) + 1]
-        if not _all_equal(sums[len(counts) + 1 :], group.size()):
+        if not all_equal(sums[len(counts) + 1 :], group.size()):
             raise ValueError(
                 f"the data-parallel ranks do not agree on the samples of step {self.progress.step + 1}: some were left "
                 f"out or taken twice. A rank could not read a picture's header that another could, or read another "
@@ -299,20 +300,6 @@ class _StageTrainer:
             loader=self.loader.state_dict(),
             progress=self.progress.as_dict(),
         )
-
-
-def _powers(digest: int) -> list[int]:
-    """Three parts of 63 bits and their squares: their sums over ranks tell whether all ranks have the same bits.
-
-    So the sums that each step takes anyway suffice. 21 bits, since squares must sum to less than 2**63.
-    """
-    parts = [digest >> shift & (1 << 21) - 1 for shift in (0, 21, 42)]
-    return [*parts, *(part * part for part in parts)]
-
-
-def _all_equal(sums: Sequence[int], num_ranks: int) -> bool:
-    """From the sums of ``_powers``: n times the sum of squares is the square of the sum for n equal numbers only."""
-    return all(num_ranks * squares == total * total for total, squares in zip(sums[:3], sums[3:]))
 
 
 def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:
