@@ -14,19 +14,17 @@ import sys
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
+from megatron_cocoa.parallel.stop_signals import STOP_SIGNALS, outlive_stop_signals
+
 PR_SET_PDEATHSIG = 1
 """Of Linux' prctl(2): the signal that a process gets when its parent ends."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Of batch systems, which may send them to every process of a job: the last checkpoint needs this one to live on."""
 
 _manager: SyncManager | None = None
 
 
 def end_with_parent() -> None:
     """Stay for as long as the process that started this one, and no longer (asked of the kernel, on Linux)."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    outlive_stop_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -97,7 +97,6 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
                 tensors = StackedTensors(reader)
                 _start_image_decoder(chunks, table, lambda m: tensors(m.megatron_name), source)
         return
-    source.check()
     place = _tensor_parallel_place()
     mean = dict(mean_row=source.mask_token_id, used_rows=source.used_rows)
     if source.has_safetensors:
@@ -105,6 +104,7 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
             load_huggingface_weights(chunks, reader, table, **place, **mean)
             _start_image_decoder(chunks, table, reader.read, source)
     else:
+        source.check()
         read = RandomWeights(seed=source.seed, initializer_range=source.initializer_range).read
         fill_parameters(chunks, read, table, **place, **mean)
         _start_image_decoder(chunks, table, read, source)

@@ -133,8 +133,11 @@ def load_checkpoint(
     for part, entries in state.items():
         for name in left_out & entries.keys() if part.startswith("model") else ():
             del entries[name]
-    _check_shapes(path, state)
-    present = _present(path, with_objects=optimizer is not None)
+    # Each part of a pickled object is stored by itself; a tensor's parts have one key.
+    read_stored = dist_checkpointing.load_tensors_metadata if optimizer is None else load_sharded_metadata
+    stored = read_stored(str(path))
+    _check_shapes(path, state, stored)
+    present = set(stored)
     _refuse_unmerged(path, state, present)
     absent = _drop_absent(state, present)
     refused = sorted(name for name in absent if not name.startswith(may_be_missing or ("\0",)))
@@ -202,9 +205,8 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _check_shapes(path: str | Path, state: ShardedStateDict) -> None:
+def _check_shapes(path: str | Path, state: ShardedStateDict, stored: dict[str, ShardedBase]) -> None:
     """Megatron would name one tensor's parts; what has to be changed is seen from whole shapes."""
-    stored = dist_checkpointing.load_tensors_metadata(str(path))
     wrong = []
     for entry in (e for part, entries in state.items() if part.startswith("model") for e in entries.values()):
         # What is built from several stored tensors has no shape of its own.
@@ -219,15 +221,7 @@ def _check_shapes(path: str | Path, state: ShardedStateDict) -> None:
         )
 
 
-def _present(path: str | Path, *, with_objects: bool) -> set[str]:
-    """Keys of the tensors that a checkpoint holds, and those of its pickled objects if they are wanted."""
-    if not with_objects:
-        return set(dist_checkpointing.load_tensors_metadata(str(path)))
-    return {_stored_key(entry) for entry in load_sharded_metadata(str(path)).values()}
-
-
 def _stored_key(entry: ShardedBase) -> str:
-    """Each part of a sharded object is stored by itself; a tensor's parts have one key."""
     return entry.unique_key if isinstance(entry, ShardedObject) else entry.key
 
 

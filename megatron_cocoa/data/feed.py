@@ -7,7 +7,6 @@ its position alone, there is no state in a worker that a checkpoint would have t
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.step_plan import PackPlan, StepPlanner
+from megatron_cocoa.parallel.stop_signals import outlive_stop_signals
 
 Made = tuple[PackPlan, PackedBatch, Counter]
 
@@ -87,11 +87,8 @@ def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) 
 
 
 def _outlive_stop_signals(worker: int) -> None:
-    """A batch system may send them to every process of a job: the rank makes its last checkpoint, and a worker that is
-    gone would end it before. Workers end when their rank asks them to, or is no more.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    """A worker that is gone would end its rank before the last checkpoint; it ends when asked, or with the rank."""
+    outlive_stop_signals()
 
 
 def _as_it_is(value: object) -> object:

@@ -56,8 +56,7 @@ def is_on_gpu(x: torch.Tensor) -> bool:
 
 def upload(array: np.ndarray, target: torch.device) -> torch.Tensor:
     """``array`` on ``target``; a GPU is handed it without waiting for what was queued there before."""
-    host = torch.from_numpy(array)
-    return host.pin_memory().to(target, non_blocking=True) if target.type == "cuda" else host.to(target)
+    return staged(torch.from_numpy(array), target).to(target, non_blocking=True)
 
 
 def staged(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:

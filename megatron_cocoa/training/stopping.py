@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cocoa.parallel import device
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send before they end a job; SIGINT keeps its meaning, an interrupt at once."""
+from megatron_cocoa.parallel.stop_signals import STOP_SIGNALS
 
 
 class StopWatch:
@@ -32,7 +30,7 @@ class StopWatch:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopWatch:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exc) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.training.stopping import SIGNALS, StopWatch
+from megatron_cocoa.parallel.stop_signals import STOP_SIGNALS
+from megatron_cocoa.training.stopping import StopWatch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,7 +18,7 @@ def one_rank():
     topology.shutdown()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_reported_at_the_next_question(number):
     """Claim: the process survives the signal, finishes its step and learns why to stop; handlers are given back."""
     before = signal.getsignal(number)
