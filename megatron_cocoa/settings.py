@@ -11,7 +11,6 @@ Nothing here reads the environment or imports torch, so that a mistyped key fail
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
@@ -22,6 +21,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from megatron_cocoa.atomic import write_atomically
 from megatron_cocoa.config import TrainSettings
 
 PRESETS_DIR = Path(__file__).resolve().parent / "presets"
@@ -91,11 +91,9 @@ def save_settings(settings: TrainSettings, path: str | Path) -> None:
     Raises:
         OSError: if ``path`` cannot be written.
     """
-    path = Path(path)
-    new = path.with_name(path.name + ".new")
-    new.write_text(yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    # A run cannot be resumed without them: a full disk must not cost those that are there.
-    os.replace(new, path)
+    # A run cannot be resumed without its settings: a full disk must not cost those that are there.
+    text = yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True)
+    write_atomically(Path(path), text)
 
 
 def _split_options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -160,7 +160,7 @@ def _load(args: argparse.Namespace, settings, parallel, benchmark):
 
 
 def _finish(args: argparse.Namespace, curves, say) -> int:
-    from megatron_cocoa.evaluation.mmeb_files import write_atomically
+    from megatron_cocoa.atomic import write_atomically
     from megatron_cocoa.evaluation.mmeb_page import render_page
     from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary
     from megatron_cocoa.evaluation.mmeb_summary import summarize as read

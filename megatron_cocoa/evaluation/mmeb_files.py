@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_cocoa.atomic import write_atomically
 
 SCORE_SUFFIX = "_score.json"
 PREDICTIONS_SUFFIX = "_pred.txt"
@@ -113,16 +114,6 @@ def write_task(
     write_atomically(output / f"{task}{PREDICTIONS_SUFFIX}", lines)
     write_atomically(output / f"{task}{EVIDENCE_SUFFIX}", json.dumps(evidence, ensure_ascii=False) + "\n")
     write_atomically(output / f"{task}{SCORE_SUFFIX}", json.dumps(score, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is whole wherever it has its name."""
-    work = path.with_name(f".{path.name}.incomplete")
-    with work.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
 
 
 def folder_sha256(folder: str | Path) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cocoa.atomic import write_atomically
 from megatron_cocoa.data.checksums import sha256_of
 from megatron_cocoa.export.corpus import Corpus
 
@@ -92,7 +92,7 @@ def prepare_output(plan: ShardPlan, made_from: dict[str, Any], *, overwrite: boo
         for old in shards:
             old.unlink()
     output.mkdir(parents=True, exist_ok=True)
-    _write_atomically(file, (json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode())
+    write_atomically(file, (json.dumps(wanted, indent=1, sort_keys=True) + "\n").encode())
 
 
 def embed_shards(
@@ -149,18 +149,8 @@ def _write_shard(plan: ShardPlan, shard: int, vectors: np.ndarray, ids: list[str
     stream = io.BytesIO()
     np.save(stream, vectors, allow_pickle=False)
     lines = "".join(json.dumps({"id": row_id}, ensure_ascii=False) + "\n" for row_id in ids)
-    _write_atomically(plan.file("embeddings", shard), stream.getvalue())
-    _write_atomically(plan.file("ids", shard), lines.encode())
+    write_atomically(plan.file("embeddings", shard), stream.getvalue())
+    write_atomically(plan.file("ids", shard), lines.encode())
     noted = {kind: sha256_of(plan.file(kind, shard)) for kind in ("embeddings", "ids")}
     noted |= {"first_row": plan.rows(shard)[0], "num_rows": len(ids)}
-    _write_atomically(plan.file("shard", shard), (json.dumps(noted, indent=1) + "\n").encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # One name for each file, so that what a killed writer leaves is replaced by the next one.
-    work = path.with_name(f".{path.name}.incomplete")
-    with work.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
+    write_atomically(plan.file("shard", shard), (json.dumps(noted, indent=1) + "\n").encode())

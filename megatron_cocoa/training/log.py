@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from megatron_cocoa.atomic import write_atomically
 
 METRICS_FILE, VALIDATION_FILE, WANDB_FILE = "metrics.jsonl", "validation.jsonl", "wandb.id"
 _NOT_IN_BAR = frozenset(
@@ -117,9 +118,7 @@ def _cut_after(path: Path, done: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:
             break
-    new = path.with_name(path.name + ".new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
+    write_atomically(path, "".join(kept))
 
 
 def import_wandb(project: str):
