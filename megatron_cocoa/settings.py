@@ -30,6 +30,9 @@ PLAIN_DEFAULTS = "none"
 TOY_PRESET = "toy"
 """The one preset that needs neither a model nor a data folder: the entry point prepares both."""
 
+SETTINGS_FILE = "settings.yaml"
+"""What the settings of a run are saved as, in its output folder and in each complete stage's."""
+
 _COMMAND_LINE = "command line"
 
 

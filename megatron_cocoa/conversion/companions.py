@@ -13,8 +13,7 @@ import yaml
 
 from megatron_cocoa.checkpoint.import_hf import COMPANION_FOLDER
 from megatron_cocoa.checkpoint.store import read_info
-
-SETTINGS_FILE = "settings.yaml"
+from megatron_cocoa.settings import SETTINGS_FILE
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -12,8 +12,7 @@ from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.recipes.context import RunContext
-
-FOLDER = "adapter"
+from megatron_cocoa.recipes.output_folder import ADAPTER_FOLDER
 
 
 def add_adapters(context: RunContext, model: Model, stage: str) -> tuple[int, int]:
@@ -62,7 +61,7 @@ def hand_over_adapters(context: RunContext, model: Model, folder: Path, *, check
         source = context.weight_source(checkpoint)
         base = source.folder if source.checkpoint is None else source.checkpoint
         on_first_rank(
-            lambda: export_adapters(folder / FOLDER, tensors, settings, base_model=str(base)),
-            f"the adapters could not be written to {folder / FOLDER}",
+            lambda: export_adapters(folder / ADAPTER_FOLDER, tensors, settings, base_model=str(base)),
+            f"the adapters could not be written to {folder / ADAPTER_FOLDER}",
         )
     merge_adapters(model)

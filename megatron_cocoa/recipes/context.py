@@ -1,8 +1,7 @@
-"""What all stages of a run share: paths, tokenizer, architecture, name table."""
+"""What all stages of a run share, read once from its model folder: tokenizer, architecture, table of names."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from transformers import AutoConfig
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
-from megatron_cocoa.checkpoint.store import INFO_FILE
 from megatron_cocoa.config import EmbeddingForm, StageSettings, TrainSettings
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
@@ -21,8 +19,6 @@ from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
 from megatron_cocoa.model.build import row_multiple
 from megatron_cocoa.model.language import padded_vocab_size
-from megatron_cocoa.recipes.resume import JOB_FILE, SETTINGS_FILE, holds_run
-from megatron_cocoa.training.log import import_wandb
 
 TOY_FOLDER = "outputs/toy"
 """Where the toy preset's data and model folder are prepared, relative to the working directory."""
@@ -158,71 +154,3 @@ def read_config(folder: Path):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
-
-
-def check_output(settings: TrainSettings) -> None:
-    """Refuse an output folder that cannot be written, holds an earlier run that may not go, or feeds this one.
-
-    So is a Weights & Biases project without its package, which would be missed only once the model is loaded.
-    What a start that never took a step has left does not count as a run. Nothing else is removed yet. For the first
-    rank alone: the others could see its probe of the disk.
-
-    Raises:
-        ValueError: naming the folder or the package, and what to change.
-    """
-    if settings.wandb_project is not None:
-        import_wandb(settings.wandb_project)
-    output = Path(settings.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output} is a file: name a folder")
-    was_trained = output.is_dir() and not all(_is_left_by_a_start(path, output) for path in output.rglob("*"))
-    if was_trained:
-        if not (settings.overwrite or settings.resume):
-            raise ValueError(
-                f"{output} holds an earlier run: name another --output_dir, pass --resume true to go on with it, or "
-                f"--overwrite true to remove it"
-            )
-        if not holds_run(output):
-            raise ValueError(
-                f"{output} is not empty and holds no {SETTINGS_FILE} of an earlier run: it is left as it is"
-            )
-        for name, source in (("model.load", settings.model.load), ("model.path", settings.model.path)):
-            if settings.overwrite and source and Path(source).resolve().is_relative_to(output.resolve()):
-                raise ValueError(f"{name} {source} lies in output_dir {output}, which would be overwritten")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not was_trained:
-            # Resumed by a corrected command, they would be held against it.
-            (output / SETTINGS_FILE).unlink(missing_ok=True)
-        probe = output / ".write-test"
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
-
-
-def _is_left_by_a_start(path: Path, output: Path) -> bool:
-    """Whether ``path`` below ``output`` is what a run writes before its first step, and nothing that cost a step."""
-    if path.is_dir() and not path.is_symlink():
-        return True
-    match path.relative_to(output).parts:
-        case (name,):
-            return name in (SETTINGS_FILE, JOB_FILE)
-        case (_, "metrics.jsonl" | "validation.jsonl"):
-            return path.stat().st_size == 0
-        case (_, "wandb.id") | (_, "tensorboard" | "wandb", *_):
-            return True
-    return False
-
-
-RUN_FILES = (SETTINGS_FILE, JOB_FILE, "report.html", "results.json")
-
-
-def clear_output(settings: TrainSettings) -> None:
-    """Remove what an earlier run wrote to the output folder, and nothing else."""
-    output = Path(settings.output_dir)
-    for name in RUN_FILES:
-        (output / name).unlink(missing_ok=True)
-    for folder in output.iterdir():
-        if (folder / "metrics.jsonl").is_file() or (folder / INFO_FILE).is_file():
-            shutil.rmtree(folder)

@@ -12,7 +12,7 @@ from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ImageSize, ModelSettings, ParallelSettings, TrainSettings
-from megatron_cocoa.conversion.companions import SETTINGS_FILE, find_companions, run_settings
+from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
@@ -23,6 +23,7 @@ from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.stages import build_with_weights
+from megatron_cocoa.settings import SETTINGS_FILE
 
 BRIDGE_KEY = "cocoa_bridge_token"
 """Where the ``config.json`` of an exported folder names the token that carries the embedding."""

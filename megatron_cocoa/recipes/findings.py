@@ -23,9 +23,10 @@ from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.curves import stage_curve
-from megatron_cocoa.recipes.resume import SETTINGS_FILE
+from megatron_cocoa.recipes.output_folder import REPORT_FILE, RESULTS_FILE
 from megatron_cocoa.recipes.retrieval import recall_as_json
 from megatron_cocoa.recipes.stages import StageSummary
+from megatron_cocoa.settings import SETTINGS_FILE
 
 PACKAGES = ("megatron-core", "torch", "transformers", "sentencepiece", "numpy")
 
@@ -56,8 +57,8 @@ def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, s
             f"another sample's A; difference {gain:.3f} [{low:.3f}, {high:.3f}]",
             flush=True,
         )
-    (context.output / "results.json").write_text(recall_as_json(findings.recall), encoding="utf-8")
-    report = context.output / "report.html"
+    (context.output / RESULTS_FILE).write_text(recall_as_json(findings.recall), encoding="utf-8")
+    report = context.output / REPORT_FILE
     report.write_text(render_report(_report_data(context, launch, findings, seconds, peak)), encoding="utf-8")
     print(f"Report: {report}", flush=True)
 

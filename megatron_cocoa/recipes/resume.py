@@ -14,15 +14,9 @@ from megatron_cocoa.checkpoint.writer import restore_replaced
 from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
-from megatron_cocoa.settings import settings_to_dict
+from megatron_cocoa.recipes.output_folder import JOB_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
+from megatron_cocoa.settings import SETTINGS_FILE, settings_to_dict
 from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
-
-SETTINGS_FILE = "settings.yaml"
-JOB_FILE = ".job"
-"""Below a run's folder: the job that it belongs to, as ``LaunchInfo`` names it."""
-
-STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
-"""Below a stage's folder: the weights that it hands over, and the folder of what it can be resumed from."""
 
 MAY_CHANGE = (
     "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
@@ -43,11 +37,6 @@ class StagePlace:
 
     is_complete: bool = False
     step: int | None = None
-
-
-def holds_run(output: Path) -> bool:
-    """Whether ``output`` belongs to a run that was started."""
-    return (output / SETTINGS_FILE).is_file()
 
 
 def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:

@@ -13,18 +13,11 @@ from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
-from megatron_cocoa.recipes.context import RunContext, check_output, clear_output, prepare_context
+from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
 from megatron_cocoa.recipes.findings import Findings, describe, write_results
-from megatron_cocoa.recipes.resume import (
-    JOB_FILE,
-    SETTINGS_FILE,
-    StagePlace,
-    after_restart,
-    check_same_run,
-    find_places,
-    holds_run,
-)
+from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output, holds_run
+from megatron_cocoa.recipes.resume import StagePlace, after_restart, check_same_run, find_places
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
 from megatron_cocoa.recipes.stages import (
     StageSummary,
@@ -34,7 +27,7 @@ from megatron_cocoa.recipes.stages import (
     check_microbatches,
     run_stage,
 )
-from megatron_cocoa.settings import save_settings
+from megatron_cocoa.settings import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.stopping import StopWatch
 
 BARE_WARNING = (

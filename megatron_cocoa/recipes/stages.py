@@ -22,9 +22,9 @@ from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.replica import ReplicaLink
 from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
-from megatron_cocoa.recipes.resume import SETTINGS_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
+from megatron_cocoa.recipes.output_folder import STAGE_CHECKPOINT, STEP_CHECKPOINTS, SUMMARY_FILE
 from megatron_cocoa.recipes.validation import HeldOutValidation
-from megatron_cocoa.settings import save_settings
+from megatron_cocoa.settings import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import StageLog
 from megatron_cocoa.training.progress import Progress
@@ -32,8 +32,6 @@ from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.stopping import StopWatch
 from megatron_cocoa.training.throughput import SpeedMeter
 from megatron_cocoa.training.trainer import StageKeeping, train_stage
-
-SUMMARY_FILE = "summary.json"
 
 AfterStage = Callable[[str, Model], None]
 """Called with the name of what has just been trained, while its model is in memory."""

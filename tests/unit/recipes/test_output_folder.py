@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from megatron_cocoa.config import TrainSettings
-from megatron_cocoa.recipes.context import check_output, clear_output
-from megatron_cocoa.recipes.resume import JOB_FILE
+from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output
 from megatron_cocoa.settings import save_settings
 
 
