@@ -172,11 +172,7 @@ class ContrastiveObjective:
                 f"{count} pair(s) in the step: a contrastive loss needs at least two, as each pair's negatives are "
                 f"the others; raise contrastive.global_batch_size"
             )
-        if max(self.matryoshka_dims, default=0) > width:
-            raise ValueError(
-                f"contrastive.matryoshka_dims are {list(self.matryoshka_dims)}, the model's embeddings have {width} "
-                f"dimensions: name none above that"
-            )
+        check_matryoshka_dims(self.matryoshka_dims, width)
         hard = None if pairs.negatives is None else tuple(pairs.negatives.shape[:2])
         self._check_rows("negative_mask", pairs.negative_mask, hard, needed=hard is not None)
         self._check_rows("target_keys", pairs.target_keys, (count,), needed=self.mask_equal_targets)
@@ -188,6 +184,19 @@ class ContrastiveObjective:
         if needed and (found is None or tuple(found.shape) != shape):
             option = "mask_equal_targets needs" if name.endswith("keys") else "hard negatives need"
             raise ValueError(f"{option} {name} of shape {shape}, found {None if found is None else tuple(found.shape)}")
+
+
+def check_matryoshka_dims(dims: Sequence[int], hidden_size: int) -> None:
+    """Refuse nested widths above that of the model's embeddings.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    if max(dims, default=0) > hidden_size:
+        raise ValueError(
+            f"contrastive.matryoshka_dims are {list(dims)}, the model's embeddings have {hidden_size} dimensions: name "
+            f"none above that"
+        )
 
 
 def _over_blocks(

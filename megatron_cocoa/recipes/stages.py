@@ -18,6 +18,7 @@ from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
+from megatron_cocoa.objectives.contrastive import check_matryoshka_dims
 from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.replica import ReplicaLink
 from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
@@ -263,17 +264,13 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
 
 
 def check_contrastive(context: RunContext) -> None:
-    """Refuse what the objective of stage ``contrastive`` would refuse at its first step, after the other stages.
+    """Refuse, before any stage trains, what the objective of stage ``contrastive`` would refuse at its first step.
 
     Raises:
         ValueError: if the model's embeddings are not as wide as asked for, or a step has a single pair.
     """
-    settings, width = context.settings.contrastive, context.architecture.text.hidden_size
-    if max(settings.matryoshka_dims, default=0) > width:
-        raise ValueError(
-            f"contrastive.matryoshka_dims are {list(settings.matryoshka_dims)}, the model's embeddings have {width} "
-            f"dimensions: name none above that"
-        )
+    settings = context.settings.contrastive
+    check_matryoshka_dims(settings.matryoshka_dims, context.architecture.text.hidden_size)
     if settings.global_batch_size < 2:
         raise ValueError("contrastive.global_batch_size is 1, needs 2 or more: each pair's negatives are the others")
 
