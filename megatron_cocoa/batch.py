@@ -34,8 +34,14 @@ class MaskKind(str, Enum):
     EOS_BRIDGED = "eos_bridged"
     EOS_BRIDGED_STRICT = "eos_bridged_strict"
 
+    @classmethod
+    def of_bridge_stage(cls, *, bridge_sees_target: bool) -> MaskKind:
+        """The mask of stage ``bridge``, as published or strict (``BridgeSettings.bridge_sees_target``)."""
+        return cls.EOS_BRIDGED if bridge_sees_target else cls.EOS_BRIDGED_STRICT
+
     @property
     def needs_bridge(self) -> bool:
+        """Whether each sample must name the row of its bridge."""
         return self in (MaskKind.EOS_BRIDGED, MaskKind.EOS_BRIDGED_STRICT)
 
 

@@ -85,7 +85,7 @@ class BridgeData:
     def __init__(self, settings: TrainSettings) -> None:
         stage = settings.bridge
         self.row_set = stage_rows("bridge", settings.data, seed=settings.seed)
-        self.mask_kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
+        self.mask_kind = MaskKind.of_bridge_stage(bridge_sees_target=stage.bridge_sees_target)
         self.corruption = CorruptionSettings(
             seed=settings.seed,
             text_mask_ratio=stage.target_mask_ratio,

@@ -23,8 +23,7 @@ def build_objective(stage: str, settings: TrainSettings) -> LocalObjective | Glo
     if stage == "warmup":
         return WarmupObjective(mae_weight=settings.warmup.mae_weight)
     if stage == "bridge":
-        sees_target = settings.bridge.bridge_sees_target
-        return EosBridgedObjective(MaskKind.EOS_BRIDGED if sees_target else MaskKind.EOS_BRIDGED_STRICT)
+        return EosBridgedObjective(MaskKind.of_bridge_stage(bridge_sees_target=settings.bridge.bridge_sees_target))
     if stage == "contrastive":
         own = settings.contrastive
         return ContrastiveObjective(

@@ -48,7 +48,7 @@ def bridge_evidence(
     corruption = CorruptionSettings(
         seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio, eligible_tokens=stage.eligible_tokens
     )
-    kind = MaskKind.EOS_BRIDGED if stage.bridge_sees_target else MaskKind.EOS_BRIDGED_STRICT
+    kind = MaskKind.of_bridge_stage(bridge_sees_target=stage.bridge_sees_target)
     own, other = (
         sample_losses(
             model,
