@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_cocoa.config import WarmupSettings
 from megatron_cocoa.data.corruption import NoiseKind, UnitNoise
 from megatron_cocoa.data.positions import Segment
 
@@ -35,6 +36,19 @@ class CorruptionSettings:
     by_patch: bool = False
     mask_at_least_one: bool = True
     mae_noise: NoiseKind = "normal"
+
+    @classmethod
+    def of_warmup(cls, stage: WarmupSettings, *, seed: int) -> CorruptionSettings:
+        """What stage ``warmup`` hides, in training and where its reconstructions are shown."""
+        return cls(
+            seed=seed,
+            text_mask_ratio=stage.text_mask_ratio,
+            eligible_tokens=stage.eligible_tokens,
+            unit_mask_ratio=stage.unit_mask_ratio,
+            by_patch=stage.masked_unit == "patch",
+            mask_at_least_one=stage.mask_at_least_one,
+            mae_noise=stage.mae_noise,
+        )
 
 
 @dataclass(frozen=True)

@@ -49,17 +49,8 @@ class WarmupData:
     """Stage 1: ``warmup.jsonl``, pictures and captions, both masked."""
 
     def __init__(self, settings: TrainSettings) -> None:
-        stage = settings.warmup
         self.row_set = stage_rows("warmup", settings.data, seed=settings.seed)
-        self.corruption = CorruptionSettings(
-            seed=settings.seed,
-            text_mask_ratio=stage.text_mask_ratio,
-            eligible_tokens=stage.eligible_tokens,
-            unit_mask_ratio=stage.unit_mask_ratio,
-            by_patch=stage.masked_unit == "patch",
-            mask_at_least_one=stage.mask_at_least_one,
-            mae_noise=stage.mae_noise,
-        )
+        self.corruption = CorruptionSettings.of_warmup(settings.warmup, seed=settings.seed)
 
     def order(self) -> Order:
         return stream_of(self.row_set, seed=self.corruption.seed, stage="warmup")

@@ -1,4 +1,8 @@
-"""What shows that the reconstruction stages work: block B with its own and another's A, and reconstructed pictures."""
+"""What shows that the reconstruction stages work.
+
+Stage ``bridge``: block B's loss beside its own block A and beside another sample's; the difference is what the bridge
+carries. Stage ``warmup``: pictures with masked units, filled in by the image decoder.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from pathlib import Path
 import torch
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
-from megatron_cocoa.config import WarmupSettings
 from megatron_cocoa.data.collate import collate_warmup
 from megatron_cocoa.data.evaluation_batches import bridge_batches
 from megatron_cocoa.data.prepared import CorruptionSettings
@@ -45,6 +48,7 @@ def bridge_evidence(
     if len(rows) < 2:
         return None
     builder, options = evaluation_parts(context, stage)
+    # Block A is seen whole, whatever ``query_unit_mask_ratio`` hides of it in training.
     corruption = CorruptionSettings(
         seed=context.settings.seed, text_mask_ratio=stage.target_mask_ratio, eligible_tokens=stage.eligible_tokens
     )
@@ -76,19 +80,12 @@ def bridge_evidence(
 
 def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> list[Reconstruction]:
     """Held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder."""
-    stage: WarmupSettings = context.settings.warmup
+    stage = context.settings.warmup
     rows = pool_rows(context, "heldout", limit)
     if not rows or stage.mae_target != "pixels":
         return []
     builder, options = evaluation_parts(context, stage)
-    corruption = CorruptionSettings(
-        seed=context.settings.seed,
-        text_mask_ratio=stage.text_mask_ratio,
-        eligible_tokens=stage.eligible_tokens,
-        unit_mask_ratio=stage.unit_mask_ratio,
-        by_patch=stage.masked_unit == "patch",
-        mae_noise=stage.mae_noise,
-    )
+    corruption = CorruptionSettings.of_warmup(stage, seed=context.settings.seed)
     batch = collate_warmup([builder.warmup(row, corruption, epoch=0, step=0) for row in rows], options)
     predicted = torch.from_numpy(predict_units(model, batch).predicted)
     return _pictures(context, rows, batch, predicted)
