@@ -84,17 +84,17 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
         ValueError: if the source is incomplete or does not fit, or the image decoder has more layers than it can copy.
     """
     if source.checkpoint is not None:
-        info = _load_checkpoint(chunks, table, source.checkpoint)
-        if info.stage == IMPORT_STAGE:
-            _set_mask_row(chunks, source)
-        elif info.mask_token_id != source.mask_token_id:
-            raise ValueError(
-                f"{source.checkpoint} was trained with mask token id {info.mask_token_id}, this run's tokenizer gives "
-                f"{source.mask_token_id}: use the tokenizer folder of that run, or set model.mask_token"
-            )
-        if info.stage != "warmup":
-            with TorchDistReader(source.checkpoint) as reader:
-                tensors = StackedTensors(reader)
+        with TorchDistReader(source.checkpoint) as reader:
+            tensors = StackedTensors(reader)
+            info = _load_checkpoint(chunks, table, source.checkpoint, tensors)
+            if info.stage == IMPORT_STAGE:
+                _set_mask_row(chunks, source)
+            elif info.mask_token_id != source.mask_token_id:
+                raise ValueError(
+                    f"{source.checkpoint} was trained with mask token id {info.mask_token_id}, this run's tokenizer "
+                    f"gives {source.mask_token_id}: use the tokenizer folder of that run, or set model.mask_token"
+                )
+            if info.stage != "warmup":
                 _start_image_decoder(chunks, table, lambda m: tensors(m.megatron_name), source)
         return
     place = _tensor_parallel_place()
@@ -111,21 +111,21 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
 
 
 @torch.no_grad()
-def _load_checkpoint(chunks: Sequence[nn.Module], table: NameTable, path: Path) -> CheckpointInfo:
+def _load_checkpoint(
+    chunks: Sequence[nn.Module], table: NameTable, path: Path, tensors: StackedTensors
+) -> CheckpointInfo:
     """Load the weights, whatever the tower's ffn is padded to in the checkpoint: layouts differ in what they need."""
-    with TorchDistReader(path) as reader:
-        tensors = StackedTensors(reader)
-        width = tensors.vision_ffn_multiple
-        padded = [m for m in table if m.megatron_name.startswith(TOWER) and isinstance(m.layout, (Gated, Padded))]
-        others = {m.megatron_name: m for m in padded if width not in (1, m.layout.padded_width)}
-        left_out = frozenset(others)
-        info = load_checkpoint(path, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE), left_out=left_out)
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                if name in others:
-                    mapping = others[name]
-                    whole = mapping.merge(mapping.padded_to(width).split(tensors(name)))
-                    copy_shard(parameter, mapping, whole, **_tensor_parallel_place())
+    width = tensors.vision_ffn_multiple
+    padded = [m for m in table if m.megatron_name.startswith(TOWER) and isinstance(m.layout, (Gated, Padded))]
+    others = {m.megatron_name: m for m in padded if width not in (1, m.layout.padded_width)}
+    left_out = frozenset(others)
+    info = load_checkpoint(path, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE), left_out=left_out)
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name in others:
+                mapping = others[name]
+                whole = mapping.merge(mapping.padded_to(width).split(tensors(name)))
+                copy_shard(parameter, mapping, whole, **_tensor_parallel_place())
     return info
 
 
