@@ -15,14 +15,13 @@ from megatron_cocoa.data.collate import collate_warmup
 from megatron_cocoa.data.evaluation_batches import bridge_batches
 from megatron_cocoa.data.prepared import CorruptionSettings
 from megatron_cocoa.data.preprocess import load_processor
-from megatron_cocoa.data.rows import CaptionRow, Content, PairRow
+from megatron_cocoa.data.rows import IMAGE_TOKEN, CaptionRow, Content, PairRow
 from megatron_cocoa.data.sources import read_captions
 from megatron_cocoa.evaluation.pictures import encode_png, patches_to_picture
 from megatron_cocoa.evaluation.probes import predict_units, sample_losses
 from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.recipes.context import POOLS, RunContext, evaluation_parts
-from megatron_cocoa.recipes.retrieval import PICTURE
 
 
 def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
@@ -44,7 +43,7 @@ def bridge_evidence(
     """
     stage = context.settings.bridge
     pictures = pool_rows(context, pool, limit)
-    rows = [PairRow(r.row_id, Content(PICTURE, r.image_path), Content(r.caption, "")) for r in pictures]
+    rows = [PairRow(r.row_id, Content(IMAGE_TOKEN, r.image_path), Content(r.caption, "")) for r in pictures]
     if len(rows) < 2:
         return None
     builder, options = evaluation_parts(context, stage)

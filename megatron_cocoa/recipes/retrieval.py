@@ -13,7 +13,7 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.config import EmbeddingForm, StageSettings
 from megatron_cocoa.data.decode import read_picture
 from megatron_cocoa.data.evaluation_batches import embedding_batch
-from megatron_cocoa.data.rows import CaptionRow, Content
+from megatron_cocoa.data.rows import IMAGE_TOKEN, CaptionRow, Content
 from megatron_cocoa.data.sources import read_captions
 from megatron_cocoa.data.stored import open_picture
 from megatron_cocoa.evaluation.embed import embed
@@ -25,8 +25,6 @@ from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import POOLS, RunContext, evaluation_parts
 from megatron_cocoa.recipes.retrieval_examples import pool_examples
-
-PICTURE = "<|image_1|>"
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class RetrievalProbe:
         """Captions and pictures of a pool, on every rank."""
         return PoolEmbeddings(
             texts=self._embed(model, [Content(row.caption, "") for row in pool.rows]),
-            pictures=self._embed(model, [Content(PICTURE, row.image_path) for row in pool.rows]),
+            pictures=self._embed(model, [Content(IMAGE_TOKEN, row.image_path) for row in pool.rows]),
         )
 
     def _embed(self, model: Model, contents: list[Content]) -> Tensor:
