@@ -1,9 +1,9 @@
 """Stage 3, contrastive learning: each query picks its own target among the whole step's targets (InfoNCE).
 
-The loss is global: every pair is every other pair's negative, across ranks and micro-batches. It therefore takes
+The loss is global: every pair is a negative of every other pair, across ranks and micro-batches. It therefore takes
 embeddings that the trainer has gathered, and is differentiable in them (gradient caching, Gao et al., arXiv
-2101.06983). Similarities are taken for a block of rows at a time and again in the backward pass, so that memory grows
-with the batch and not with its square.
+2101.06983). Similarities are computed for one block of rows at a time, and once more in the backward pass, so that
+memory grows with the batch and not with its square.
 
 Sources: InfoNCE, van den Oord et al., arXiv 1807.03748; the symmetric form and the learned temperature, Radford et
 al., CLIP, arXiv 2103.00020; nested dimensions, Kusupati et al., arXiv 2205.13147; defaults from CoCoA (arXiv
@@ -34,12 +34,12 @@ class ContrastiveObjective:
     Args:
         temperature: divides the cosines, unless the embeddings bring a learned scale.
         symmetric: average with the target-to-query direction, as in CLIP; it has no hard negatives.
-        mask_equal_targets: leave out of a row's negatives each other pair's target, and each hard negative, that
-            equals the row's own target.
-        hard_negatives_shared: a query's negatives include the hard negatives of all pairs, or of its own alone.
-        matryoshka_dims: widths whose losses are averaged, each on the first so many dimensions, renormalised; empty
-            takes the whole width.
-        matryoshka_weights: of the widths; empty weighs them equally.
+        mask_equal_targets: leave other pairs' targets, and hard negatives, out of a row's negatives if they equal the
+            row's own target.
+        hard_negatives_shared: a query's negatives include the hard negatives of all pairs; False: only its own pair's.
+        matryoshka_dims: widths d whose losses are averaged; each is the loss on the first d dimensions, renormalised.
+            Empty: the whole width alone.
+        matryoshka_weights: weights of the widths in that average; empty weighs them equally.
         mask_kind: attention that the embeddings are computed under.
 
     Raises:
@@ -75,14 +75,15 @@ class ContrastiveObjective:
         Args:
             pairs: of the whole step; keys are needed with ``mask_equal_targets``. Computed in float32 (float64 stays
                 float64).
-            detailed: also take the ``effective_rank``, an eigendecomposition.
+            detailed: also compute the ``effective_rank``, which costs an eigendecomposition.
 
         Returns:
             ``(loss, metrics)``. Metrics are detached scalars of the whole step, not sums: ``contrastive`` (the
-            loss), ``accuracy`` (rows whose own target scores highest of all candidates; an earlier column wins a
-            tie), ``positive_cosine``, ``negative_cosine`` (over the in-batch negatives that count; 0 if none is
-            left), with nested widths ``contrastive_<width>`` each (the other metrics are of the largest), with a
-            learned scale ``temperature``, and on request ``effective_rank`` (of queries and targets together).
+            loss), ``accuracy`` (share of rows whose own target scores highest of all candidates; the earlier column
+            wins a tie), ``positive_cosine``, ``negative_cosine`` (mean over the in-batch negatives that count; 0 if
+            there is none). With nested widths also ``contrastive_<width>`` for each; the other metrics are then
+            those of the largest. With a learned scale ``temperature``, and with ``detailed`` ``effective_rank`` (of
+            queries and targets together).
 
         Raises:
             ValueError: if the shapes disagree, there are fewer than two pairs, keys are needed and missing, or a
@@ -110,7 +111,7 @@ class ContrastiveObjective:
         negatives = None if pairs.negatives is None else _unit(pairs.negatives, dim)
         temperature = self.temperature if pairs.logit_scale is None else (-pairs.logit_scale).exp()
 
-        def forward(rows: Tensor) -> tuple[Tensor, Tensor]:
+        def query_to_target(rows: Tensor) -> tuple[Tensor, Tensor]:
             cosines, excluded = queries[rows] @ targets.T, self._equal_targets(pairs, rows)
             logits = (cosines / temperature).masked_fill(excluded, float("-inf"))
             if negatives is not None:
@@ -118,18 +119,18 @@ class ContrastiveObjective:
                 logits = torch.cat([logits, (hard / temperature).masked_fill(missing, float("-inf"))], dim=1)
             return _nll(logits, rows), similarity_sums(cosines.detach(), logits.detach(), excluded, rows)
 
-        def backward(rows: Tensor) -> tuple[Tensor, Tensor]:
-            # Equality of targets is mutual: what is excluded of a row is excluded of the column.
+        def target_to_query(rows: Tensor) -> tuple[Tensor, Tensor]:
+            # Equality of targets is mutual: the pairs that a query leaves out are left out for its target, too.
             logits = (targets[rows] @ queries.T / temperature).masked_fill(
                 self._equal_targets(pairs, rows), float("-inf")
             )
             return _nll(logits, rows), logits.new_zeros(())
 
         count = len(queries)
-        loss, sums = _over_blocks(forward, count, queries.device)
+        loss, sums = _over_blocks(query_to_target, count, queries.device)
         loss = loss / count
         if self.symmetric:
-            loss = (loss + _over_blocks(backward, count, queries.device)[0] / count) / 2
+            loss = (loss + _over_blocks(target_to_query, count, queries.device)[0] / count) / 2
         return loss, similarity_metrics(sums, count)
 
     def _equal_targets(self, pairs: PairEmbeddings, rows: Tensor) -> Tensor:
@@ -143,9 +144,10 @@ class ContrastiveObjective:
     def _hard_negatives(
         self, pairs: PairEmbeddings, rows: Tensor, queries: Tensor, negatives: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cosines to hard negatives, ``(R, P * K)`` or, of each pair's own, ``(R, K)``; and which are to be left out.
+        """Cosines to hard negatives, ``(R, P * K)`` shared or ``(R, K)`` of each pair's own, and a mask,
+        broadcastable to them, of those to be left out.
 
-        A pair with fewer than K has its other places left out: its row simply has fewer columns.
+        The empty places of a pair with fewer than K hard negatives are left out.
         """
         if self.hard_negatives_shared:
             cosines = queries[rows] @ negatives.flatten(0, 1).T
@@ -202,7 +204,7 @@ def check_matryoshka_dims(dims: Sequence[int], hidden_size: int) -> None:
 def _over_blocks(
     block: Callable[[Tensor], tuple[Tensor, Tensor]], count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Sums of what ``block`` returns for each run of rows; nothing of a block stays for the backward pass."""
+    """Sums over blocks of rows of what ``block`` returns; the backward pass computes each block again."""
     runs = torch.arange(count, device=device).split(ROWS_PER_BLOCK)
     if len(runs) == 1:
         return block(runs[0])
