@@ -1,4 +1,4 @@
-"""Prints the measured worst error of every layout against Hugging Face as a Markdown table, for docs/results.md and parity_cases.md.
+"""Prints the measured worst error of every layout against Hugging Face as Markdown tables, for the pages in docs/.
 
     python tests/parity/report.py [--json errors.json]
 
