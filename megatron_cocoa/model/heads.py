@@ -8,6 +8,7 @@ gathered first, and the backward hands each rank its own part of an already whol
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,6 +26,17 @@ from megatron_cocoa.model.transformer_configs import ModelConfigs, without_seque
 from megatron_cocoa.parallel.collectives import sum_over
 
 
+class Selection(NamedTuple):
+    """Those of a list of global rows that lie on this context-parallel rank.
+
+    entries: int64 ``(selected,)``: their indices in the list.
+    rows:    int64 ``(selected,)``: their row numbers within this rank's share.
+    """
+
+    entries: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True)
 class LocalRows:
     """This context-parallel rank's contiguous share ``[first, last)`` of a pack of ``tokens`` rows."""
@@ -37,12 +49,12 @@ class LocalRows:
     def is_whole(self) -> bool:
         return self.last - self.first == self.tokens
 
-    def select(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Of global row numbers, which entries lie here: their indices, and their local rows."""
+    def select(self, positions: Tensor) -> Selection:
+        """Which of the global rows ``positions``, int64 ``(entries,)``, lie in this share."""
         if self.is_whole:
-            return torch.arange(positions.shape[0], device=positions.device), positions
+            return Selection(torch.arange(positions.shape[0], device=positions.device), positions)
         inside = ((positions >= self.first) & (positions < self.last)).nonzero().squeeze(1)
-        return inside, positions.index_select(0, inside) - self.first
+        return Selection(inside, positions.index_select(0, inside) - self.first)
 
 
 def local_rows(tokens: int, group) -> LocalRows:
@@ -61,22 +73,23 @@ def local_rows(tokens: int, group) -> LocalRows:
 
 
 def padded_rows(rows: Tensor, multiple: int) -> Tensor:
-    """``rows`` and as many further ones, which nobody reads, as make a multiple of ``multiple`` that is not zero."""
+    """``rows``, int64 ``(rows,)``, followed by zeros up to a positive multiple of ``multiple``; nobody reads those."""
     return functional.pad(rows, (0, -rows.shape[0] % multiple or (0 if rows.shape[0] else multiple)))
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Which rows of this context-parallel share the heads read of one batch.
+    """Which rows of this context-parallel share the heads read for one batch.
 
-    text, units, embeddings: indices into the batch's list of that head, and their local rows; None where the head
-                             does not run.
-    language:                int64: the rows that token head and embeddings read of the language model, in this order.
+    text, units, embeddings: of ``text_positions``, ``unit_positions`` and ``embedding_positions`` those on this rank;
+                             None where the batch has no such positions and the head does not run.
+    language:                int64 ``(rows_read,)``: local rows of the language model's output that are read, first by
+                             the token head, then as embeddings. The image decoder reads every row.
     """
 
-    text: tuple[Tensor, Tensor] | None
-    units: tuple[Tensor, Tensor] | None
-    embeddings: tuple[Tensor, Tensor] | None
+    text: Selection | None
+    units: Selection | None
+    embeddings: Selection | None
     language: Tensor
 
     @classmethod
@@ -84,13 +97,13 @@ class HeadRows:
         every = (batch.text_positions, batch.unit_positions, batch.embedding_positions)
         text, units, embeddings = (None if positions is None else rows.select(positions) for positions in every)
         none = batch.input_ids.new_zeros(0)
-        language = torch.cat([none if head is None else head[1] for head in (text, embeddings)])
+        language = torch.cat([none if head is None else head.rows for head in (text, embeddings)])
         return cls(text, units, embeddings, language)
 
     @property
     def ends(self) -> tuple[int, int]:
         """Where the token head's rows end in ``language``, and the embeddings'."""
-        text, embeddings = (0 if head is None else head[1].shape[0] for head in (self.text, self.embeddings))
+        text, embeddings = (0 if head is None else head.rows.shape[0] for head in (self.text, self.embeddings))
         return text, text + embeddings
 
 
@@ -101,28 +114,35 @@ def whole_rows(hidden_states: Tensor, sequence_parallel: bool) -> Tensor:
     return hidden_states.squeeze(1)
 
 
-def gather_embeddings(found: Tensor, inside: Tensor, total: int, group) -> Tensor:
+def gather_embeddings(found: Tensor, entries: Tensor, total: int, group) -> Tensor:
     """All embeddings of a pack, on every context-parallel rank.
 
     Args:
         found: ``(embeddings_local, hidden)``, those in this rank's share.
-        inside: int64 ``(embeddings_local,)``: which of all they are.
-        total: embeddings of the pack.
+        entries: int64 ``(embeddings_local,)``: their indices among all embeddings of the pack.
+        total: number of embeddings of the pack.
+        group: the context-parallel group.
 
     Returns:
         ``(total, hidden)``.
     """
     if group.size() == 1:
         return found
-    return sum_over(found.new_zeros(total, found.shape[1]).index_copy(0, inside, found), group)
+    return sum_over(found.new_zeros(total, found.shape[1]).index_copy(0, entries, found), group)
 
 
 class ImageDecoder(MegatronModule):
     """MAE's decoder: layers as wide as the language model's, bidirectional over the sample, then a linear map.
 
-    From MoCa (arXiv 2506.23115), the only published relative that shows one: one layer that starts from layer
-    ``num_hidden_layers // 2`` of the language model, the linear map from N(0, 0.02). It reads hidden states
-    after the final norm, with the same segments and rotary positions as the backbone. ``row_multiple`` is ``QwenVL``'s.
+    CoCoA's release leaves it out. This one follows MoCa (arXiv 2506.23115), the only related work that shows one:
+    one layer that starts from layer ``num_hidden_layers // 2`` of the language model, and a linear map drawn from
+    N(0, 0.02). It reads the hidden states after the final norm, with the backbone's segments and rotary positions.
+
+    Args:
+        architecture: gives the widths.
+        configs: Megatron configs; ``image_decoder`` is used.
+        provider: local or Transformer Engine modules.
+        row_multiple: as of ``QwenVL``.
     """
 
     def __init__(

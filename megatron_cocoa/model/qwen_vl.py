@@ -37,18 +37,18 @@ class QwenVL(MegatronModule):
     """One pipeline stage (and virtual chunk) of the model.
 
     Args:
-        architecture: all of the model's numbers.
-        configs: Megatron configs at the layout at hand.
+        architecture: shapes of tower and language model.
+        configs: Megatron configs at this layout.
         provider: local or Transformer Engine modules.
-        tower_provider: the tower's, where its attention runs on another backend.
-        row_multiple: what the rows read of the last layer are padded to: each tensor parallel rank has an equal part
-            under sequence parallelism, and FP8 kernels take whole blocks.
-        vocab_multiple: padding of the vocabulary.
+        vocab_multiple: padding of the vocabulary, see ``padded_vocab_size``.
         pre_process: this chunk holds tower and embedding.
         post_process: this chunk holds final norm and heads.
         with_image_decoder: build the MAE decoder on the last stage (stage ``warmup`` only).
-        learned_temperature: where a temperature that trains starts, on the last stage; None trains none.
+        learned_temperature: initial value of a temperature that trains, held by the last stage; None trains none.
         vp_stage: virtual chunk, None without interleaving.
+        tower_provider: the tower's modules; None takes ``provider``. Its attention may run on another backend.
+        row_multiple: the number of rows that are read from the last layer is padded to a multiple of this: under
+            sequence parallelism tensor-parallel ranks hold equal parts, and FP8 kernels take whole blocks.
     """
 
     def __init__(
@@ -168,21 +168,28 @@ class QwenVL(MegatronModule):
     def _heads(
         self, batch: PackedBatch, reads: HeadRows, context: SequenceContext, hidden_states: Tensor, read_rows: Tensor
     ) -> ModelOutput:
-        """``read_rows``: ``(rows, hidden)``, whole rows, those of ``reads.language`` first."""
+        """Run the heads that the batch has positions for.
+
+        Args:
+            reads: of this batch.
+            context: of the whole pack.
+            hidden_states: what the last layer returned, which the image decoder goes on from.
+            read_rows: ``(rows_read + padding, hidden)``, whole on every tensor-parallel rank: the rows of
+                ``reads.language`` in order, then padding.
+        """
         output = ModelOutput()
         text_rows, embedding_rows, _ = read_rows.tensor_split(reads.ends)
         if reads.text is not None:
-            labels = batch.text_labels.index_select(0, reads.text[0])
+            labels = batch.text_labels.index_select(0, reads.text.entries)
             output.token_nll = self.language_model.token_nll(text_rows, labels)
         if reads.units is not None and self.image_decoder is not None:
-            inside, local = reads.units
-            output.predicted_units = self.image_decoder(hidden_states, context, local)
-            output.unit_targets = batch.unit_targets.index_select(0, inside)
+            output.predicted_units = self.image_decoder(hidden_states, context, reads.units.rows)
+            output.unit_targets = batch.unit_targets.index_select(0, reads.units.entries)
             if batch.unit_patches is not None:
-                output.unit_patches = batch.unit_patches.index_select(0, inside)
+                output.unit_patches = batch.unit_patches.index_select(0, reads.units.entries)
         if reads.embeddings is not None:
             total = batch.embedding_positions.shape[0]
-            output.embeddings = gather_embeddings(embedding_rows, reads.embeddings[0], total, self.context_group)
+            output.embeddings = gather_embeddings(embedding_rows, reads.embeddings.entries, total, self.context_group)
             if self.logit_scale is not None:
                 output.logit_scale = bounded_logit_scale(self.logit_scale)
         return output
