@@ -16,11 +16,11 @@ from megatron_cocoa.recipes.output_folder import ADAPTER_FOLDER
 
 
 def add_adapters(context: RunContext, model: Model, stage: str) -> tuple[int, int]:
-    """Put freshly drawn adapters on a bare model whose weights are loaded; nothing without ``adapter.kind``.
+    """Put freshly drawn adapters on a bare model whose weights are loaded; does nothing under ``adapter.kind none``.
 
     Returns:
-        Trainable values of all adapters on the language model and on the tower, over all ranks; the image decoder and
-        the mask token's row train beside them.
+        Number of trainable values of the adapters on the language model and on the tower, over all ranks. The image
+        decoder and the mask token's row train as well and are not counted.
 
     Raises:
         ValueError: if the targets do not fit the model.

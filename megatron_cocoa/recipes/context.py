@@ -41,7 +41,7 @@ class RunContext:
     is_toy: bool
 
     def weight_source(self, checkpoint: Path | None) -> WeightSource:
-        """Where weights come from: ``checkpoint`` if given, else ``model.load``, else the model folder."""
+        """Where a model's weights come from: ``checkpoint`` if given, else ``model.load``, else the model folder."""
         settings = self.settings
         if checkpoint is None and settings.model.load is not None:
             checkpoint = Path(settings.model.load)
@@ -58,18 +58,22 @@ class RunContext:
 
     @property
     def pad_to_multiple_of(self) -> int:
-        """Packs must be divisible by this: into context-parallel shares, each by what layers need of their rows."""
+        """A pack's length must be a multiple of this, so that layers can divide each context-parallel share's rows."""
         return self.settings.parallel.context_parallel_size * row_multiple(self.settings)
 
 
 def evaluation_parts(
     context: RunContext, stage: StageSettings, *, form: EmbeddingForm | None = None, needs_pixels: bool = True
 ) -> tuple[SampleBuilder, PackOptions]:
-    """What evaluation batches are built with, for the run's data and model folders at its layout.
+    """The builder of samples and the packing options of evaluation batches, for the run's folders at its layout.
 
-    Pictures are sized as ``stage`` sizes them, and things embedded in its form, or in ``form``.
+    Packs are as long as their samples, even if training fills a fixed budget: each is run by itself.
 
-    Packs are as long as their samples also where training fills a fixed budget: each is run by itself.
+    Args:
+        context: of the run.
+        stage: pictures are sized as this stage sizes them, and inputs laid out in the form it embeds in.
+        form: another form to embed in.
+        needs_pixels: False on ranks without the tower, which then prepare none.
     """
     settings = context.settings
     return evaluation_builder(
@@ -88,7 +92,7 @@ def evaluation_parts(
 
 
 def prepare_context(settings: TrainSettings) -> RunContext:
-    """Fill in the toy set where no model or data is named, and read the model folder.
+    """Read the model folder; without ``model.path``, make the toy model and (without ``data.path``) the toy data first.
 
     Raises:
         ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model, data packages that are missing, or

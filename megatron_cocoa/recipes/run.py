@@ -40,19 +40,19 @@ BASELINE = "baseline"
 
 
 def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: float = 0.0) -> None:
-    """Run the stages of ``settings`` on this rank, or what is left of them where the run is resumed.
+    """Run the stages of ``settings`` on this rank, or what is left of them if the run is resumed.
 
-    A run that is stopped by a signal or by its time budget returns, too: its last checkpoint is written, and
-    ``resume`` goes on with it.
+    It also returns, normally, when a signal or the time budget stops the run: by then the last checkpoint is written,
+    and the same command with ``resume`` continues from it.
 
     Args:
         settings: of the run.
-        launch: this process's place.
-        seconds_since_start: of the process, which the time budget counts.
+        launch: this process's place among all ranks.
+        seconds_since_start: time since the process started, which counts towards the time budget.
 
     Raises:
-        ValueError: for anything that a user can mend, before the first step where possible.
-        FloatingPointError: if step after step has no finite loss.
+        ValueError: for anything that a user can correct, before the first step where possible.
+        FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row without a finite loss or gradient.
     """
     started = time.perf_counter()
     settings.parallel.data_parallel_size(launch.world_size)
@@ -84,7 +84,7 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
 
 
 def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
-    """How far earlier processes of the same run have come, by stage; None where this one is the first.
+    """How far earlier processes of the same run have come, by stage; None if this process is the first.
 
     Raises:
         ValueError: if the run there was started under settings that train something else.
@@ -99,7 +99,11 @@ def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
 
 
 def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) -> None:
-    """Make the output folder this run's own, on the first rank; the others wait, for their rows' reading as well."""
+    """Make the output folder this run's own, on the first rank, while the others wait.
+
+    They wait as for files: this is the first exchange after ``_checked_loaders``, in which ranks read rows for a long
+    time, and not all of them equally long.
+    """
 
     def claim() -> None:
         if not is_resumed:
@@ -111,10 +115,10 @@ def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) 
 
 
 def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict[str, StageLoader | ReplicaLoader]:
-    """Find what would stop a later stage before the first one starts: its rows, its batch sizes, its weights.
+    """Refuse, before the first stage starts, what would stop a later one: its rows, its batch sizes, its weights.
 
     Returns:
-        The loaders of the stages that are still to be trained, so that no file is read twice.
+        The loaders of the stages that are not complete yet, by stage, so that no file is read twice.
 
     Raises:
         ValueError: as the stage would raise it.
@@ -165,7 +169,7 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
 
 
 class _Stages:
-    """The stages of one run, one after the other, and what is measured after each."""
+    """Runs the stages of one run one after the other, and measures the model before the first and after each."""
 
     def __init__(
         self,
@@ -181,7 +185,7 @@ class _Stages:
             self.probe = RetrievalProbe(context, context.settings.contrastive)
 
     def run(self) -> Findings:
-        """Train what is left; the last stage's summary tells whether the run was stopped."""
+        """Train the stages that are not complete; the last summary found tells whether the run was stopped."""
         settings = self.context.settings
         self._measure_untrained()
         checkpoint: Path | None = None
@@ -215,7 +219,7 @@ class _Stages:
         return summary
 
     def _complete_stage(self, stage: str, name: str) -> StageSummary:
-        """A stage of an earlier process: what was measured after it is measured again, from its weights."""
+        """The summary of a stage that an earlier process completed. Measurements are not saved: they are repeated."""
         summary = StageSummary.load(self.context.output / name, stage)
         if self.probe is not None:
             decoder = stage == "warmup"

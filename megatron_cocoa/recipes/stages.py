@@ -1,4 +1,7 @@
-"""The three stages one after the other: build, load, train, save, hand over."""
+"""One stage of a run: build the model, load its weights, train, save, and hand over to the next stage.
+
+The order of the stages, and what is measured between them, is in ``recipes/run.py``.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,15 @@ from megatron_cocoa.training.throughput import SpeedMeter
 from megatron_cocoa.training.trainer import StageKeeping, train_stage
 
 AfterStage = Callable[[str, Model], None]
-"""Called with the name of what has just been trained, while its model is in memory."""
+"""Called with the name of a stage that has just been trained, while its model is in memory."""
 
 
 @dataclass(frozen=True)
 class StageSummary:
     """How one stage of a run went.
 
-    name:       folder under the run's output: the stage, or ``baseline`` for contrastive learning alone.
+    name:       of its folder in the run's output: the stage's, or ``baseline`` for contrastive learning alone.
+    stage:      one of ``config.STAGES``.
     checkpoint: its weights, for the next stage.
     progress:   the trainer's counters.
     statistics: of the loader on the first data-parallel rank, since the last start of the process.
@@ -57,7 +61,7 @@ class StageSummary:
     stopped: str | None = None
 
     def save(self, folder: Path) -> None:
-        """Write what ``load`` needs; before the weights are, so that a complete stage always has it."""
+        """Write what ``load`` needs. Call it before the weights are saved, so that a complete stage always has it."""
         text = json.dumps({"progress": self.progress.as_dict(), "statistics": self.statistics}, indent=1)
         (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
 
@@ -80,9 +84,12 @@ def build_with_weights(
 
     Args:
         context: of the run.
-        checkpoint: weights of the previous stage; None starts where the run starts.
+        checkpoint: weights of the previous stage; None takes those that the run starts from.
         with_image_decoder: stage ``warmup`` needs it.
         learned_temperature: see ``TrainSettings.learned_temperature``.
+
+    Raises:
+        ValueError: if the layout does not fit the model, or the weights are incomplete or of another model.
     """
     model = build_without_weights(
         context, with_image_decoder=with_image_decoder, learned_temperature=learned_temperature
@@ -94,7 +101,7 @@ def build_with_weights(
 def build_without_weights(
     context: RunContext, *, with_image_decoder: bool, learned_temperature: float | None = None
 ) -> Model:
-    """The model at the run's layout for weights to be loaded into, not yet wrapped for training."""
+    """The model at the run's layout, its weights not set and not yet wrapped for training."""
     return build_model(
         context.architecture,
         context.settings,
@@ -120,12 +127,16 @@ def run_stage(
     Args:
         context: of the run.
         stage: one of ``config.STAGES``.
-        checkpoint: the previous stage's weights; None starts where the run starts.
+        checkpoint: the previous stage's weights; None takes those that the run starts from.
         loader: of ``build_loader``, at its first step; closed at the end. None builds one.
         name: of its folder, the stage's own by default.
-        resume_step: go on from the stage's own checkpoint of this step.
+        resume_step: resume from the stage's own checkpoint of this step.
         stop: tells when to end before the last step.
         after: called while the trained model is in memory, once the stage is complete.
+
+    Raises:
+        ValueError: for batch sizes that the layout cannot run, and as the loader, the model and ``train_stage`` do.
+        FloatingPointError: as ``train_stage``.
     """
     settings, name = context.settings, name or stage
     stage_settings, folder = settings.stage(stage), context.output / name
@@ -134,23 +145,11 @@ def run_stage(
     if topology.is_first_rank():
         samples, rows = stage_settings.steps * stage_settings.global_batch_size, loader.state_dict()["num_rows"]
         print(f"Stage {name}: {stage_settings.steps} steps, {samples / rows:.2f} epochs of {rows:,} rows", flush=True)
-    parts = dict(with_image_decoder=stage == "warmup", learned_temperature=settings.learned_temperature(stage))
-    if resume_step is None:
-        bare = build_with_weights(context, checkpoint=checkpoint, **parts)
-    else:
-        bare = build_without_weights(context, **parts)
+    bare = _initial_model(context, stage, checkpoint, is_resumed=resume_step is not None)
     meter = _speed_meter(context, *add_adapters(context, bare, name))
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
-    log = StageLog(
-        folder,
-        stage=name,
-        steps=stage_settings.steps,
-        is_writer=topology.is_first_rank(),
-        interval=settings.log_interval,
-        done=resume_step or 0,
-        wandb_project=settings.wandb_project,
-    )
+    log = _open_log(settings, folder, stage_settings.steps, done=resume_step or 0)
     try:
         result = train_stage(
             model,
@@ -175,6 +174,28 @@ def run_stage(
         if after is not None:
             after(name, model)
     return summary
+
+
+def _initial_model(context: RunContext, stage: str, checkpoint: Path | None, *, is_resumed: bool) -> Model:
+    parts = dict(
+        with_image_decoder=stage == "warmup", learned_temperature=context.settings.learned_temperature(stage)
+    )
+    if is_resumed:
+        # The trainer loads them, together with the optimizer's state.
+        return build_without_weights(context, **parts)
+    return build_with_weights(context, checkpoint=checkpoint, **parts)
+
+
+def _open_log(settings: TrainSettings, folder: Path, steps: int, *, done: int) -> StageLog:
+    return StageLog(
+        folder,
+        stage=folder.name,
+        steps=steps,
+        is_writer=topology.is_first_rank(),
+        interval=settings.log_interval,
+        done=done,
+        wandb_project=settings.wandb_project,
+    )
 
 
 def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
@@ -223,7 +244,7 @@ def _validation(context: RunContext, stage: str) -> HeldOutValidation | None:
 
 
 def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: CheckpointInfo) -> None:
-    """Leave a complete stage's summary, settings and, last, its weights."""
+    """Save a complete stage's summary and settings and then its weights, which mark it as complete."""
     folder = summary.checkpoint.parent
     if topology.is_first_rank():
         summary.save(folder)
@@ -235,7 +256,10 @@ def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: C
 
 
 def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader:
-    """The loader of a stage for this rank; one rank of each replica reads for all of it."""
+    """The loader of a stage for this rank; with model parallelism one rank of each replica reads for the others.
+
+    Every rank calls it, for the stages in the same order. Raises as ``StageLoader``.
+    """
     parallel = context.settings.parallel
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
 
@@ -283,7 +307,7 @@ def check_microbatches(context: RunContext, stage: str) -> None:
     """
     parallel = context.settings.parallel
     if context.settings.data.tokens_per_microbatch is not None:
-        # How many packs a step takes is found when it is planned, in multiples of what a pipeline needs.
+        # The number of packs is found when a step is planned, as a multiple of what an interleaved pipeline needs.
         context.settings.stage(stage).samples_per_rank(topology.data_parallel_size())
         return
     number = context.settings.stage(stage).num_microbatches(topology.data_parallel_size())
