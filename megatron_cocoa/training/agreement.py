@@ -1,4 +1,7 @@
-"""Whether all ranks hold the same number, told by sums over them: free where a step sums something anyway."""
+"""Whether all ranks hold the same number, found from sums over ranks: no exchange beyond one that a step has anyway.
+
+n numbers are equal if and only if n times the sum of their squares is the square of their sum (Cauchy-Schwarz).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from collections.abc import Sequence
 
 
 def powers(digest: int) -> list[int]:
-    """Three parts of 63 bits and their squares: their sums over ranks tell whether all ranks have the same bits.
+    """The three 21-bit parts of a 63-bit ``digest``, then their squares: six numbers to be summed over ranks in int64.
 
-    21 bits each, since squares must sum to less than 2**63.
+    Parts of 21 bits, so that the squares of up to 2**21 ranks sum to less than 2**63.
     """
     parts = [digest >> shift & (1 << 21) - 1 for shift in (0, 21, 42)]
     return [*parts, *(part * part for part in parts)]
 
 
 def all_equal(sums: Sequence[int], num_ranks: int) -> bool:
-    """From the sums of ``powers``: n times the sum of squares is the square of the sum for n equal numbers only."""
+    """Whether all ranks had the same digest, given the sums of ``powers`` over ``num_ranks`` ranks."""
     return all(num_ranks * squares == total * total for total, squares in zip(sums[:3], sums[3:]))

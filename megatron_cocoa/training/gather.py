@@ -1,4 +1,4 @@
-"""The one exchange of a contrastive step: this rank's queries, targets and hard negatives for everybody's."""
+"""The exchange of a contrastive step: every rank gives its queries, targets and hard negatives and gets all of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def gather_pairs(
 ) -> PairEmbeddings:
     """The step's pairs over micro-batches and data-parallel ranks, in the order of the global batch.
 
-    Vectors go in one all-gather, however many micro-batches there are, keys in another. Every rank computes the whole
-    loss from the result, so gradients reach this rank's own rows only, and each rank owns those of its rows.
+    One all-gather for vectors and one for keys, whatever the number of micro-batches. Every rank computes the whole
+    loss from the result; its backward pass reaches only this rank's own rows, so that no row's gradient counts twice.
 
     Args:
         batches: this rank's micro-batches.
-        embeddings: ``(embeddings, hidden)`` of each, in any graph.
-        logit_scale: handed through.
+        embeddings: ``(embeddings, hidden)`` of each, part of any autograd graph.
+        logit_scale: put into the result as it is.
     """
     vectors = _gather(torch.cat([_by_pair(e, batch) for e, batch in zip(embeddings, batches)]))
     keys = _gather_keys(batches, vectors.device)
@@ -42,12 +42,12 @@ def gather_pairs(
 
 
 def number_of_copies() -> int:
-    """Ranks over which DDP sums gradients, all of which compute the whole loss."""
+    """How many ranks compute the whole loss and have their gradients of ``logit_scale`` summed by DDP."""
     return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
 def _by_pair(embeddings: Tensor, batch: PackedBatch) -> Tensor:
-    """Float32 ``(pairs, 2 + hard_negatives, hidden)``: query, target, negatives; zeros where there is none."""
+    """Float32 ``(pairs, 2 + hard_negatives, hidden)``: query, target, negatives; zeros for missing negatives."""
     rows = torch.stack([batch.query_rows, batch.target_rows], dim=1)
     if batch.negative_rows is not None:
         rows = torch.cat([rows, batch.negative_rows], dim=1)

@@ -10,14 +10,15 @@ from typing import Any
 class Progress:
     """Counters of one stage. Everything else of the trainer follows from ``step`` and the seed.
 
-    step:           optimizer steps done, skipped ones included.
-    skipped:        steps that were not applied because their loss or gradient was not finite.
-    skipped_in_a_row: of them, up to the last step.
-    samples, tokens: of all ranks.
-    seconds:        wall time of the steps, over all processes that have worked on the stage.
-    data_wait:      what of it the first rank spent waiting for its loader.
-    best_value, best_step: of the validation's metric; None before the first.
-    validated:      the step that was validated last.
+    step:             optimizer steps done, skipped ones included.
+    skipped:          steps that were not applied because their loss or gradient was not finite.
+    skipped_in_a_row: how many of the last steps were skipped without one applied in between.
+    samples, tokens:  over all ranks.
+    seconds:          wall time of the steps, over all processes that have worked on the stage.
+    data_wait:        seconds of these that the first rank waited for its loader.
+    best_value:       of the validation's metric so far; None before the first validation.
+    best_step:        at which it was measured.
+    validated:        the last step that was validated.
     """
 
     step: int = 0
@@ -36,8 +37,10 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
-        """Raises:
-        ValueError: if ``values`` is not what ``as_dict`` gives.
+        """The counters that ``as_dict`` gave.
+
+        Raises:
+            ValueError: for other fields, as a checkpoint of another version may have.
         """
         try:
             return cls(**values)

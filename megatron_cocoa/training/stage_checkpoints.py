@@ -42,19 +42,19 @@ class StageCheckpoints:
         self._remove_old()
 
     def poll(self) -> None:
-        """Complete a background write that is done; once a step, on every rank."""
+        """Complete a background write if it is done. Every rank calls it once a step."""
         if self._writer.poll():
             self._remove_old()
 
     def wait(self) -> None:
-        """Complete what is under way; on every rank."""
+        """Wait for a background write and complete it; every rank calls it."""
         self._writer.wait()
         self._remove_old()
 
     def save_best(self, model: Model, info: CheckpointInfo) -> None:
-        """Write the weights alone to ``best`` beside the folder, over those of an earlier step; on every rank.
+        """Write the weights to ``best`` beside the folder, over those of an earlier step; every rank calls it.
 
-        Adapters are merged in it, so that it is an ordinary checkpoint.
+        No optimizer state, and adapters are merged: an ordinary checkpoint to start from or to export.
 
         Raises:
             ValueError: if they, or the checkpoint before them, could not be written.
@@ -78,7 +78,7 @@ class StageCheckpoints:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a run that was ended in the middle of a write or a removal left below ``folder``; on one rank."""
+    """Remove what an interrupted write or removal of a checkpoint left below ``folder``; one rank calls it."""
     remove_incomplete(folder, "step-*")
 
 

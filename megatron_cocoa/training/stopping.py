@@ -1,4 +1,4 @@
-"""When a run must end before its last step: a signal from the batch system, or its time is up."""
+"""When a run must end before its last step: on a signal from the batch system, or when its time is used up."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_cocoa.parallel.stop_signals import STOP_SIGNALS
 
 
 class StopWatch:
-    """Tells all ranks together when to stop, at the end of a step.
+    """Lets all ranks decide together, at the end of a step, whether to stop.
 
-    Signals reach single ranks, and clocks differ: so each step asks all ranks whether any of them wants to stop.
-    Use it as a context manager: signal handlers are set inside, and given back after.
+    A signal may reach one rank only, and clocks differ: so each step asks whether any rank wants to stop. Use it as a
+    context manager, which sets the signal handlers and restores the previous ones.
 
     Args:
-        budget_seconds: stop after this time; None knows no limit.
-        spent_seconds: of it before now, such as the time since the process started.
+        budget_seconds: stop after this time; None for no limit.
+        spent_seconds: how much of it has passed already, such as the time since the process started.
     """
 
     def __init__(self, *, budget_seconds: float | None = None, spent_seconds: float = 0.0) -> None:
@@ -41,7 +41,7 @@ class StopWatch:
         self._signal = number
 
     def reason(self) -> str | None:
-        """Why to stop now, the same on every rank; None goes on. Every rank calls it at the same place."""
+        """Why to stop now, the same on every rank; None to continue. A collective: every rank calls it."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         wish = torch.tensor([self._signal or 0, int(late)], dtype=torch.int32, device=device.device())
         dist.all_reduce(wish, op=dist.ReduceOp.MAX)

@@ -31,26 +31,26 @@ from megatron_cocoa.training.throughput import SpeedMeter
 
 
 class Loader(Protocol):
-    """What feeds a stage: see ``megatron_cocoa.data.loader.StageLoader``."""
+    """Feeds a stage: see ``megatron_cocoa.data.loader.StageLoader``."""
 
     def next_step(self) -> list[PackedBatch]:
         """This data-parallel rank's micro-batches of the next step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its place, the same on every rank."""
+        """Its place in the stream of samples, the same on every rank."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a place."""
+        """Continue from such a place."""
 
     def num_skipped(self) -> int:
         """Samples of this data-parallel rank that could not be used, since the start of the process."""
 
     def plan_digest(self) -> int:
-        """63 bits that tell how the last step's samples were shared out: equal on ranks that agree on it."""
+        """63-bit digest of how the last step's samples were divided over all ranks, to see that ranks agree on it."""
 
 
 class Log(Protocol):
-    """What takes each step's metrics: see ``megatron_cocoa.training.log.StageLog``."""
+    """Records each step's metrics: see ``megatron_cocoa.training.log.StageLog``."""
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Record one step, counted from 1."""
@@ -60,24 +60,24 @@ class Log(Protocol):
 
 
 class Validation(Protocol):
-    """What tells, now and then, how good the model is: see ``megatron_cocoa.recipes.validation``."""
+    """Measures every ``interval`` steps how good the model is: see ``megatron_cocoa.recipes.validation``."""
 
     interval: int
     metric: str
 
     def measure(self, model: Model) -> Metrics:
-        """Metrics by name, ``metric`` (the higher, the better) among them; every rank calls it."""
+        """Metrics by name, among them ``metric``, of which higher is better; every rank calls it."""
 
 
 @dataclass(frozen=True)
 class StageKeeping:
     """What a stage needs to be resumable.
 
-    checkpoints:   where they go.
+    checkpoints:   writes and finds them.
     info:          describes the model; the trainer fills in step, loader and progress.
-    save_interval: steps between two; None writes one only when the run is stopped.
-    resume_step:   go on from this step's checkpoint; None starts from the model's present weights.
-    stop:          tells when to stop; None never does.
+    save_interval: steps between two checkpoints; None writes one only when the run is stopped.
+    resume_step:   continue from this step's checkpoint; None starts from the model's present weights.
+    stop:          tells when to stop; None never stops.
     """
 
     checkpoints: StageCheckpoints
@@ -92,7 +92,7 @@ class StageResult:
     """How a stage went.
 
     progress: its counters.
-    stopped:  why it ended before its last step; None where it did not. A checkpoint of its last step was written.
+    stopped:  why it ended before its last step, after writing a checkpoint; None if it is complete.
     """
 
     progress: Progress
@@ -121,13 +121,14 @@ def train_stage(
         settings: of the run.
         log: takes each step's metrics.
         keeping: checkpoints; None writes none.
-        validation: measured every ``validation.interval`` steps; the best weights are kept where there is ``keeping``.
+        validation: measured every ``validation.interval`` steps; with ``keeping`` the best weights are saved.
         meter: adds speed and utilisation to each step's metrics.
 
     Raises:
         FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row whose loss or gradient was not
             finite, naming the samples.
-        ValueError: if a checkpoint cannot be written or loaded.
+        ValueError: if a checkpoint cannot be written or loaded, ranks disagree on a step's samples, or the loader
+            refuses the data.
     """
     trainer = _StageTrainer(model, objective, loader, stage, settings, keeping, meter)
     progress = trainer.progress
@@ -136,13 +137,13 @@ def train_stage(
         if validation is not None and progress.step % validation.interval == 0 and progress.step != progress.validated:
             log.validation(progress.step, trainer.validate(validation))
 
-    # Of the step that an earlier process stopped after.
+    # An earlier process that was stopped left out the validation of its last step.
     validate_if_due()
     while progress.step < stage.steps:
         log.step(progress.step + 1, trainer.step())
         reason = trainer.reason_to_stop()
         if reason is None:
-            # A stop has to be quick: what sends the signal kills the run soon after.
+            # A stop has to be quick: whoever sent the signal kills the run soon after.
             validate_if_due()
         trainer.keep(is_stopping=reason is not None)
         if reason is not None:
@@ -179,9 +180,13 @@ class _StageTrainer:
         self.schedule.step(increment=step)
 
     def step(self) -> Metrics:
-        """One optimizer step, or one that is skipped on all ranks; its metrics, the same on every rank but times."""
+        """One optimizer step, which all ranks skip if it is not finite.
+
+        Returns:
+            Its metrics; apart from times and memory they are the same on every rank.
+        """
         begun, progress = time.perf_counter(), self.progress
-        # Whatever is random in the model follows from the step: nothing of it needs to be saved.
+        # Dropout depends on the step and not on earlier draws, so no random state needs to be saved.
         place = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
         device.seed_everything(self.settings.seed, progress.step, *place)
         batches = self.loader.next_step()
@@ -212,10 +217,10 @@ class _StageTrainer:
         }
 
     def _whole_step(self, batches: Sequence[PackedBatch]) -> tuple[Workload, int]:
-        """Over all data-parallel ranks: what the step's packs ask of the model, and samples skipped so far.
+        """Over all data-parallel ranks: the work in the step's packs, and the samples skipped so far.
 
         Raises:
-            ValueError: on all ranks of the world, if replicas have shared out the step's samples in different ways.
+            ValueError: on all ranks of the world, if replicas divided the step's samples over ranks differently.
         """
         vision = self.model.architecture.vision
         counts = sum((Workload.of(batch, vision) for batch in batches), Workload()).counts()
@@ -236,7 +241,7 @@ class _StageTrainer:
     def _speed(self, workload: Workload, seconds: float, *, is_cached: bool) -> Metrics:
         if self.meter is None:
             return {}
-        # Gradient caching runs forward once more; what it computes twice is useful once.
+        # Gradient caching runs the forward pass twice, of which only one counts as useful.
         extra = int(isinstance(self.objective, GlobalObjective) and is_cached)
         return self.meter.metrics(
             workload, samples=self.stage.global_batch_size, seconds=seconds, extra_forward_passes=extra
@@ -257,7 +262,7 @@ class _StageTrainer:
         progress.validated = progress.step
         with whole_parameters(self.model):
             measured = validation.measure(replace(self.model, chunks=self.model.bare_chunks))
-            # Saving takes all ranks, and another processor may round another way: the first rank's numbers decide.
+            # All ranks must save or none, and another processor may round differently: the first rank's numbers decide.
             metrics = on_first_rank(lambda: measured)
             value = metrics[validation.metric]
             if progress.best_value is None or value > progress.best_value:
@@ -268,14 +273,14 @@ class _StageTrainer:
         return metrics
 
     def reason_to_stop(self) -> str | None:
-        """Why the run must stop after this step, the same on all ranks; None goes on, as it does after the last."""
+        """Why the run must stop after this step, the same on all ranks; None to continue, and after the last step."""
         if self.keeping is None or self.keeping.stop is None:
             return None
         reason = self.keeping.stop.reason()
         return None if self.progress.step == self.stage.steps else reason
 
     def keep(self, *, is_stopping: bool) -> None:
-        """Write a checkpoint where one is due, and none after the last step, whose weights are handed over."""
+        """Write a checkpoint if one is due; none after the last step, whose weights are handed over instead."""
         keeping, step = self.keeping, self.progress.step
         if keeping is None:
             return
@@ -288,7 +293,7 @@ class _StageTrainer:
             keeping.checkpoints.wait()
 
     def finish(self) -> None:
-        """Leave the weights as a checkpoint must find them, and nothing under way."""
+        """After the last step: gather the last update's weights, and wait for a background write."""
         gather_parameters(self.model)
         if self.keeping is not None:
             self.keeping.checkpoints.wait()
