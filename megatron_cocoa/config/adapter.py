@@ -11,8 +11,8 @@ LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 """Linear modules of a language layer that adapters can sit on, as Hugging Face names them."""
 
 VISION_TARGETS = ("qkv", "proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "mlp.0", "mlp.2")
-"""The same of the tower (``visual``): Qwen2.5-VL's MLP is gate, up and down, Qwen2-VL's fc1 and fc2; ``mlp.0`` and
-``mlp.2`` are the merger's."""
+"""The same for the tower (``visual``). Qwen2.5-VL's MLP has gate, up and down, Qwen2-VL's has fc1 and fc2; ``mlp.0``
+and ``mlp.2`` are the merger's."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class AdapterSettings:
 
     Args:
         kind: ``none`` trains the weights themselves, ``lora`` adds ``alpha / rank * B A`` to each target (arXiv
-            2106.09685), ``dora`` also trains the length of each row of the sum (arXiv 2402.09353; published).
+            2106.09685), ``dora`` also trains the length of each row of that sum (arXiv 2402.09353; published).
         rank: rows of A and columns of B, ``r`` in peft (published: 8).
         alpha: numerator of the scale, ``lora_alpha`` in peft (published: 64).
         dropout: on the adapter's input, ``lora_dropout`` in peft (published: 0.1). Targets that are fused into one
@@ -33,8 +33,8 @@ class AdapterSettings:
             ``kaiming`` is uniform within 1 / sqrt(input width), which peft calls true. B starts at zero.
         rslora: scale by ``alpha / sqrt(rank)`` (arXiv 2312.03732), ``use_rslora`` in peft.
         language_targets: modules of the language model's layers, by Hugging Face's names.
-        vision_targets: modules of the tower, by Hugging Face's names; those of the other family are passed over.
-        export: write the adapters by themselves, in peft's format, to ``output_dir/<stage>/adapter``.
+        vision_targets: modules of the tower, by Hugging Face's names; names that only the other family has are ignored.
+        export: also write the adapters alone, in peft's format, to ``output_dir/<stage>/adapter``.
     """
 
     kind: Literal["none", "lora", "dora"] = "none"

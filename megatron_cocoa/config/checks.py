@@ -1,4 +1,4 @@
-"""Refusing a value at construction, in one line."""
+"""Checks that settings share: one line to refuse a value, and the nearest values that would do."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def require_ratio(name: str, value: float) -> None:
 
 
 def nearest_multiples(number: int, factor: int) -> str:
-    """The positive multiples of ``factor`` just below and above a ``number`` that is none, for a message."""
+    """For a message: the positive multiples of ``factor`` just below and above ``number``, which is not a multiple."""
     below = number // factor * factor
     return f"{below} or {below + factor}" if below > 0 else str(factor)
 
 
 def nearest_divisors(number: int, size: int) -> str:
-    """The divisors of ``number`` just below and above a ``size`` below it that is none, for a message."""
+    """For a message: the divisors of ``number`` just below and above ``size``, which is smaller and no divisor."""
     below = next(n for n in range(size, 0, -1) if number % n == 0)
     return f"{below} or {next(n for n in range(size, number + 1) if number % n == 0)}"

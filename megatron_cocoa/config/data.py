@@ -14,18 +14,19 @@ class SourceSettings:
     """One of several places that samples come from.
 
     Args:
-        name: in the log and in manifests.
-        path: what ``format`` reads: a file or a folder.
+        name: what logs and manifests call it.
+        path: the file or folder that ``format`` reads.
         format: ``jsonl`` (a file, or a folder with a file for each stage), ``mmeb-train`` (folder of one subset, with
             parquet files), ``hf-datasets`` (folder that ``save_to_disk`` wrote) or ``webdataset`` (tar shards).
         split: ``mmeb-train``: ``original``, ``diverse_instruction`` or ``train``; ``hf-datasets``: of a
             ``DatasetDict``. None takes the only one there is.
         image_root: folder that image paths are relative to and may not leave; None for the file's or dataset's own
             (``mmeb-train``: the folder above the subset's).
-        weight: share of the samples, relative to the other sources; None in all of them takes each row once an epoch.
+        weight: share of the samples, relative to the other sources. If all sources leave it None, an epoch has each row
+            once.
         max_rows: use at most this many rows, drawn by the seed.
-        stages: that read this source.
-        columns: our names of columns to the source's, such as ``{caption: text, image_path: image}``.
+        stages: the stages that read this source.
+        columns: from this project's names of columns to the source's, such as ``{caption: text, image_path: image}``.
     """
 
     name: str
@@ -46,12 +47,12 @@ class DataSettings:
     Args:
         path: folder with ``warmup.jsonl``, ``bridge.jsonl`` and ``contrastive.jsonl`` (see docs/data.md), whose
             image paths are relative to it.
-        sources: read these instead of the files in ``path``, mixed; a list of records, in YAML.
+        sources: read a mixture of these instead of the files in ``path``; in YAML a list of records.
         max_length: tokens per sample; longer texts are cut, image tokens never are (published: 4096).
-        num_workers: processes per data-parallel replica that decode and pack ahead of training; 0 does it in between.
-        tokens_per_microbatch: fill packs with as many samples as fit into this many tokens and pad them to exactly
-            that, which spares pipeline stages the exchange of shapes; ``micro_batch_size`` does not count then. None
-            gives every pack ``micro_batch_size`` samples and keeps it as long as they are.
+        num_workers: processes per data-parallel replica that decode and pack ahead of training; 0 for none.
+        tokens_per_microbatch: fill packs with as many samples as fit into this many tokens, and pad them to exactly
+            that length, so that pipeline stages need not exchange shapes; ``micro_batch_size`` is then ignored. None
+            puts ``micro_batch_size`` samples into each pack and does not pad it.
     """
 
     path: str | None = None

@@ -17,25 +17,25 @@ class ModelSettings:
     Args:
         path: folder with a Hugging Face ``config.json``, tokenizer and ``preprocessor_config.json``. Its
             safetensors are loaded.
-        random_weights: draw the weights from ``seed`` where ``path`` has no safetensors, as the toy preset does; else
-            such a folder is refused.
+        random_weights: draw the weights from ``seed`` if ``path`` has no safetensors, as the toy preset does; false
+            refuses such a folder.
         load: Megatron checkpoint to start from instead of the weights in ``path``.
         dtype: parameters and activations; gradients and master weights stay FP32 under ``bf16``.
         transformer_impl: ``local`` is torch and Megatron-Core alone, ``transformer_engine`` needs the package
             and a GPU, ``auto`` takes Transformer Engine where both are present.
-        attention_backend: ``auto`` takes the fastest that is present and can serve.
-        vision_attention_backend: of the tower; None is the same as ``attention_backend``.
+        attention_backend: ``auto`` takes a flash kernel on a GPU that has one, else torch's SDPA.
+        vision_attention_backend: the tower's; None is the same as ``attention_backend``.
         fp8: recipe for the language model's linear layers under Transformer Engine. ``delayed`` and ``tensorwise``
-            (current scaling) serve from Ada and Hopper on, ``blockwise`` from Hopper, ``mxfp8`` from Blackwell.
-        fp8_vision: the tower's layers as well; its packs are padded inside of the tower, its ffn by
-            ``vision_ffn_multiple``. Otherwise the tower stays in ``dtype``.
-        fp8_param: keep the weights of those layers in FP8 and gather them so; the master weights stay FP32 in the
+            (current scaling) need Ada, Hopper or newer, ``blockwise`` Hopper or newer, ``mxfp8`` Blackwell.
+        fp8_vision: use FP8 in the tower's linear layers as well; the number of patches is padded inside the tower, its
+            ffn width by ``vision_ffn_multiple``. False leaves the tower in ``dtype``.
+        fp8_param: keep the weights of those layers in FP8 and gather them in FP8; the master weights stay FP32 in the
             distributed optimizer.
         vision_ffn_multiple: zero-pad the tower's ffn width to a multiple of this (exact; the published 3420
             needs 128 for FP8 or for tensor parallel degrees that do not divide it). 1 pads nothing.
         make_vocab_size_divisible_by: vocabulary rows are padded to a multiple of this times the tensor
             parallel degree, as in Megatron-LM.
-        mask_token: token that replaces masked text; its id is the first unused row of the tokenizer.
+        mask_token: token that replaces masked text; its id is the first row of the embedding that no token uses.
         bridge_token: token that carries the embedding.
     """
 
@@ -95,12 +95,13 @@ class RecomputeSettings:
     """Activation recompute, separately for tower and language model.
 
     Args:
-        vision, language: ``full`` recomputes whole layers; ``mlp`` MLPs alone (of local layers without adapters their
-            first projection alone), which hold about half of what a layer of the tower keeps and 70% of what one of the
-            language model does; ``selective`` core attention alone, which frees nothing beside kernels that keep no
-            scores, as all of this project's do.
-        vision_num_layers, language_num_layers: under ``full`` layers per recomputed block, 1 by default; under ``mlp``
-            the first so many layers of each pipeline stage (and virtual chunk) are recomputed, all by default.
+        vision, language: ``full`` recomputes whole layers. ``mlp`` recomputes MLPs only, which hold about half of what
+            a layer of the tower keeps and 70% of what one of the language model keeps; local layers without adapters
+            repeat only the MLP's first projection. ``selective`` recomputes core attention only, which saves nothing
+            here, because no attention kernel of this project keeps its scores.
+        vision_num_layers, language_num_layers: under ``full`` the number of layers per recomputed block, 1 by default;
+            under ``mlp`` only the first so many layers of each pipeline stage (and virtual chunk) are recomputed, by
+            default all.
     """
 
     vision: Recompute = "none"
@@ -119,7 +120,7 @@ class RecomputeSettings:
             )
 
     def mlp_layers(self, name: Literal["vision", "language"], layers: int, *, stages: int = 1) -> int:
-        """How many of ``layers`` layers in so many pipeline stages run their MLP again."""
+        """How many of ``layers`` layers over ``stages`` pipeline stages recompute their MLP."""
         if getattr(self, name) != "mlp":
             return 0
         number = getattr(self, f"{name}_num_layers")

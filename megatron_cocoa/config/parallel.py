@@ -9,16 +9,16 @@ from megatron_cocoa.config.checks import require
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """Degrees and overlaps. What remains of the world size after TP x PP x CP is data parallel.
+    """Degrees and overlaps. The data-parallel size is the world size divided by TP x PP x CP.
 
     Args:
         tensor_model_parallel_size: shards of each layer.
-        pipeline_model_parallel_size: stages; the tower lives on the first.
+        pipeline_model_parallel_size: stages; the tower lies on the first.
         virtual_pipeline_model_parallel_size: chunks of layers per stage (interleaved schedule).
-        context_parallel_size: shards of the sequence, exchanged over heads inside attention.
+        context_parallel_size: shards of the sequence, exchanged for shards of the heads inside attention.
         sequence_parallel: shard norms and residuals of the language model over tensor parallel ranks.
-        num_layers_in_first_pipeline_stage: fewer language layers where the tower is, to balance it.
-        num_layers_in_last_pipeline_stage: fewer where the heads are.
+        num_layers_in_first_pipeline_stage: language layers of the first stage; fewer than elsewhere balance the tower.
+        num_layers_in_last_pipeline_stage: language layers of the last stage; fewer balance the heads.
         use_distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO-1).
         overlap_grad_reduce, overlap_param_gather: hide data-parallel traffic behind compute.
         distributed_timeout_minutes: how long a collective may wait for a rank before all ranks end. Waits for a rank
@@ -56,7 +56,7 @@ class ParallelSettings:
 
     @property
     def num_chunks(self) -> int:
-        """Of layers, on each pipeline stage: virtual stages, 1 without interleaving."""
+        """Chunks of layers (virtual stages) on each pipeline stage; 1 without interleaving."""
         return self.virtual_pipeline_model_parallel_size or 1
 
     @property
@@ -64,7 +64,7 @@ class ParallelSettings:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas that ``world_size`` ranks hold.
+        """How many data-parallel replicas ``world_size`` ranks make.
 
         Raises:
             ValueError: if the degrees do not divide the world size.

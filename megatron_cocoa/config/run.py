@@ -1,4 +1,4 @@
-"""Optimizer, checkpoints and validation: what keeps a run going and shows how it goes."""
+"""Settings of the optimizer, of checkpoints and of validation."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class CheckpointSettings:
     """Checkpoints from which a stage can be resumed, beside the weights that each stage leaves at its end.
 
     Args:
-        save_interval: steps between two of them; None writes one only where a run is stopped before its end.
+        save_interval: steps between two of them; None writes one only if a run is stopped before its end.
         keep: how many of the newest are kept.
         asynchronous: write them in a background process while training goes on; costs a copy of the state in
             host memory.
-        time_budget_minutes: write one and stop after this time, counted from the start of the process, so that a
-            batch system's limit does not cost the steps since the last one.
+        time_budget_minutes: write a checkpoint and stop after this time, counted from the start of the process, so
+            that a batch system's time limit costs no steps.
     """
 
     save_interval: int | None = None
@@ -68,7 +68,7 @@ class ValidationSettings:
     """Retrieval on held-out pairs (``eval_heldout.jsonl`` of the data folder) while a stage trains.
 
     Args:
-        interval: steps between two validations; None validates never.
+        interval: steps between two validations; None never validates.
         metric: what decides which weights are kept as ``<stage>/best``, averaged over both directions.
     """
 

@@ -11,11 +11,11 @@ from megatron_cocoa.config.names import TEMPERATURE_RANGE
 
 @dataclass(frozen=True)
 class EmbeddingForm:
-    """How a stage lays out and reads what it embeds; an embedding means something under the form it was trained in.
+    """How inputs are laid out and attended to. Embeddings are meaningful only in the form that a model was trained in.
 
     Args:
         attention: of the language model.
-        image_placeholder: what stands for a picture, see ``ContrastiveSettings``.
+        image_placeholder: which tokens stand for a picture, see ``ContrastiveSettings``.
     """
 
     attention: Literal["bidirectional", "causal"] = "bidirectional"
@@ -33,8 +33,8 @@ class StageSettings:
         lr: peak learning rate; linear warm-up over ``lr_warmup_steps``, then ``lr_decay_style`` down to
             ``min_lr`` at ``steps``.
         image_size: pictures are resized to this many pixels square (336, 448, 672); None keeps their shape.
-        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape; None for the limits of
-            ``preprocessor_config.json``.
+        min_image_tokens, max_image_tokens: limits on the merged units of a picture that keeps its shape; None for those
+            of ``preprocessor_config.json``.
     """
 
     stage: ClassVar[str] = "stage"
@@ -71,7 +71,7 @@ class StageSettings:
 
     @property
     def embedding_form(self) -> EmbeddingForm:
-        """How embeddings of the stage's model are computed: reconstruction trains in both directions."""
+        """How embeddings of the stage's model are computed; reconstruction trains with bidirectional attention."""
         return EmbeddingForm()
 
     def samples_per_rank(self, data_parallel_size: int) -> int:
@@ -88,9 +88,9 @@ class StageSettings:
         return self.global_batch_size // data_parallel_size
 
     def samples_per_microbatch(self, data_parallel_size: int) -> int:
-        """``micro_batch_size``, or a rank's whole share of the global batch where that is less.
+        """``micro_batch_size``, or a rank's whole share of the global batch if that is less.
 
-        Under ``data.tokens_per_microbatch`` neither counts: packs then hold what fits.
+        Not used under ``data.tokens_per_microbatch``: packs then hold what fits.
 
         Raises:
             ValueError: if the global batch does not divide over the ranks, or a share over packs.
@@ -119,8 +119,8 @@ class WarmupSettings(StageSettings):
         eligible_tokens: which tokens may be masked: ``non_special`` (MoCa), ``words`` (non-special ones that hold a
             letter or digit, so that no mask is spent on punctuation and blanks), or ``all_but_image`` (also the marks
             around a picture; text itself never holds a special token).
-        masked_unit: ``merged`` hides whole merged units (MoCa), ``patch`` each of a unit's patches by itself; the
-            loss is then taken on the hidden patches alone and counted by patches.
+        masked_unit: ``merged`` hides whole merged units (MoCa). ``patch`` draws for each patch of a unit separately;
+            the loss is then the mean over hidden patches.
         unit_mask_ratio: share of units (or patches) replaced by noise (figure 0.5, code 0.3; here 0.5).
         mae_weight: weight of the pixel loss (CoCoA 0.5, MoCa 0.1; here 0.5).
         mae_noise: what replaces a masked unit, in normalised pixel space: independent standard-normal values
@@ -130,8 +130,8 @@ class WarmupSettings(StageSettings):
             variance per patch (MAE, arXiv 2111.06377).
         mask_at_least_one: mask one eligible token where the draw masked none.
         decoder_layers: layers of the image decoder, each as wide as the language model's (MoCa: 1).
-        decoder_init: where they start: ``middle_layer`` copies consecutive layers of the language model from its middle
-            on (MoCa), ``random`` draws them as fresh layers. The linear map to pixels is always drawn.
+        decoder_init: their initial weights: ``middle_layer`` copies consecutive layers of the language model from its
+            middle on (MoCa), ``random`` draws them. The linear map to pixels is always drawn.
     """
 
     stage: ClassVar[str] = "warmup"
@@ -198,14 +198,14 @@ class ContrastiveSettings(StageSettings):
 
     Args:
         attention: of the language model: ``bidirectional`` (the authors' script) or ``causal`` (the class that their
-            code builds). Checkpoints and exports say it, and whoever embeds with them follows.
-        image_placeholder: what stands for a picture: ``full`` is ``<|vision_start|><|image_pad|><|vision_end|>``,
+            code builds). Checkpoints and exports record it, and everything that embeds with them follows it.
+        image_placeholder: the tokens of a picture: ``full`` is ``<|vision_start|><|image_pad|><|vision_end|>``,
             ``bare`` the pads alone (the authors' stage 3), whose positions then count like text's, so that the model
             sees no rows and columns. Recorded and followed like ``attention``.
         temperature: divides the cosine similarities (published: 0.02).
-        learnable_temperature: train log(1 / temperature) from ``temperature`` on, as in CLIP (arXiv 2103.00020), at
-            the stage's learning rate, within [0.01, 1]; published: fixed. A checkpoint that holds a learned
-            temperature goes on from it.
+        learnable_temperature: train log(1 / temperature), starting at ``temperature``, as in CLIP (arXiv 2103.00020),
+            at the stage's learning rate, within [0.01, 1]; published: fixed. If the stage starts from a checkpoint
+            that holds a learned temperature, it continues with that one.
         symmetric: average with the target-to-query direction (published: query to target only).
         mask_equal_targets: leave a target or hard negative out of a row's negatives where it equals the row's own
             target (published: no).
@@ -213,10 +213,10 @@ class ContrastiveSettings(StageSettings):
             ``neg_image_path`` where it has more; rows with fewer use what they have (published: 0).
         hard_negatives_shared: every query sees all hard negatives of the step; False: only its own.
         per_source_batches: all pairs of a step come from one source (column ``source``, else the source's name in
-            ``data.sources``, which then have no weights). What is left of a source after its last full step sits out
-            the epoch, other rows in each (published: sources are mixed).
-        matryoshka_dims: take the loss on the first so many dimensions, each renormalised (arXiv 2205.13147), and
-            average; name the whole width, too, to keep it. Empty: the whole width alone (published).
+            ``data.sources``, which then have no weights). Rows of a source that do not fill a step are left out of
+            the epoch, different ones in each (published: sources are mixed).
+        matryoshka_dims: average the losses on the first d dimensions, renormalised, for each d listed (arXiv
+            2205.13147); list the whole width, too, to include it. Empty: the whole width alone (published).
         matryoshka_weights: of ``matryoshka_dims``, in the same order; empty weighs them equally.
     """
 

@@ -21,9 +21,9 @@ class TrainSettings:
     Args:
         stages: which stages, in CoCoA's order.
         output_dir: checkpoints, TensorBoard events, resolved configuration and reports go here.
-        overwrite: allow ``output_dir`` to hold an earlier run, which is removed.
-        resume: go on with the run in ``output_dir`` from its last complete checkpoint; starts it if there is none.
-        seed: everything random follows from it: weights, masks, noise, order of samples.
+        overwrite: if ``output_dir`` holds an earlier run, remove it.
+        resume: continue the run in ``output_dir`` from its last complete checkpoint, or start it if there is none.
+        seed: determines everything random: weights, masks, noise, order of samples.
         log_interval: steps between two updates of the progress bar and of the costlier metrics.
         wandb_project: also log to this Weights & Biases project (needs the ``wandb`` package).
         evaluate: measure retrieval on ``eval_*.jsonl`` of the data folder before the first and after each stage.
@@ -111,6 +111,6 @@ class TrainSettings:
         return getattr(self, name)
 
     def learned_temperature(self, stage: str) -> float | None:
-        """Where the temperature starts that ``stage`` trains, None where it trains none."""
+        """Initial value of the temperature that ``stage`` trains; None if it trains none."""
         own = self.contrastive
         return own.temperature if stage == "contrastive" and own.learnable_temperature else None
