@@ -1,9 +1,9 @@
-"""The MLPs' activations with a backward of their own, SwiGLU and the quick GELU of Qwen2-VL's tower; the merger's GELU.
+"""Activations: SwiGLU and the quick GELU of Qwen2-VL's tower with a backward pass of their own, and the merger's GELU.
 
-Autograd's versions keep up to five tensors of the ffn's width; these keep their input alone, from which a linear that
-follows makes its own input again (``remade``), and on a CPU write its gradient over it. Megatron's MLP takes a plain
-activation as a function; SwiGLU plugs in where it takes a Transformer Engine module (``use_te_activation_func``), which
-is a slot for any module.
+Autograd's versions keep up to five tensors of the ffn's width. These keep only their input, from which the linear
+that follows remakes its own input (``remade.py``), and on a CPU they write the gradient over it. Megatron's MLP takes
+a plain activation as a function. SwiGLU is a module and goes where Megatron expects one of Transformer Engine's
+(``use_te_activation_func``), a place that accepts any module.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_cocoa.model.remade import recipe_of, remember
 from megatron_cocoa.parallel.device import is_on_gpu
 
 BLOCK_ELEMENTS = 2**18
-"""Of a backward pass that are worked on together on a CPU: what lies between stays in its caches, and there is enough
-for all threads and for the calls to cost nothing beside it."""
+"""Elements per block of a backward pass on a CPU: few enough for intermediate results to stay in its caches, and enough
+to keep all threads busy and to hide the cost of the calls."""
 
 QUICK_GELU_SCALE = 1.702
 
@@ -86,7 +86,7 @@ QUICK_GELU = _Formula(_quick_gelu, _quick_gelu_backward, _quick_gelu_gradient)
 
 
 class _RecomputedInput:
-    """An activation's input that is made again, once for the linear behind the activation and its own backward."""
+    """An activation's input, recomputed once for both readers: the linear after it, and its own backward pass."""
 
     def __init__(self, remake: Callable[[], Tensor]) -> None:
         self._remake, self._made = remake, None
@@ -99,18 +99,18 @@ class _RecomputedInput:
         return self._made
 
     def pop(self) -> Tensor:
-        """``get`` for the last time: nothing is held on to, though autograd keeps the node to the end of the pass."""
+        """``get`` for the last time: frees the tensor, since autograd keeps this node to the end of the pass."""
         made = self.get()
         self._remake = self._made = None
         return made
 
 
 class _Lean(torch.autograd.Function):
-    """An activation that keeps its input alone, or nothing; on a CPU its backward works through it block by block.
+    """An activation that keeps only its input, or nothing if that is recomputed.
 
-    There the gradient takes the input's place: what follows has made what it needs of it, and what comes before does
-    not need its own output. A second backward pass through the same graph is refused, by autograd's version check where
-    the input was saved.
+    On a CPU the backward pass works block by block and writes the gradient over the input. That is safe, because the
+    linear after the activation has used the input already, and the one before does not need its own output. A second
+    backward pass through the same graph is refused (by autograd's version check if the input was saved).
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Where adapters sit: which Hugging Face modules a fused Megatron projection holds, and which of its rows are whose.
+"""Where adapters go: which Hugging Face modules a fused Megatron projection holds, and which rows belong to each.
 
 Hugging Face's q, k and v are one ``linear_qkv`` here, whose rows run ``[q..q, k, v]`` per key-value head; gate and up
-are one ``linear_fc1``. A row number tells to which of them a row belongs, however tensor parallelism cuts the rows,
-also where a rank holds no row of k at all.
+are one ``linear_fc1``. The owner of each row is computed for the whole projection and then divided like its weight, so
+that it is right at every tensor-parallel size, even on a rank that holds no row of k.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Adapters on a model: put on loaded weights, trained in their place, and merged into them at the end of a stage.
+"""Adapters on a model: put on loaded weights, trained instead of them, and merged into them at the end of a stage.
 
-Adapters stand beside the projections that they change (``linear_qkv_adapter`` beside ``linear_qkv``), which keep
-their own names and know nothing of them: a model whose adapters have been merged is an ordinary model.
+An adapter is a module beside the projection that it changes (``linear_qkv_adapter`` beside ``linear_qkv``). The
+projection keeps its own name and does not know of it: a model whose adapters have been merged is an ordinary model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SUFFIX = "_adapter"
 
 
 def attach_adapters(model: Model, settings: TrainSettings, *, mask_token_id: int | None) -> None:
-    """Freeze the pretrained weights and put adapters on them, which do nothing until A has been drawn and B trained.
+    """Freeze the pretrained weights and add adapters, which change nothing until A has been drawn and B trained.
 
     Args:
         model: bare chunks with their weights loaded (DoRA's magnitudes start at the length of their rows).
@@ -50,9 +50,9 @@ def adapted_projections(model: Model) -> Iterator[tuple[nn.Module, str, LinearAd
 
 @contextmanager
 def merged_adapters(model: Model) -> Iterator[None]:
-    """The model as ``merge_adapters`` leaves it, for this block alone; afterwards it is what it was, bit for bit.
+    """Inside the ``with`` block the model is merged (``merge_adapters``); afterwards it is as before, bit for bit.
 
-    The weights are kept in host memory meanwhile. Without adapters nothing happens.
+    The unmerged weights are kept in host memory meanwhile. Without adapters nothing happens.
     """
     kept = []
     for parent, name, adapter in list(adapted_projections(model)):
@@ -75,9 +75,9 @@ def _put_beside(parent: nn.Module, name: str, adapter: LinearAdapter) -> None:
 
 @torch.no_grad()
 def merge_adapters(model: Model) -> None:
-    """Put the adapters into the weights and remove them: the model computes what it did before, up to rounding.
+    """Add the adapters to the weights and remove them: the model computes what it did before, up to rounding.
 
-    All weights are frozen or trained as they were; collective over tensor-parallel ranks where DoRA is row-parallel.
+    Which weights require gradients does not change. Collective over tensor-parallel ranks (row-parallel DoRA).
     """
     for parent, name, adapter in list(adapted_projections(model)):
         weight = getattr(parent, name).weight

@@ -1,10 +1,10 @@
 """Core attention for tower and language model: rotary positions, segments, context parallelism.
 
-It takes the place of Megatron-Core's ``DotProductAttention`` (which materialises n x n scores) and of
-``TEDotProductAttention``, with their constructor and call. What the layers of one forward pass share, segments and
-rotary tables, travels in a ``SequenceContext`` through Megatron's ``packed_seq_params``: computed once, used by all
-layers. Megatron's own rotary path is not used: on packed sequences it indexes frequencies within each sequence,
-which is wrong for M-RoPE, waits for the device in each layer, and assumes zig-zag context-parallel shards.
+It replaces Megatron-Core's ``DotProductAttention`` (which materialises n x n scores) and ``TEDotProductAttention``,
+and has the same constructor and call. What the layers of one forward pass share, segments and rotary tables, is
+computed once and passed to all of them as Megatron's ``packed_seq_params``, in a ``SequenceContext``. Megatron's own
+rotary path is not used: on packed sequences it indexes frequencies within each sequence, which is wrong for M-RoPE,
+waits for the device in each layer, and assumes zig-zag context-parallel shards.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class SequenceContext(PackedSeqParams):
     layer_segments: tables of the layers that differ, by 1-based layer number (the tower's full-attention blocks).
     cos, sin:       ``(tokens, head_dim / 2)`` rotary tables of the whole pack. Rotation runs in their dtype and
                     returns to the activations' one.
-    read_rows:      int64 ``(rows_read,)``, of this context-parallel share: all that anything reads of the last layer's
-                    output, which then has these rows alone (``model/layer.py``). None where every row is read.
+    read_rows:      int64 ``(rows_read,)``, local rows of this context-parallel share: those of the last layer's output
+                    that are read. The output then has only these rows (``model/layer.py``). None: every row is read.
     last_layer:     1-based number of that layer.
     """
 
@@ -52,7 +52,7 @@ class SequenceContext(PackedSeqParams):
     last_layer: int | None = None
 
     def rows_after(self, layer_number: int) -> Tensor | None:
-        """The rows with which the layer with this 1-based number goes on after attention; None for all."""
+        """The rows that the layer with this 1-based number keeps after attention; None for all."""
         return self.read_rows if layer_number == self.last_layer else None
 
     def segments_of(self, layer_number: int) -> SegmentTable:
@@ -156,7 +156,7 @@ class SegmentAttention(MegatronModule):
             packed_seq_params: the shared context; masks come from it alone, the other arguments are unused.
 
         Returns:
-            ``(tokens_local, 1, heads_local * head_dim)``, or of the rows alone with which the layer goes on.
+            ``(tokens_local, 1, heads_local * head_dim)``, or ``(rows_read, 1, ...)`` in the last layer.
 
         Raises:
             ValueError: if the segment table does not cover the rows at hand.
@@ -170,7 +170,7 @@ class SegmentAttention(MegatronModule):
             raise ValueError(f"the segment table covers {table.length} rows, attention has {query.shape[0]}")
         if context.cos is not None:
             query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
-        # A view of the fused projection would keep all of it for the backward pass, beside the rotated copies.
+        # Contiguous: a view would keep the whole fused projection for the backward pass, beside the rotated copies.
         out = self.attend(query, key, value.contiguous(), table, self.softmax_scale)
         if self.context_group is not None:
             out = heads_to_sequence(out, self.context_group)

@@ -1,8 +1,8 @@
-"""Element-wise chains as one kernel on a GPU.
+"""Chains of element-wise operations as one kernel on a GPU.
 
-Operation by operation, each of a chain reads and writes the GPU's memory; compiled, it reads and writes once. On a CPU
-such functions run as they are: there the layers have blocks and in-place operations of their own. torch's switch
-``TORCH_COMPILE_DISABLE=1`` turns compiling off where a machine has no compiler.
+Uncompiled, each operation of a chain reads and writes the GPU's memory; compiled, the chain does so once. On a CPU such
+functions run as they are: the layers save passes there by blocks and in-place operations. torch's switch
+``TORCH_COMPILE_DISABLE=1`` turns compiling off on a machine without a compiler.
 """
 
 from __future__ import annotations

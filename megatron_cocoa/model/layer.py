@@ -1,10 +1,11 @@
-"""A transformer layer that goes on, after attention, with the rows alone that something reads, and recomputes lean.
+"""A transformer layer that skips, after attention, the rows that nothing reads, and recomputes less of an MLP.
 
-Heads read few rows of the last layer: supervised tokens, masked units, or one row a sample. Its keys and values need
-every row, its output projection and MLP do not, and they are nine tenths of a layer.
+Few rows of the last layer are read: supervised tokens, masked units in the image decoder, or one row a sample. Its
+keys and values are needed at every row, but its output projection and MLP, nine tenths of a layer's work, only at the
+rows that are read.
 
-Where Megatron is to recompute MLPs, it runs all of an MLP again. Its first projection is all that the backward pass
-needs, and linears that make their input again (``model/remade.py``) can leave it at that.
+When Megatron recomputes an MLP, it runs all of it again. The backward pass needs only the output of the first
+projection, and with linears that remake their input (``model/remade.py``) only that projection is run again.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from megatron_cocoa.model.remade import RemadeColumnParallelLinear
 
 
 class ReadRowsLayer(TransformerLayer):
-    """Megatron's, whose residual stream follows what core attention hands on (``SequenceContext.rows_after``).
+    """Megatron's layer; its residual stream keeps only the rows that core attention returns
+    (``SequenceContext.rows_after``).
 
     Args:
         layer_number: in this pipeline stage and virtual chunk, from 1.
-        recomputed_layers: where the config asks for recompute of MLPs, the first so many layers do so; None for all.
+        recomputed_layers: if the config asks for recompute of MLPs, only the first so many layers do so; None for all.
         is_adapted: the MLP will have adapters, which change what its first projection returns.
     """
 
@@ -66,16 +68,16 @@ class ReadRowsLayer(TransformerLayer):
     def _select(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         if not self.config.sequence_parallel:
             return hidden_states.index_select(0, rows)
-        # Rows lie anywhere, their new owners are others. The MLP, which gathers whole rows as well, then has fewer to.
+        # The selected rows may lie on any rank and are divided anew. The MLP, which gathers rows too, then has fewer.
         whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return scatter_to_sequence_parallel_region(whole.index_select(0, rows))
 
 
 def _add_bias(mlp: Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
-    """Forward hook of an MLP that leaves no bias to its caller.
+    """Forward hook of an MLP: adds the bias that Megatron's MLP would return for its caller to add.
 
-    Megatron's checkpoint returns what the MLP does. A parameter among that would become an output of the checkpoint,
-    so that its next forward pass would lead back into its own backward.
+    Under recompute Megatron's checkpoint function returns whatever the MLP returns. A parameter among these would
+    become an output of the checkpoint, and using it in the next forward pass would lead back into this one's graph.
     """
     output, bias = outputs
     return output if bias is None else output + bias, None

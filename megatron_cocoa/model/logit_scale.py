@@ -42,7 +42,7 @@ class _Bounded(torch.autograd.Function):
 def bounded_logit_scale(parameter: Tensor) -> Tensor:
     """The scale as a float32 scalar within the bounds of ``TEMPERATURE_RANGE``.
 
-    Its gradient is that of the bounded value, except that a parameter at or beyond a bound is not pushed outwards.
+    The gradient passes through unchanged, except that a parameter at or beyond a bound is not pushed further out.
     """
     coldest, warmest = TEMPERATURE_RANGE
     return _Bounded.apply(parameter, -math.log(warmest), -math.log(coldest)).squeeze(0)

@@ -13,8 +13,8 @@ from megatron_cocoa.model.remade import remember
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm (arXiv 1910.07467) in FP32, for the CPU.
 
-    torch composes it there of seven operations forward and some twenty backward; this takes three and eight passes,
-    and keeps the input and one number a row. On a GPU torch's own is one kernel each way.
+    There torch's own consists of seven operations forward and about twenty backward. This one takes three and eight
+    passes, and keeps the input and one number per row. On a GPU torch's own is one kernel each way.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., hidden_size)``, normalised along the last axis; what a linear makes of it need not be kept."""
+        """``(..., hidden_size)``, normalised along the last axis; marked, so that linears need not keep it."""
         return remember(self._normalize(x), torch.no_grad()(lambda: self._normalize(x)))
 
     def _normalize(self, x: Tensor) -> Tensor:

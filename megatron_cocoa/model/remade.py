@@ -1,15 +1,16 @@
-"""Linears that do not keep their input for the backward pass where it can be made again from what is kept anyway.
+"""Linears that do not keep their input for the backward pass if it can be recomputed from tensors that are kept anyway.
 
-A norm keeps its input, an activation the projection before it, and attention over buckets of segments its outputs in
-their order; the linear behind any of them would keep the result as well. Over a layer that is a third of all that
-stays for the backward pass, and making it again costs a copy or two or three multiplications an element, nothing beside
-the linear itself. The operations are those of the forward pass, so the gradient is the same bit for bit.
+A norm keeps its input, an activation the output of the projection before it, and attention over buckets of segments
+its outputs in the buckets' order. The linear that follows one of them would keep the result a second time. Over a
+layer these are a third of all that is kept for the backward pass. Recomputing them ("remaking", below) costs a copy,
+or two or three multiplications an element, which is nothing beside the linear itself. The operations are those of the
+forward pass, so the gradient is the same bit for bit.
 
-The same way a projection in front of an activation can be run again (``remakes_output``), which frees the activation's
-input, too, at the cost of one product.
+In the same way the projection before an activation can be run again (``remakes_output``): at the cost of one product,
+the activation's input need not be kept either.
 
-Megatron's selective recompute of ``layernorm`` does the same by emptying and refilling storages, in its Transformer
-Engine layers' order of events alone, and knows no dense activation.
+Megatron's selective recompute of ``layernorm`` has the same aim. It empties and refills storages, relies on the order
+of events in its Transformer Engine layers, and does not cover dense activations.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ _RECIPE = "_megatron_cocoa_remake"
 
 
 def remember(output: Tensor, remake: Callable[[], Tensor]) -> Tensor:
-    """Let a linear that reads ``output`` keep ``remake`` in its place.
+    """Let a linear that reads ``output`` keep ``remake`` instead of the tensor; returns ``output``, marked.
 
     Args:
-        output: any tensor; the mark is lost on views and copies, which are then kept as usual.
-        remake: gives the same values, without gradient; called once for each linear's backward. It should hold on to
-            nothing that would not be kept anyway.
+        output: any tensor. Views and copies of it lose the mark and are kept as usual.
+        remake: returns the same values, without gradient; called once in each linear's backward pass. It should refer
+            only to tensors that are kept anyway.
     """
     setattr(output, _RECIPE, remake)
     return output
 
 
 def recipe_of(x: Tensor) -> Callable[[], Tensor] | None:
-    """What was remembered of ``x``."""
+    """The ``remake`` that ``x`` was marked with, or None."""
     return getattr(x, _RECIPE, None)
 
 
 def reshaped(x: Tensor, *shape: int) -> Tensor:
-    """``x.reshape(*shape)``, which can be made again if ``x`` can."""
+    """``x.reshape(*shape)``, marked if ``x`` is."""
     result, remake = x.reshape(*shape), recipe_of(x)
     return result if remake is None else remember(result, lambda: remake().reshape(*shape))
 
@@ -66,11 +67,13 @@ def _keeping_recipe(x: Tensor) -> Iterator[None]:
 
 
 class RemadeColumnParallelLinear(ColumnParallelLinear):
-    """Megatron's, whose input is made again for the weight's gradient; it adds a bias itself, and in place.
+    """Megatron's column-parallel linear, whose input is remade for the weight's gradient.
 
-    Megatron and its callers would write output and bias to another tensor as wide as the ffn.
+    It also adds a bias itself, in place: Megatron and its callers would write the sum to another tensor as wide as the
+    ffn.
 
-    remakes_output: let an activation that reads the output run this linear again instead of keeping it.
+    Attributes:
+        remakes_output: let an activation that reads the output run this linear again instead of keeping it.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -91,7 +94,7 @@ class RemadeColumnParallelLinear(ColumnParallelLinear):
 
 
 class RemadeRowParallelLinear(RowParallelLinear):
-    """Megatron's, whose input is made again for the weight's gradient."""
+    """Megatron's row-parallel linear, whose input is remade for the weight's gradient."""
 
     def forward(self, input_: Tensor):
         with _keeping_recipe(input_):

@@ -65,7 +65,7 @@ def transformer_engine_provider(
 ) -> BackendSpecProvider:
     """Transformer Engine's linears and norms with this project's attention; arguments as of ``LocalProvider``.
 
-    ``fuse_norms`` computes a norm inside of the projection after it.
+    ``fuse_norms``: compute a norm inside the projection that follows it.
     """
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -105,7 +105,7 @@ def resolve_implementation(settings: ModelSettings) -> str:
 
 
 def repeats_whole_mlps(settings: TrainSettings) -> bool:
-    """Whether recompute of MLPs runs all of an MLP again, as Megatron does, or its first projection alone."""
+    """Whether recompute of MLPs repeats the whole MLP, as Megatron does, or only its first projection."""
     return settings.adapter.is_used or resolve_implementation(settings.model) == "transformer_engine"
 
 
@@ -121,9 +121,12 @@ def build_provider(
     Args:
         settings: of the model.
         recompute: how many layers recompute their MLP, where the config asks for that.
-        is_adapted: adapters will stand beside the projections. They read what their projection reads, which a norm
-            fused into it would hide, and change what it returns.
+        is_adapted: adapters will be put beside the projections. They need the projection's input, which a norm fused
+            into it would hide, and change its output.
         tower: for the tower, which may have an attention backend of its own.
+
+    Raises:
+        ValueError: as ``resolve_implementation``.
     """
     backend, recomputed = settings.attention_backend, recompute.language_num_layers
     if tower:
@@ -135,9 +138,10 @@ def build_provider(
 
 
 def get_bias_dropout_add(training: bool, fused: bool):
-    """What follows a projection, in the form of Megatron's function of this name, which makes one tensor more.
+    """Megatron's function of this name with one intermediate tensor fewer: adds bias and residual to a projection.
 
-    Bias first, as there and at Hugging Face: BF16 rounds less beside a projection than beside a residual.
+    The bias is added first, as in Megatron and Hugging Face: in BF16 the sum with the projection rounds less than one
+    with the residual would.
     """
 
     def bias_dropout_add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
