@@ -21,7 +21,7 @@ add up, on one rank or over ranks: sum the ``Workload``, then count once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 
 from megatron_cocoa.architecture import QwenVLArchitecture, VisionArchitecture
@@ -132,20 +132,20 @@ def grid_pairs(grid: tuple[int, int, int], vision: VisionArchitecture) -> tuple[
 
 @dataclass(frozen=True)
 class PartFlops:
-    """Forward operations of one part, and what its backward computes.
+    """Forward operations of one part, and what its backward pass computes.
 
     linear, attention: forward operations.
-    input_gradient:    whether gradients flow through it: once the linears, twice the attention.
-    weight_gradient:   whether its own weights train: once the linears.
-    repeated:          what recompute runs again.
-    recomputed_mlp:    forward operations that recompute of MLPs repeats.
+    input_gradient:    gradients flow through it, which costs the linears once more and the attention twice more.
+    weight_gradient:   its own weights train, which costs the linears once more.
+    repeated:          the mode of recompute.
+    recomputed_mlp:    forward operations that are repeated under mode ``mlp``.
     """
 
     name: str
     linear: int
-    attention: int
-    input_gradient: bool
-    weight_gradient: bool
+    attention: int = 0
+    input_gradient: bool = field(kw_only=True)
+    weight_gradient: bool = field(kw_only=True)
     repeated: Recompute = "none"
     recomputed_mlp: int = 0
 
@@ -216,10 +216,11 @@ def step_flops(
     Args:
         architecture: the published shapes, without any padding.
         workload: of one or many packs, on one or all ranks.
-        freeze: frozen parts have no weight gradient; the tower, below which nothing trains, no gradient at all.
-            Through the language model gradients always flow, since the mask token's row trains.
-        recompute: counts towards ``hardware`` alone.
-        repeats_whole_mlps: under recompute ``mlp``; else an MLP's first projection alone (see ``model/layer.py``).
+        freeze: frozen parts have no weight gradient; a frozen tower has no gradient at all, since nothing below it
+            trains. Gradients always flow through the language model, because the mask token's row trains.
+        recompute: counts only towards ``hardware``.
+        repeats_whole_mlps: recompute ``mlp`` repeats all of an MLP, not only its first projection
+            (see ``model/layer.py``).
         pipeline_stages: parts of the language model (virtual chunks included), each of which counts its recomputed
             MLPs by itself. Adapters in them are not counted again.
         extra_forward_passes: 1 where a step runs forward once more without gradients (gradient caching).
@@ -228,49 +229,60 @@ def step_flops(
         decoder_layers: of the image decoder.
     """
     vision_trains = not freeze.vision or vision_adapter_parameters > 0
-    vision, text = architecture.vision, architecture.text
-    tower = _tower(vision, workload, freeze, recompute, vision_trains, repeats_whole_mlps)
-    adapters = [
-        PartFlops("vision_adapters", 2 * workload.patches * vision_adapter_parameters, 0, True, True, recompute.vision),
-        PartFlops(
-            "language_adapters", 2 * workload.tokens * language_adapter_parameters, 0, True, True, recompute.language
-        ),
-    ]
-    head_rows = workload.supervised
-    train_language = not freeze.language
-    decoder = _decoder_layers(
-        architecture, decoder_layers, workload.decoder_tokens, workload.decoder_pairs, workload.decoder_read_rows
-    )
-    unit_dim = vision.merge_unit * vision.patch_dim
-    pixel_head = 2 * workload.masked_units * text.hidden_size * unit_dim
-    of_pack = (
-        ("language_layers", workload.tokens, workload.pairs, workload.read_rows),
-        ("tail", workload.tail_tokens, workload.tail_pairs, workload.tail_read_rows),
+    text = architecture.text
+    tower = _tower(architecture.vision, workload, freeze, recompute, vision_trains, repeats_whole_mlps)
+    adapters = (
+        _adapters("vision_adapters", workload.patches * vision_adapter_parameters, recompute.vision),
+        _adapters("language_adapters", workload.tokens * language_adapter_parameters, recompute.language),
     )
     number = text.num_hidden_layers
     num_recomputed = recompute.mlp_layers("language", number, stages=pipeline_stages)
     repeated_maps = (3 if repeats_whole_mlps else 2) * text.hidden_size * text.intermediate_size
-    layers, tail = (
-        PartFlops(
+
+    def language_layers(name: str, rows: int, pairs: int, read: int) -> PartFlops:
+        linear, attention = _decoder_layers(architecture, number, rows, pairs, read)
+        # The last layer's MLP runs on the rows read alone, if it is among those that are recomputed.
+        recomputed_rows = num_recomputed * rows - (rows - read if num_recomputed == number else 0)
+        return PartFlops(
             name,
-            *_decoder_layers(architecture, number, rows, pairs, read),
-            True,
-            train_language,
-            recompute.language,
-            2 * (num_recomputed * rows - (rows - read if num_recomputed == number else 0)) * repeated_maps,
+            linear=linear,
+            attention=attention,
+            input_gradient=True,
+            weight_gradient=not freeze.language,
+            repeated=recompute.language,
+            recomputed_mlp=2 * recomputed_rows * repeated_maps,
         )
-        for name, rows, pairs, read in of_pack
-    )
+
     return StepFlops(
         parts=(
             *tower,
-            layers,
+            language_layers("language_layers", workload.tokens, workload.pairs, workload.read_rows),
             *(part for part in adapters if part.linear),
-            PartFlops("token_head", 2 * head_rows * text.hidden_size * text.vocab_size, 0, True, train_language),
-            PartFlops("image_decoder", decoder[0] + pixel_head, decoder[1], True, True),
+            PartFlops(
+                "token_head",
+                linear=2 * workload.supervised * text.hidden_size * text.vocab_size,
+                input_gradient=True,
+                weight_gradient=not freeze.language,
+            ),
+            _image_decoder(architecture, workload, decoder_layers),
         ),
-        tail=(tail,),
+        tail=(language_layers("tail", workload.tail_tokens, workload.tail_pairs, workload.tail_read_rows),),
         extra_forward_passes=extra_forward_passes,
+    )
+
+
+def _adapters(name: str, products: int, repeated: Recompute) -> PartFlops:
+    return PartFlops(name, linear=2 * products, input_gradient=True, weight_gradient=True, repeated=repeated)
+
+
+def _image_decoder(architecture: QwenVLArchitecture, workload: Workload, num_layers: int) -> PartFlops:
+    linear, attention = _decoder_layers(
+        architecture, num_layers, workload.decoder_tokens, workload.decoder_pairs, workload.decoder_read_rows
+    )
+    unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
+    pixel_head = 2 * workload.masked_units * architecture.text.hidden_size * unit_dim
+    return PartFlops(
+        "image_decoder", linear=linear + pixel_head, attention=attention, input_gradient=True, weight_gradient=True
     )
 
 
@@ -291,18 +303,28 @@ def _tower(
     merged = hidden * vision.merge_unit
     merger = 2 * (patches // vision.merge_unit) * merged * (merged + vision.out_hidden_size)
     return (
-        PartFlops("patch_embed", 2 * patches * vision.patch_dim * hidden, 0, False, not freeze.vision),
+        PartFlops(
+            "patch_embed",
+            linear=2 * patches * vision.patch_dim * hidden,
+            input_gradient=False,
+            weight_gradient=not freeze.vision,
+        ),
         PartFlops(
             "vision_layers",
-            2 * patches * vision.depth * (4 * hidden * hidden + ffn),
-            4 * pairs * hidden,
-            trains,
-            not freeze.vision,
-            recompute.vision,
-            2 * patches * recompute.mlp_layers("vision", vision.depth) * repeated_maps,
+            linear=2 * patches * vision.depth * (4 * hidden * hidden + ffn),
+            attention=4 * pairs * hidden,
+            input_gradient=trains,
+            weight_gradient=not freeze.vision,
+            repeated=recompute.vision,
+            recomputed_mlp=2 * patches * recompute.mlp_layers("vision", vision.depth) * repeated_maps,
         ),
         # The merger's norm trains with it, so gradients reach its first linear's input wherever it trains.
-        PartFlops("merger", merger, 0, trains or not freeze.merger, not freeze.merger),
+        PartFlops(
+            "merger",
+            linear=merger,
+            input_gradient=trains or not freeze.merger,
+            weight_gradient=not freeze.merger,
+        ),
     )
 
 
