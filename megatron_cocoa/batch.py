@@ -1,9 +1,9 @@
 """The contract that data, model and objectives share.
 
-Data emits token ids, positions, where features and labels go, and a mask *kind*; the model turns that into
-hidden states and head outputs; objectives turn those into a loss. None of the three imports another: they
-meet here. A batch is one micro-batch, packed: its samples lie one after the other in a single sequence with
-no padding between them, and at most one *tail* segment at the end where a layout needs a divisible length.
+Data emits token ids, positions, the places of features and labels, and a mask *kind*; the model turns these into
+hidden states and head outputs; objectives turn those into a loss. None of the three imports another: they meet
+here. A batch is one micro-batch, packed: its samples follow each other in a single sequence without padding
+between them. If a layout needs a length that divides, one *tail* segment at the end pads the pack.
 
 Every rank of a data-parallel replica holds the whole micro-batch; the model slices what its tensor-,
 pipeline- or context-parallel rank needs. Positions in a batch are therefore *global* row numbers of the pack.
@@ -74,13 +74,13 @@ class PackedBatch:
                          of its pixels; None where units are masked whole.
     embedding_positions: int64 ``(embeddings,)``: rows whose final hidden state is an embedding (bridges).
     query_rows, target_rows: int64 ``(pairs,)``: which embeddings are queries, and which their targets.
-    target_keys:         int64 ``(pairs,)``: equal where two targets are the same text and pictures.
+    target_keys:         int64 ``(pairs,)``: equal for targets that are the same text and pictures.
     negative_rows:       int64 ``(pairs, hard_negatives)``: which embeddings are a pair's explicit negatives, -1
                          where it has fewer; None without any.
     negative_keys:       int64 ``(pairs, hard_negatives)``: comparable with ``target_keys``, 0 where there is none.
 
     Float tensors are the bulk of a batch, and a step has many batches. So ``deferred`` may stand for some of them: a
-    function that makes the fields that it returns by name, called by ``materialized`` as often as they are needed.
+    function that returns these fields by name, called by ``materialized`` each time they are needed.
     """
 
     input_ids: Tensor
@@ -116,7 +116,7 @@ class PackedBatch:
         return sum(t * h * w for t, h, w in self.grid_thw)
 
     def materialized(self) -> PackedBatch:
-        """The batch with its deferred fields made; a field that is set already stays as it is."""
+        """The batch with its deferred fields computed; fields that are set already stay as they are."""
         if self.deferred is None:
             return self
         made = {name: value for name, value in self.deferred().items() if getattr(self, name) is None}
@@ -131,7 +131,7 @@ class PackedBatch:
         return self.materialized().mapped(move)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The batch with ``function`` of each tensor that it has, deferred ones left as they are."""
+        """The batch with ``function`` applied to each tensor; deferred ones stay deferred."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, Tensor)})
 
@@ -238,10 +238,10 @@ class ModelOutput:
     token_nll:       float32 ``(supervised_local,)``: cross-entropy in nats at the supervised positions that lie
                      on this context-parallel rank; full (not sharded) over tensor parallel.
     predicted_units: ``(masked_units_local, unit_dim)``: the image decoder's pixels, rows as in ``token_nll``.
-    unit_targets, unit_patches: the rows of ``PackedBatch``'s that belong to ``predicted_units``.
+    unit_targets, unit_patches: the rows of ``PackedBatch``'s fields that belong to ``predicted_units``.
     embeddings:      ``(embeddings, hidden)``, *not* normalised, gathered over context parallel (every rank holds
-                     all; its backward passes each rank the gradient of its own rows only).
-    logit_scale:     float32 scalar, log(1 / temperature), where the model learns it; the same on every rank.
+                     all; the backward pass gives each rank the gradient of its own rows only).
+    logit_scale:     float32 scalar, log(1 / temperature), the same on every rank; None if the model does not learn it.
     """
 
     hidden_states: Tensor | None = None

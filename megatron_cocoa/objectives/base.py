@@ -1,10 +1,10 @@
-"""What a training stage needs from its loss, and how a loss stays the same however a batch is spread.
+"""The interface between a training stage and its loss, which makes a loss independent of how a batch is divided.
 
-A step's batch is cut over data-parallel ranks, micro-batches and context-parallel ranks, and the pieces hold
-different numbers of masked tokens. Averaging in each piece and then over pieces would weigh a token by the
-piece that it happens to lie in. So a local objective returns *sums* over the rows that it sees, divided by the
-count of the whole step; the trainer adds (never averages) losses and gradients. Objectives hold no parameters,
-know no process groups and no layers.
+A step's batch is divided over data-parallel ranks, micro-batches and context-parallel ranks, and the pieces hold
+different numbers of masked tokens. Averages over pieces would weigh a token by the piece that it happens to lie in.
+So a local objective returns *sums* over the rows that it sees, divided by the count of the whole step, and the
+trainer adds (never averages) losses and gradients. Objectives hold no parameters and know neither process groups nor
+layers.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ class LocalObjective(Protocol):
     weights: Mapping[str, float]
 
     def counts(self, batch: PackedBatch) -> dict[str, int]:
-        """Units of each term in this micro-batch.
+        """Units of each term in the whole micro-batch: the same on every tensor-, pipeline- and context-parallel rank.
 
-        Whole micro-batch, the same on every tensor-, pipeline- and context-parallel rank: sum it over
-        micro-batches and over data parallel *without* context parallel to get ``totals``.
+        Their sum over micro-batches and over data-parallel ranks (*without* context parallel) is ``totals``.
         """
         ...
 
@@ -45,9 +44,9 @@ class LocalObjective(Protocol):
         """This micro-batch's share of the step's loss.
 
         Args:
-            output: head outputs of the rows on this context-parallel rank.
-            batch: the micro-batch they come from.
-            totals: units of each term in the whole step, from ``counts``.
+            output: head outputs for the rows on this context-parallel rank.
+            batch: the whole micro-batch that they come from.
+            totals: units of each term in the whole step, the summed ``counts``.
 
         Returns:
             ``(loss, metrics)``: the scalar to backpropagate, ``sum_t weight_t * local_sum_t / totals_t``, and
@@ -62,11 +61,11 @@ class PairEmbeddings:
     """The embeddings of a whole step, over *all* ranks and micro-batches; row i of each belongs to pair i.
 
     queries, targets: float ``(pairs, hidden)``, not normalised.
-    target_keys:      int64 ``(pairs,)``, equal where targets are equal; None where nobody asked.
+    target_keys:      int64 ``(pairs,)``, equal for equal targets; None if the batches have none.
     negatives:        float ``(pairs, hard_negatives, hidden)``; zeros where a pair has fewer. None without any.
-    negative_mask:    bool ``(pairs, hard_negatives)``, True where there is one; comes with ``negatives``.
+    negative_mask:    bool ``(pairs, hard_negatives)``, True where there is a negative; given with ``negatives``.
     negative_keys:    int64 ``(pairs, hard_negatives)``, comparable with ``target_keys``.
-    logit_scale:      float32 scalar, log(1 / temperature), where the model learns it.
+    logit_scale:      float32 scalar, log(1 / temperature); None if the model does not learn it.
     """
 
     queries: Tensor
@@ -93,11 +92,11 @@ class GlobalObjective(Protocol):
 
         Args:
             pairs: of the whole step.
-            detailed: also measure what costs too much for every step.
+            detailed: also compute the metrics that cost too much for every step.
 
         Returns:
-            ``(loss, metrics)``: a scalar, differentiable in the embeddings and the scale, and detached scalars that
-            hold for the whole step.
+            ``(loss, metrics)``: a scalar, differentiable in the embeddings and the scale, and detached scalars over
+            the whole step.
         """
         ...
 
@@ -106,7 +105,7 @@ def require_mask_kind(objective: LocalObjective, batch: PackedBatch) -> None:
     """Refuse a batch laid out for another objective.
 
     Raises:
-        ValueError: a loss under the wrong attention would train without any visible sign of it.
+        ValueError: because a loss under the wrong attention would train without any visible sign of it.
     """
     if batch.mask_kind != objective.mask_kind:
         raise ValueError(
@@ -157,7 +156,7 @@ def share_of_total(local_sum: Tensor, *, term: str, local_count: int, totals: Ma
 def require_rows(term: str, *, found: int | None, labelled: int) -> None:
     """Refuse head outputs that cannot belong to a batch with ``labelled`` units of ``term``.
 
-    Fewer rows are right under context parallel, where the others lie on other ranks.
+    Fewer rows than labels are allowed: under context parallelism the others lie on other ranks.
 
     Raises:
         ValueError: if the head did not run although there are labels, or returned more rows than labels.

@@ -1,4 +1,4 @@
-"""What a step's similarities say of the embeddings: separation of pairs, and collapse."""
+"""Metrics of a step's embeddings: how well pairs are separated, and whether the embeddings collapse."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def similarity_sums(cosines: Tensor, logits: Tensor, excluded: Tensor, own: Tens
         own: int64 ``(queries,)``: each query's own column.
 
     Returns:
-        ``(4,)``: queries whose own target scores highest (an earlier column wins a tie), cosines to the own target,
-        cosines to the others, number of the others.
+        ``(4,)``: the number of queries whose own target scores highest (the earlier column wins a tie), the sum of
+        cosines to own targets, the sum of cosines to other targets, and the number of these.
     """
     rows = torch.arange(len(own), device=own.device)
     others = ~excluded
@@ -26,7 +26,9 @@ def similarity_sums(cosines: Tensor, logits: Tensor, excluded: Tensor, own: Tens
 
 
 def similarity_metrics(sums: Tensor, pairs: int) -> dict[str, Tensor]:
-    """``accuracy``, ``positive_cosine``, and ``negative_cosine`` over the in-batch negatives that count (0: none)."""
+    """Means from the ``sums`` over all blocks of a step with so many ``pairs``: ``accuracy``, ``positive_cosine``, and
+    ``negative_cosine`` over the in-batch negatives that count (0 if there is none).
+    """
     right, own, others, count = sums
     return {
         "accuracy": right / pairs,

@@ -1,8 +1,8 @@
 """Masked image reconstruction: the image decoder's pixels against the original ones, at masked units only.
 
-The unit is one merged image unit (``spatial_merge_size**2`` patches), or one patch of it; the target whatever the data
-layer chose (processor-normalised pixels, or normalised per patch as in He et al., MAE, arXiv 2111.06377). Source: CoCoA
-(arXiv 2603.01471), stage 1.
+A unit is one merged image unit (``spatial_merge_size**2`` patches), or one patch of it. The data layer chooses the
+targets: pixels as the processor normalises them, or normalised per patch as in MAE (He et al., arXiv 2111.06377).
+Source: CoCoA (arXiv 2603.01471), stage 1.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megatron_cocoa.objectives.base import graph_zero, require_mask_kind, requir
 class MaeObjective:
     """Squared error per pixel value, averaged over the values of a unit and over the step's masked units.
 
-    Where a batch says which patches of its units are masked (``unit_patches``), those patches take the units' place:
-    the decoder predicts whole units, and what it predicts of patches that it could see counts nothing. All units, and
-    all patches, have the same number of values, so either is the mean over all masked values.
+    If a batch says which patches of its units are masked (``unit_patches``), the error is averaged over these patches
+    instead: the decoder still predicts whole units, but its predictions of visible patches do not count. Units, and
+    patches, all have the same number of values, so either average is the mean over all masked values.
 
     Args:
         mask_kind: attention under which the units are predicted.
@@ -44,7 +44,7 @@ class MaeObjective:
     def loss(
         self, output: ModelOutput, batch: PackedBatch, totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over local units, or patches, of the mean squared error, over ``totals["mae"]``, see
+        """Sum of the mean squared errors of local units, or patches, divided by ``totals["mae"]``; see
         ``LocalObjective.loss``.
 
         Raises:
@@ -61,7 +61,7 @@ class MaeObjective:
         elif batch.unit_patches is None:
             local_sum = unit_errors(predicted, output.unit_targets).sum()
         else:
-            # Counting patches here would wait for the GPU; each unit has one hidden patch at least.
+            # ``rows`` below counts units: counting patches would wait for the GPU, and a unit has at least one.
             local_sum = patch_errors(predicted, output.unit_targets, output.unit_patches).sum()
         loss = share_of_total(local_sum, term=self.term, local_count=rows or 0, totals=totals)
         return loss, {self.term: local_sum.detach()}
@@ -95,14 +95,14 @@ def patch_errors(predicted: Tensor, targets: Tensor | None, masked: Tensor | Non
     if masked is None or masked.shape[0] != predicted.shape[0]:
         found = None if masked is None else tuple(masked.shape)
         raise ValueError(f"unit_patches of {predicted.shape[0]} predicted units has shape {found}: they must agree")
-    # Chosen and not multiplied: a prediction that overflowed at a patch that does not count must not make NaN.
+    # ``where`` and not a product: an overflow at a patch that does not count must not become NaN.
     return _MeanSquaredError.apply(predicted, targets, masked.shape[1]).where(masked, 0.0)
 
 
 class _MeanSquaredError(torch.autograd.Function):
     """Mean squared error in ``parts`` equal parts of each row, float32 ``(rows, parts)``.
 
-    Keeps the difference alone and writes the gradient over it, where autograd would hold five tensors of its size.
+    Keeps only the difference and writes the gradient over it; autograd would keep five tensors of that size.
     """
 
     @staticmethod
@@ -117,7 +117,7 @@ class _MeanSquaredError(torch.autograd.Function):
         (difference,) = ctx.saved_tensors
         difference.mul_((gradient * (2 / difference.shape[-1])).unsqueeze(-1))
         if difference.shape[1] > 1:
-            # Parts that do not count: infinity times zero is no zero.
+            # Parts that do not count get zero, also where the difference is infinite.
             difference.masked_fill_((gradient == 0).unsqueeze(-1), 0.0)
         return difference.flatten(-2).to(ctx.dtype), None, None
 

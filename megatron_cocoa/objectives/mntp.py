@@ -1,7 +1,7 @@
 """Masked next-token prediction: the hidden state at row i - 1 predicts the masked token at row i.
 
-The shift lives in ``PackedBatch.text_positions``, the cross-entropy in the model's vocabulary-parallel head
-(full logits never leave it); what remains here is the sum and its normalisation. Source: BehnamGhader et al.,
+The shift is in ``PackedBatch.text_positions``, the cross-entropy in the model's vocabulary-parallel head
+(full logits never leave it); this module sums and normalises. Source: BehnamGhader et al.,
 LLM2Vec (arXiv 2404.05961, section 2.2), as used in CoCoA (arXiv 2603.01471), stages 1 and 2.
 """
 
@@ -37,7 +37,7 @@ class MntpObjective:
     def loss(
         self, output: ModelOutput, batch: PackedBatch, totals: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of ``output.token_nll`` over ``totals["mntp"]``, see ``LocalObjective.loss``.
+        """Sum of ``output.token_nll`` divided by ``totals["mntp"]``, see ``LocalObjective.loss``.
 
         Raises:
             ValueError: if the head's rows cannot belong to this batch, or ``totals`` does not cover it.

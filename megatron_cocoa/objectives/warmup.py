@@ -1,8 +1,8 @@
 """Stage 1, bidirectional warm-up by joint reconstruction: MNTP + ``mae_weight`` x MAE.
 
 Each term is normalised by its own global count before the weighted sum, so that the balance between text and
-pixels does not move with the length of captions or the size of pictures. Source: CoCoA (arXiv 2603.01471),
-stage 1; the weight 0.5 is the authors' code's.
+pixels does not depend on the length of captions or the size of pictures. Source: CoCoA (arXiv 2603.01471),
+stage 1; the weight 0.5 is that of the authors' code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exchanges that Megatron-Core does not have: differentiable ones over its groups, and what one rank does for all.
+"""Exchanges that Megatron-Core lacks: differentiable ones over its groups, and actions of one rank for all.
 
 Shape legend: S tokens of the whole pack, s = S / context_parallel_size local tokens, H heads on this tensor
 parallel rank, D head dimension, C context parallel size.
@@ -61,10 +61,10 @@ class _SumForwardIdentityBackward(torch.autograd.Function):
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum ``x`` over ``group``; the backward hands each rank the gradient as it is.
+    """Sum ``x``, of one shape on all ranks, over ``group``; the backward pass returns the gradient as it is.
 
-    Right where every rank goes on to compute the *same* loss from the sum: each then owns the gradient of its
-    own addend, and nothing is counted twice.
+    Correct if every rank computes the *same* loss from the sum: each rank then keeps the gradient of its own
+    addend, and nothing is counted twice.
     """
     return x if group.size() == 1 else _SumForwardIdentityBackward.apply(x, group)
 
@@ -116,11 +116,15 @@ def gather_rows(x: Tensor, rows: tuple[int, ...], group: dist.ProcessGroup) -> T
 def on_first_rank(action: Callable[[], Result], failure: str | None = None, *, is_long: bool = False) -> Result:
     """Run ``action`` on rank 0 while the others wait, and return its (picklable) result on every rank.
 
-    Without process groups this process is the first rank. ``is_long``: the others wait as for files, see
-    ``topology.file_group``.
+    Without process groups this process counts as the first rank.
+
+    Args:
+        action: called on rank 0 alone.
+        failure: put before the reason in the error's message.
+        is_long: the others wait as long as for files, see ``topology.file_group``.
 
     Raises:
-        ValueError: on every rank, where ``action`` raised OSError or ValueError: ``failure``, if given, and the reason.
+        ValueError: on every rank, if ``action`` raised OSError or ValueError.
     """
     outcome: list = [None, None]
     is_alone = not dist.is_initialized()

@@ -2,8 +2,8 @@
 
 Megatron-Core names CUDA in its layers, optimizer and checkpoints. On a machine without a GPU the CPU route
 redirects those names to the CPU and to gloo, so that the same model, schedules, DDP and checkpoints run there.
-It refuses to activate where CUDA is available, and it names what is missing if a Megatron-Core release moves
-something that it relies on: a silent half of a redirect would be worse than an error.
+It refuses to activate where CUDA is available. If a Megatron-Core release lacks a name that the route relies on, it
+says which, because a redirect that is half in place would fail silently.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def is_on_gpu(x: torch.Tensor) -> bool:
 
 
 def upload(array: np.ndarray, target: torch.device) -> torch.Tensor:
-    """``array`` on ``target``; a GPU is handed it without waiting for what was queued there before."""
+    """``array`` on ``target``, without waiting for kernels that are queued on a GPU."""
     return staged(torch.from_numpy(array), target).to(target, non_blocking=True)
 
 
 def staged(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:
-    """A copy in memory that the GPU ``target`` reads by itself, so that handing it over waits for nothing.
+    """A copy of ``tensor`` in pinned host memory, from which a transfer to the GPU ``target`` does not block.
 
     Without a GPU the tensor itself. May be called in a thread.
     """
@@ -140,7 +140,7 @@ def peak_memory_bytes() -> int:
 
 
 def allocation_retries() -> int:
-    """How often this GPU's memory was full of unused pieces, and was given back to be taken anew; 0 without a GPU."""
+    """How often torch's allocator had to free its cached GPU memory and try again; 0 without a GPU."""
     return torch.cuda.memory_stats().get("num_alloc_retries", 0) if has_gpu() else 0
 
 
@@ -206,7 +206,7 @@ def set_random_states(states: RandomStates) -> None:
 
 @contextmanager
 def random_state(*, differs_over_tensor_parallel: bool) -> Iterator[None]:
-    """What is drawn on the device in this context comes from a random state that Megatron tracks, and moves it on.
+    """Random numbers that are drawn on the device in this context come from a state that Megatron tracks.
 
     Args:
         differs_over_tensor_parallel: draw apart on each tensor-parallel rank, or the same on all of them.

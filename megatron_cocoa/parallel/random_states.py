@@ -1,10 +1,10 @@
 """Random states of one pass over a step's micro-batches, so that a second pass draws the same dropout masks.
 
-Gradient caching runs each micro-batch twice: once for its embedding, once for its gradient. The gradient belongs to the
-embedding only if dropout drops the same units both times. States are kept for each run of a chunk on this rank
-(every pipeline stage and virtual chunk draws by itself), all generators together: the CPU's, the device's, and those
-that Megatron tracks for tensor parallelism. Activation recompute keeps the states of its own forward pass, which is
-the second one here.
+Gradient caching runs each micro-batch twice: once for its embedding, once for its gradient. The gradient belongs to
+the embedding only if dropout drops the same units both times. States are recorded for each run of a chunk on this
+rank, since every pipeline stage and virtual chunk draws by itself. They cover all generators: the CPU's, the
+device's, and those that Megatron tracks for tensor parallelism. Activation recompute records the states of its own
+forward pass, which is the second pass here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From the one rank of a data-parallel replica that reads data to the others that compute with it.
 
-Tensor-, context- and pipeline-parallel ranks of a replica work on the same micro-batches. The first of them reads
-and decodes, and hands them on over groups of its own, on the host, so that this may go on in a thread beside the
-training step: index tensors to all ranks, pictures to the ranks that hold the tower or the image decoder.
+Tensor-, context- and pipeline-parallel ranks of a replica work on the same micro-batches. The first of them reads and
+decodes, and sends index tensors to all of them and pictures to those that hold the tower or the image decoder. It uses
+gloo groups that nothing else uses, so that a thread can do this during the training step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Audience = Literal["tower", "ends"]
 
 
 class ReplicaLink:
-    """This rank's end of the hand-over. Every rank of the world must build one at the same time.
+    """This rank's end of the link. Every rank of the world must build one at the same time.
 
-    A rank that waits for the reader gives up after ``topology.FILE_TIMEOUT``: the first thing that it waits for is
-    the reading of all rows.
+    A rank that waits for the reader gives up only after ``topology.FILE_TIMEOUT``, because the first thing that it
+    waits for is the reading of all rows.
 
     Attributes:
         is_reader: whether this rank reads for its replica.
@@ -55,7 +55,7 @@ class ReplicaLink:
     def share_tensor(
         self, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, to: Audience
     ) -> Tensor | None:
-        """The reader's tensor on the ranks that need it, and None on the others, the reader itself excepted.
+        """The reader's tensor on the ranks that need it and on the reader itself; None on the others.
 
         Args:
             value: on the reader: on the CPU.
@@ -75,7 +75,9 @@ def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 def _rosters() -> dict[int, dict[str, tuple[int, ...]]]:
-    """For each data-parallel rank the ranks of its replica, and those of its first and outer stages, reader first."""
+    """By data-parallel rank: all ranks of the replica, those of its first stage, and those of its first and last
+    stages, each with the reader in front.
+    """
     place = [topology.data_parallel_rank(), topology.is_pipeline_first_stage(), topology.is_pipeline_last_stage()]
     own = torch.tensor(place, dtype=torch.int64, device=device.device())
     places = [torch.empty_like(own) for _ in range(dist.get_world_size())]

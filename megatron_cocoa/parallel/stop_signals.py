@@ -1,6 +1,7 @@
-"""What batch systems send before they end a job, and how processes that a rank still needs live through it.
+"""The signals that batch systems send before they end a job, and how helper processes of a rank survive them.
 
-It may reach every process of a job. Imports little: the process behind the checkpoint writers imports it.
+Such a signal may reach every process of a job. This module imports little, because the helper process of the checkpoint
+writers imports it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def outlive_stop_signals() -> None:
-    """Ignore them in this process: the rank that started it makes its last checkpoint, and ends it after that."""
+    """Ignore them in this process, which its rank still needs for the last checkpoint, and ends after that."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

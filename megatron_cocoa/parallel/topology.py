@@ -15,18 +15,18 @@ from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.parallel import device
 
 FILE_TIMEOUT = datetime.timedelta(hours=2)
-"""How long ranks wait for one that reads or writes files. One that ends is noticed sooner all the same."""
+"""How long ranks wait for one that reads or writes files. A rank that has ended is noticed sooner."""
 
 _file_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """What the launcher says about this process (torchrun's environment; one lone rank without it).
+    """What the launcher says about this process (from torchrun's environment; without it, a single rank).
 
-    jobs:      names of torchrun's run and of the batch system's job, which are the same at each of its starts.
-    restarted: those of them that have been started before, as far as is known here: torchrun counts on each node for
-               itself, and leaves out restarts that another node has caused.
+    jobs:      names of torchrun's run and of the batch system's job, which stay the same when they are restarted.
+    restarted: those of ``jobs`` that this is a restart of, as far as this node knows: torchrun counts restarts on each
+               node separately, without those that another node caused.
     """
 
     rank: int
@@ -94,7 +94,7 @@ def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
 
 
 def file_group() -> dist.ProcessGroup:
-    """All ranks over gloo, to wait in for files: a GPU's collectives give up within minutes, and end the run."""
+    """All ranks over gloo, for exchanges that wait for files: NCCL collectives would time out and end the run."""
     return _file_group
 
 
