@@ -1,9 +1,10 @@
 """From a command line to ``TrainSettings``.
 
-Sources, later wins: the dataclass defaults of ``megatron_cocoa.config`` (the published recipe), a preset
-(``--preset NAME``, a YAML file in ``megatron_cocoa/presets``), each ``--config FILE`` in the order given, the command
-line (``--warmup.lr 1e-4``). jsonargparse converts and checks types and writes ``--help``; the dataclasses check
-relations. Whatever is wrong ends in a ``SettingsError`` of one line that says where the value came from.
+Values come from four sources, of which a later one overrides an earlier one: the dataclass defaults of
+``megatron_cocoa.config`` (the published recipe), a preset (``--preset NAME``, a YAML file in
+``megatron_cocoa/presets``), each ``--config FILE`` in the order given, and the command line (``--warmup.lr 1e-4``).
+jsonargparse converts and checks types and writes ``--help``; the dataclasses check relations between fields. Every
+mistake becomes a ``SettingsError`` of one line that says where the value came from.
 
 Nothing here reads the environment or imports torch, so that a mistyped key fails within a fraction of a second.
 """
@@ -37,7 +38,7 @@ _COMMAND_LINE = "command line"
 
 
 class SettingsError(ValueError):
-    """Something in the settings that a user can correct, said in one line.
+    """A mistake in the settings that a user can correct; the message is one line.
 
     Entry points print it on rank 0 and exit with status 2.
     """
@@ -50,9 +51,9 @@ def parse_settings(argv: Sequence[str], *, preset_default: str = TOY_PRESET) -> 
         preset_default: the preset where ``argv`` names none.
 
     Raises:
-        SettingsError: an unknown key (the nearest known one is named), a value of the wrong type, a file that
-            cannot be read, a relation between fields that ``config`` refuses, or a model or data folder that
-            the preset needs and nobody gave.
+        SettingsError: for an unknown key (the nearest known one is named), a value of the wrong type, a file that
+            cannot be read, a relation between fields that ``config`` refuses, or a missing model or data folder that
+            the preset needs.
         SystemExit: with status 0 after ``--help``.
     """
     given = list(_split_options(argv))
@@ -204,7 +205,7 @@ def _nearest(name: str, known: Sequence[str], *, prefix: str = "") -> str:
 
 
 def _require_recipe(values: Mapping[str, Any], preset: str, *, is_chosen: bool) -> None:
-    """Refuse a real model under the toy's recipe by accident, and a published preset without model or data."""
+    """Refuse a real model with the toy's recipe unless it was chosen, and a published preset without model or data."""
     if preset == TOY_PRESET and not is_chosen and values.get("model.path"):
         raise SettingsError(
             f"model.path is {values['model.path']} and no preset was chosen: add --preset NAME ("
@@ -272,8 +273,9 @@ def _print_help(values: Mapping[str, Any], preset: str) -> NoReturn:
     parser.set_defaults(dict(values))
     parser.description = (
         f"Train Qwen2-VL or Qwen2.5-VL as a multimodal embedding model. --preset NAME (now {preset}) is one of "
-        f"{', '.join([*available_presets(), PLAIN_DEFAULTS])}; --config FILE.yaml may be repeated. Later wins: "
-        "published defaults, preset, config files, command line. Defaults below are those of the chosen preset."
+        f"{', '.join([*available_presets(), PLAIN_DEFAULTS])}; --config FILE.yaml may be repeated. Each of "
+        "these overrides the ones before it: published defaults, preset, config files, command line. Defaults below "
+        "are those of the chosen preset."
     )
     parser.print_help()
     raise SystemExit(0)
@@ -351,7 +353,7 @@ def _record_parser(record: type) -> ArgumentParser:
 
 
 def _as_records(value: Any, hint: Any) -> Any:
-    """A list of records as their dataclass, whose defaults stand for what is not given; all else as it is."""
+    """A list of records as instances of their dataclass, with its defaults; any other value as it is."""
     record = get_args(hint)[0] if get_origin(hint) is tuple else None
     if not is_dataclass(record):
         return value

@@ -21,12 +21,14 @@ EXIT_BAD_INPUT = 2
 
 
 def _tell_launcher(message: str) -> None:
-    """Leave ``message`` where torchrun looks for the root cause that it prints last, in the form of torch's
-    ``ErrorHandler``, which would have it print our stack."""
+    """Write ``message`` to the file from which torchrun takes the root cause that it prints last.
+
+    The form is that of torch's own ``ErrorHandler``, which would write the whole stack instead.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         more = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        # What was printed stands without it.
+        # Not being able to is no error: the message has been printed already.
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}), encoding="utf-8")
 
@@ -38,7 +40,7 @@ def main() -> int:
         with contextlib.nullcontext() if first else contextlib.redirect_stdout(open(os.devnull, "w")):
             settings = parse_settings(sys.argv[1:])
         settings.parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", "1")))
-        # Imported late: a mistyped key must not wait for torch.
+        # Imported late, so that a mistyped key is reported without waiting for torch.
         warnings.filterwarnings("ignore", module="megatron.core")
         warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|deprecating ShardedTensor).*")
         from megatron_cocoa.parallel.topology import LaunchInfo
@@ -49,7 +51,7 @@ def main() -> int:
         if first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            # torchrun ends all ranks when one has ended: let the first one speak, if it has found the same.
+            # torchrun ends all ranks when one has ended: give the first rank time to print the same error.
             time.sleep(3)
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         _tell_launcher(str(error))

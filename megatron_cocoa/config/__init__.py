@@ -1,8 +1,8 @@
 """Every setting of a run, as a tree of frozen dataclasses.
 
-Read by jsonargparse in this order, later wins: the defaults below (the published CoCoA recipe where it is
-published, see each field), a preset or YAML file, the command line. Unknown keys are errors. Relations between
-fields are checked at construction, before any process group exists, so that a wrong number costs seconds.
+The defaults are CoCoA's recipe as far as it is published (see each field). ``megatron_cocoa/settings.py`` overrides
+them from presets, YAML files and the command line, and refuses unknown keys. Relations between fields are checked at
+construction, before any process group exists, so that a wrong number costs seconds.
 """
 
 from megatron_cocoa.config.adapter import LANGUAGE_TARGETS, VISION_TARGETS, AdapterSettings

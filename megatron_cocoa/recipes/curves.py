@@ -1,4 +1,4 @@
-"""A run's losses, read from what it wrote."""
+"""A run's losses over its steps, read from the metrics that it wrote."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOSS_UNITS = {"mntp": "nats per token", "mae": "mean squared error", "contrastiv
 
 
 def stage_curve(folder: Path, *, seconds: float | None = None) -> StageCurve:
-    """Losses of the stage that wrote ``folder``, which has its name; ``seconds`` is what it took."""
+    """Losses of the stage whose folder is ``folder``, named after it; ``seconds``: how long the stage took."""
     lines = read_metrics(folder)
     names = [name for name in LOSS_UNITS if lines and name in lines[0]]
     return StageCurve(
@@ -26,7 +26,7 @@ def stage_curve(folder: Path, *, seconds: float | None = None) -> StageCurve:
 
 
 def training_curves(model: str | Path, run: str | Path | None = None) -> tuple[StageCurve, ...]:
-    """Losses of the run that trained a model, stages in their order.
+    """Losses of the run that trained a model, by stage in CoCoA's order.
 
     Args:
         model: checkpoint or export.

@@ -1,4 +1,7 @@
-"""A model that embeds, loaded from whatever holds one, at any layout: an exported folder or a Megatron checkpoint."""
+"""A trained model with what prepares its inputs, loaded from an exported folder or a Megatron checkpoint at any layout.
+
+``CocoaEmbedder`` uses this on one rank; ``tools/evaluate_mmeb.py`` also uses it with the model divided over ranks.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,16 @@ from megatron_cocoa.recipes.stages import build_with_weights
 from megatron_cocoa.settings import SETTINGS_FILE
 
 BRIDGE_KEY = "cocoa_bridge_token"
-"""Where the ``config.json`` of an exported folder names the token that carries the embedding."""
+"""Key of an exported folder's ``config.json`` that names the token which carries the embedding."""
 
 
 @dataclass(frozen=True)
 class EmbeddingModel:
     """A model and what its inputs are made with.
 
-    model:   in evaluation mode: this rank's part of it.
-    builder: lays items out as tokens.
-    options: how packs are filled at the layout that is initialised.
+    model:   this rank's part of it, in evaluation mode.
+    builder: turns texts and pictures into tokens and patches.
+    options: how samples are packed at the layout that is initialised.
     """
 
     model: Model
@@ -55,12 +58,12 @@ def load_embedding_model(
     bridge_token: str | None = None,
     parallel: ParallelSettings = ParallelSettings(),
 ) -> EmbeddingModel:
-    """Load a model at the layout that is initialised; every rank calls it.
+    """Load a model at the layout for which process groups are initialised; every rank calls it.
 
     Args:
         path, model_path, dtype, max_length, bridge_token: as for ``CocoaEmbedder.from_pretrained``.
         image_size, min_image_tokens, max_image_tokens: likewise; see ``PictureSizes``.
-        parallel: the layout that is initialised.
+        parallel: that layout.
 
     Raises:
         ValueError: as ``CocoaEmbedder.from_pretrained``.
@@ -97,7 +100,7 @@ def picture_sizes(
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
 ) -> PictureSizes:
-    """How pictures are sized for a model, which is not loaded for it.
+    """How pictures are sized for a model, without loading it.
 
     Args:
         path: as for ``CocoaEmbedder.from_pretrained``.
@@ -169,7 +172,7 @@ def _folder_of_checkpoint(path: Path, model_path: str | Path | None) -> tuple[Pa
 
 
 def _check_fit(path: Path, info: CheckpointInfo, context: RunContext) -> None:
-    """Refuse a tokenizer's folder of another model than the checkpoint's: every vector would be wrong."""
+    """Refuse a tokenizer folder that belongs to another model than the checkpoint: every vector would be wrong."""
     folder = context.settings.model.path
     own = QwenVLArchitecture.from_huggingface(config_of(info.hf_config, origin=f"the hf_config of {path}"))
     if own != context.architecture:

@@ -37,9 +37,10 @@ def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
 def bridge_evidence(
     context: RunContext, model: Model, *, pool: str, label: str, limit: int = 256
 ) -> BridgeEvidence | None:
-    """Block B's loss on pictures of a pool, with its own block A and with another sample's; None without any.
+    """Block B's loss on pictures of a pool, with its own block A and with another sample's.
 
-    The same tokens of B are masked both times, so the difference is what B reads from A through the bridge.
+    The same tokens of B are masked both times, so the difference is what B reads from A through the bridge. None if the
+    pool has fewer than two pictures.
     """
     stage = context.settings.bridge
     pictures = pool_rows(context, pool, limit)
@@ -78,7 +79,10 @@ def bridge_evidence(
 
 
 def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> list[Reconstruction]:
-    """Held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder."""
+    """Up to ``limit`` held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder.
+
+    None of them under ``mae_target normalized``, whose predictions are no pixels.
+    """
     stage = context.settings.warmup
     rows = pool_rows(context, "heldout", limit)
     if not rows or stage.mae_target != "pixels":
@@ -100,7 +104,7 @@ def _pictures(
     masked_units = torch.tensor([unit_of_row[int(row)] for row in batch.unit_positions])
     original, filled = units.clone(), units.clone()
     if batch.unit_patches is not None:
-        # Patches that could be seen stay as they are.
+        # Visible patches stay as they are.
         seen = ~batch.unit_patches.repeat_interleave(batch.pixel_values.shape[1], dim=1)
         predicted = predicted.where(~seen, batch.unit_targets.float())
     original[masked_units], filled[masked_units] = batch.unit_targets.float(), predicted

@@ -1,4 +1,4 @@
-"""What a run has measured, and what it leaves of that: the table on the terminal, results.json and the report."""
+"""What a run has measured, and how it is shown: a table on the terminal, results.json and the report."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, s
 
 
 def describe(summary: StageSummary) -> str:
-    """One sentence on how a stage went; the counts are the first data-parallel rank's."""
+    """One sentence on how a stage went; its counts are those of the first data-parallel rank."""
     counts = ", ".join(f"{name} {value:.4g}" for name, value in summary.statistics.items())
     progress = summary.progress
     waited = 100 * progress.data_wait / progress.seconds if progress.seconds else 0.0

@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped: what is done, where to start, and whether it is still the same run."""
+"""Resuming a run that was stopped: what is complete, where to start, and whether it is still the same run."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class StagePlace:
 
 
 def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:
-    """Settings that go on with the run where a job has been started again that began it; every rank calls it.
+    """``settings`` with ``resume``, if this is a restart of the job that began the run in ``output_dir``.
 
-    The command is the same one each time: with ``overwrite`` every restart would remove what the starts before it
-    have trained, and without ``resume`` it would be refused.
+    A restarted job repeats its command: with ``overwrite`` it would remove what its earlier starts have trained, and
+    without ``resume`` it would be refused. Every rank calls this, and all get the same answer.
     """
     restarted: list[tuple[str, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(restarted, launch.restarted)
@@ -57,9 +57,9 @@ def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:
 
 
 def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
-    """The place of each stage's folder in ``names``; every rank calls it and gets what the first rank sees.
+    """How far the stage in each folder of ``names`` has come; every rank calls it and gets what the first rank sees.
 
-    What an earlier process left half-written is removed.
+    Removes what an interrupted process left half-written.
     """
     failure = f"cannot resume the run in {output}"
     return on_first_rank(lambda: {name: _place(output / name) for name in names}, failure, is_long=True)
@@ -78,10 +78,10 @@ def _place(folder: Path) -> StagePlace:
 
 
 def check_same_run(settings: TrainSettings, output: Path) -> None:
-    """Refuse to go on with a run under settings that would train something else.
+    """Refuse to resume a run under settings that would train something else.
 
-    Stages may be added at the end, those that nothing is kept of may be set anew, and how the run is laid out over
-    ranks and packs, and where its files lie, may change.
+    Allowed are: stages added at the end, other settings of stages that have not begun, another layout over ranks and
+    packs, and other places of files.
 
     Raises:
         ValueError: naming each setting that differs, with both values.
@@ -116,7 +116,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _compared(key: str, value: Any) -> Any:
-    """A setting without the places of files: the rows themselves are compared where their loader resumes."""
+    """A setting without the places of files; the rows themselves are compared when their loader resumes."""
     if key != "data.sources":
         return value
     return [{name: v for name, v in source.items() if name not in ("path", "image_root")} for source in value or ()]

@@ -29,19 +29,19 @@ from megatron_cocoa.recipes.retrieval_examples import pool_examples
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures and their captions, each caption the right answer for every picture that has the same one."""
+    """Pictures and their captions; every picture with the same caption is a right answer for it."""
 
     name: str
     rows: tuple[CaptionRow, ...]
 
     @property
     def keys(self) -> list[str]:
-        """What makes two rows right for each other: their captions."""
+        """Rows with equal keys are right answers for each other: their captions."""
         return [row.caption for row in self.rows]
 
 
 def read_pools(context: RunContext) -> list[Pool]:
-    """The evaluation pools that the data folder has; none where a run without ``evaluate`` reads other sources."""
+    """The evaluation pools that the data folder has; none without a data folder (a run that reads ``data.sources``)."""
     if context.settings.data.path is None:
         return []
     folder = Path(context.settings.data.path)
@@ -62,7 +62,7 @@ class RetrievalProbe:
 
     Args:
         context: of the run.
-        stage: pictures are sized as this stage sizes them, and things embedded in its form.
+        stage: pictures are sized as this stage sizes them, and inputs laid out in the form it embeds in.
         batch_size: items per pack.
     """
 
@@ -75,7 +75,7 @@ class RetrievalProbe:
         self.builder, self.options = evaluation_parts(context, stage, needs_pixels=topology.is_pipeline_first_stage())
 
     def in_form(self, form: EmbeddingForm) -> RetrievalProbe:
-        """The same for a model that embeds in another form."""
+        """The same probe for a model that embeds in another form."""
         if form == self.form:
             return self
         other = copy.copy(self)

@@ -1,4 +1,4 @@
-"""Queries worth looking at: some that find a right answer first, some that do not, and those that miss it by most."""
+"""Queries to look at: some that find a right answer first, some that do not, and those that rank it lowest."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class HeldOutValidation:
 
     Args:
         context: of the run; its ``validation.interval`` is set.
-        stage: that trains: its picture size, and for ``bridge`` block B's loss as well.
+        stage: the one that trains; it gives the size of pictures, and in ``bridge`` block B's loss is measured as well.
 
     Raises:
         ValueError: if the data folder has no held-out pool.
@@ -38,7 +38,7 @@ class HeldOutValidation:
         """``recall@k`` averaged over both directions, and ``recall@k/<direction>``; every rank calls it.
 
         In stage ``bridge`` also ``nats_per_token``, ``nats_per_token/another_A``, and ``nats_per_token/visible_<n>``
-        for samples with so many B tokens to be seen.
+        for samples with so many unmasked tokens in block B.
         """
         metrics: dict[str, float] = {}
         rows = self._probe.recall(model, label="validation", kind="validation")
