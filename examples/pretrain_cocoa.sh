@@ -5,13 +5,13 @@
 #   torchrun --nproc-per-node 4 examples/pretrain_cocoa.sh --parallel.tensor_model_parallel_size 2
 #   NPROC_PER_NODE=4 bash examples/pretrain_cocoa.sh --parallel.tensor_model_parallel_size 2
 #
-# The second form also takes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT: started on each of two nodes, with
-# NODE_RANK 0 on the one that MASTER_ADDR names and 1 on the other, this is one run of 16 ranks:
+# The second form also takes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. A run of 16 ranks on two nodes: start this
+# on both, with NODE_RANK=0 on the node that MASTER_ADDR names and NODE_RANK=1 on the other:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 NPROC_PER_NODE=8 bash examples/pretrain_cocoa.sh --preset qwen2.5-vl-7b ...
 #
-# One file, two languages: torchrun hands its script to Python, people hand theirs to a shell. The four quotes above
-# are two empty strings to a shell, which then runs the lines down to `exec` and takes the rest for a here-document.
-# To Python they open a string that ends with the quotes after the here-document's name.
+# One file, two languages, because torchrun runs its script with Python and people run theirs with a shell. To a shell
+# the four quotes above are two empty strings before `true`; it runs the lines down to `exec` and takes the rest for a
+# here-document. To Python they open a string that ends with the quotes after the here-document's name.
 here=$(cd "$(dirname "$0")" && pwd)
 command -v torchrun >/dev/null || PATH="$here/../.venv/bin:$PATH"
 command -v torchrun >/dev/null || {
@@ -31,9 +31,9 @@ import runpy
 import sys
 from pathlib import Path
 
-# Saving a checkpoint starts processes that import this file again: only the run itself may start training.
+# Processes that a checkpoint's writers start import this file again: only the run itself may start training.
 if __name__ == "__main__":
-    # Exchanges of tensor and context parallelism overlap with compute only if a GPU takes kernels in order.
+    # Communication of tensor and context parallelism overlaps with compute only if a GPU starts kernels in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     root = Path(__file__).resolve().parents[1]
     sys.path.insert(0, str(root))
