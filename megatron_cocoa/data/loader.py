@@ -210,6 +210,7 @@ class StageLoader:
             packs.close()
 
     def _picture_loader(self, settings: TrainSettings, vision: VisionGeometry) -> PictureLoader:
+        # ``PictureLoader`` checks it as well, but cannot name the setting.
         check_image_size(self._stage_settings.image_size, vision, name=f"{self._stage_settings.stage}.image_size")
         return PictureLoader(
             Path(settings.data.path or "."),

@@ -130,7 +130,9 @@ def train_stage(
         ValueError: if a checkpoint cannot be written or loaded, ranks disagree on a step's samples, or the loader
             refuses the data.
     """
-    trainer = _StageTrainer(model, objective, loader, stage, settings, keeping, meter)
+    trainer = _StageTrainer(
+        model, objective, loader, stage=stage, settings=settings, keeping=keeping, meter=meter
+    )
     progress = trainer.progress
 
     def validate_if_due() -> None:
@@ -153,13 +155,14 @@ def train_stage(
 
 
 class _StageTrainer:
-    """State and parts of the loop above."""
+    """What ``train_stage`` keeps from step to step, and the parts of its loop."""
 
     def __init__(
         self,
         model: Model,
         objective: LocalObjective | GlobalObjective,
         loader: Loader,
+        *,
         stage: StageSettings,
         settings: TrainSettings,
         keeping: StageKeeping | None,
