@@ -11,6 +11,7 @@ from megatron_cocoa.config import NATIVE, ImageSize
 from megatron_cocoa.conversion.companions import run_settings
 
 SIZES = ("image_size", "min_image_tokens", "max_image_tokens")
+"""Settings of a stage, and keys of ``CheckpointInfo.pictures``, that say how pictures are sized."""
 
 IMAGE_SIZE_KEY = "cocoa_image_size"
 """Where the ``config.json`` of an exported folder gives the side in pixels of the square that pictures are resized to;

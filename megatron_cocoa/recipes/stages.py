@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_cocoa.checkpoint.initial import load_initial_weights
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.conversion.picture_sizes import SIZES
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model, build_model
@@ -206,7 +207,7 @@ def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
         mask_token_id=context.bundle.mask_token_id,
         bridge_token_id=context.bundle.bridge_token_id,
         hf_config=context.hf_config,
-        pictures={name: getattr(sized, name) for name in ("image_size", "min_image_tokens", "max_image_tokens")},
+        pictures={name: getattr(sized, name) for name in SIZES},
         **asdict(sized.embedding_form),
     )
 
