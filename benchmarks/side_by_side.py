@@ -19,7 +19,15 @@ import torch
 
 from megatron_cocoa.parallel import device
 
-PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine", "flash-attn", "sentence-transformers")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "flash-attn-3",
+    "sentence-transformers",
+)
 
 
 def measure_pairs(

@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_cocoa.model import flex, sdpa, varlen
+from megatron_cocoa.model import flex, sdpa, varlen, varlen_kernels
 from megatron_cocoa.model.remade import reshaped
 from megatron_cocoa.model.rope import rotate
 from megatron_cocoa.model.segments import SegmentTable
@@ -77,9 +77,9 @@ def attend_function(backend: str, *, on_gpu: bool, half_precision: bool = True) 
     if backend == "flex":
         return flex.attend
     if backend in ("auto", "flash"):
-        kernel, package = varlen.flash_kernel(), "flash-attn, or torch with torch.nn.attention.varlen"
+        kernel, package = varlen_kernels.flash_kernel(), "flash-attn, or a torch with its own flash attention"
     elif backend == "transformer_engine":
-        kernel, package = varlen.transformer_engine_kernel(), "transformer-engine"
+        kernel, package = varlen_kernels.transformer_engine_kernel(), "transformer-engine"
     else:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, sdpa, flash, transformer_engine or flex")
     if kernel is None or not on_gpu or not half_precision:

@@ -113,7 +113,12 @@ def setup_device(local_rank: int) -> torch.device:
 def optional_kernels() -> dict[str, str | None]:
     """Versions of the optional kernel packages that this process can use, None where absent or unusable."""
     found: dict[str, str | None] = {}
-    modules = {"Transformer Engine": "transformer_engine", "apex": "amp_C", "flash-attn": "flash_attn"}
+    modules = {
+        "Transformer Engine": "transformer_engine",
+        "apex": "amp_C",
+        "flash-attn 3": "flash_attn_interface",
+        "flash-attn": "flash_attn",
+    }
     for title, module in modules.items():
         present = has_gpu() and importlib.util.find_spec(module) is not None
         found[title] = _version(module) if present else None

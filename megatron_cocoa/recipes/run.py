@@ -146,7 +146,13 @@ def say(*lines: str) -> None:
 def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePlace]) -> None:
     settings, parallel = context.settings, context.settings.parallel
     what = "Toy preset: a small random model on emoji pictures" if context.is_toy else f"Model {settings.model.path}"
-    stand_ins = {"Transformer Engine": "Megatron-Core local layers", "apex": "torch AdamW", "flash-attn": "torch SDPA"}
+    attention = "torch's attention"
+    stand_ins = {
+        "Transformer Engine": "Megatron-Core local layers",
+        "apex": "torch AdamW",
+        "flash-attn 3": attention,
+        "flash-attn": attention,
+    }
     kernels = [
         f"{name} {version}" if version else f"no {name} ({stand_ins[name]} instead)"
         for name, version in device.optional_kernels().items()

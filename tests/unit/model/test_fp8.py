@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
-from megatron_cocoa.model import fp8, sdpa, varlen
+from megatron_cocoa.model import fp8, sdpa, varlen, varlen_kernels
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.fp8 import check_capability, fp8_multiple, pad_rows
 from megatron_cocoa.model.segments import SegmentTable
@@ -182,7 +182,8 @@ DOT_PRODUCT_ATTENTION = {
 
 def test_transformer_engine_takes_our_arguments():
     """Claim: every keyword that we hand to DotProductAttention is one of its own."""
-    for function, method in ((varlen._te_module.__wrapped__, "__init__"), (varlen._transformer_engine, "forward")):
+    made, called = varlen_kernels._te_module.__wrapped__, varlen_kernels._transformer_engine
+    for function, method in ((made, "__init__"), (called, "forward")):
         calls = [n for n in ast.walk(ast.parse(inspect.getsource(function))) if isinstance(n, ast.Call)]
         ours = {k.arg for call in calls for k in call.keywords} - {"maxsize"}  # of the cache around it
         assert len(ours) >= 4 and ours <= set(DOT_PRODUCT_ATTENTION[method].split())
@@ -196,10 +197,10 @@ def test_te_kernel_call_matches_the_recorded_signature(monkeypatch):
         seen.update(keywords)
         return query.flatten(1)
 
-    monkeypatch.setattr(varlen, "_te_module", lambda *arguments: module)
+    monkeypatch.setattr(varlen_kernels, "_te_module", lambda *arguments: module)
     table = SegmentTable.from_lengths([3, 5])
     x = torch.zeros(8, 2, 4)
-    out = varlen.attend_with(varlen._transformer_engine, x, x, x, table, 0.5)
+    out = varlen.attend_with(varlen_kernels._transformer_engine, x, x, x, table, 0.5)
     assert out.shape == x.shape
     assert seen["qkv_format"] == "thd" and seen["attn_mask_type"] == "padding"
     assert seen["cu_seqlens_q"].tolist() == seen["cu_seqlens_kv"].tolist() == [0, 3, 8]
@@ -218,13 +219,13 @@ def test_te_attention_is_refused_where_it_has_no_fused_kernel(monkeypatch, outsi
             raise ValueError("no kernel")
         return query.flatten(1)
 
-    monkeypatch.setattr(varlen, "_te_module", lambda *arguments: module)
+    monkeypatch.setattr(varlen_kernels, "_te_module", lambda *arguments: module)
     if outside is None:
         monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
     else:
         monkeypatch.setenv("NVTE_UNFUSED_ATTN", outside)
     table, x = SegmentTable.from_lengths([3, 5]), torch.zeros(8, 2, 4)
-    varlen.attend_with(varlen._transformer_engine, x, x, x, table, 0.5)
+    varlen.attend_with(varlen_kernels._transformer_engine, x, x, x, table, 0.5)
     with pytest.raises(ValueError, match="no kernel"):
-        varlen.attend_with(varlen._transformer_engine, x, x, x, table, 0.5)
+        varlen.attend_with(varlen_kernels._transformer_engine, x, x, x, table, 0.5)
     assert seen == ["0", "0"] and os.environ.get("NVTE_UNFUSED_ATTN") == outside

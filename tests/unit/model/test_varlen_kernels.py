@@ -1,0 +1,129 @@
+"""The variable-length kernels as they are called, on stand-ins that compute what the kernels are documented to."""
+
+import importlib.util
+import inspect
+import itertools
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from megatron_cocoa.model import varlen, varlen_kernels
+from tests.unit.model.test_attention_backends import check, problems, varlen_kernel
+
+
+def described(cum_q, cum_k, max_q, max_k, causal) -> SimpleNamespace:
+    return SimpleNamespace(cu_q=cum_q, cu_k=cum_k, max_q=max_q, max_k=max_k, causal=causal)
+
+
+def flash_forward(
+    query, key, value, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left,
+    window_size_right, **others,
+):  # fmt: skip
+    assert dropout == 0 and not debug and not any(value is not None for value in others.values())
+    assert (window_size_left, window_size_right) == (-1, 0 if causal else -1)
+    out = varlen_kernel(query, key, value, described(cum_q, cum_k, max_q, max_k, causal), scale)
+    empty = torch.empty(0)
+    return out, torch.zeros(query.shape[1], query.shape[0]), torch.zeros(2, dtype=torch.uint64), empty, empty.clone()
+
+
+def flash_backward(
+    gradient, query, key, value, out, sums, cum_q, cum_k, max_q, max_k, dropout, causal, state, unused, *, scale,
+    window_size_left, window_size_right,
+):  # fmt: skip
+    """The gradient of softmax attention, as the kernels compute it: Dao et al., FlashAttention, appendix B.4."""
+    assert dropout == 0 and (window_size_left, window_size_right) == (-1, 0 if causal else -1)
+    gradients = [torch.zeros_like(x) for x in (query, key, value)]
+    for (a, b), (c, d) in zip(segments(cum_q), segments(cum_k)):
+        visible = torch.ones(b - a, d - c, dtype=torch.bool)
+        for head in range(query.shape[1]):
+            group = head * key.shape[1] // query.shape[1]
+            q, g, o = (x[a:b, head] for x in (query, gradient, out))
+            k, v = (x[c:d, group] for x in (key, value))
+            scores = (q @ k.T * scale).masked_fill(~(visible.tril() if causal else visible), float("-inf"))
+            weights = scores.softmax(-1)
+            score_gradient = weights * (g @ v.T - (g * o).sum(-1, keepdim=True)) * scale
+            gradients[0][a:b, head] = score_gradient @ k
+            gradients[1][c:d, group] += score_gradient.T @ q
+            gradients[2][c:d, group] += weights.T @ g
+    return tuple(gradients)
+
+
+def segments(offsets) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(offsets.tolist()))
+
+
+@pytest.fixture(scope="module")
+def flash_operator():
+    """torch's operators, which have GPU kernels alone, with a loop over dense attention on the CPU."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", flash_forward, "CPU")
+        library.impl("_flash_attention_backward", flash_backward, "CPU")
+        yield
+
+
+@given(problem=problems())
+@settings(max_examples=40)
+def test_torchs_operator_is_dense_attention(flash_operator, problem):
+    """Claim: this torch's operator takes what we hand it, and its own gradient formula hands on the same."""
+    assert varlen_kernels._torch_has_flash()
+    check(lambda *arguments: varlen.attend_with(varlen_kernels._torch_flash, *arguments), problem)
+
+
+def varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+    softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    return_attn_probs=False,
+):  # fmt: skip
+    """With the arguments of flash-attn 3 (``hopper/flash_attn_interface.py``, August 2026)."""
+    call = described(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+    return varlen_kernel(q, k, v, call, softmax_scale)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes flash-attn packages present, by module, with the function that they have."""
+    present: dict[str, ModuleType] = {}
+    find_spec = importlib.util.find_spec
+
+    def install(name: str, function) -> None:
+        present[name] = SimpleNamespace(flash_attn_varlen_func=function)
+        monkeypatch.setitem(varlen_kernels.importlib.sys.modules, name, present[name])
+
+    def spec(name):
+        return object() if name in present else None if name.startswith("flash_attn") else find_spec(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", spec)
+    return install
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_flash_attn_3_is_dense_attention(installed, monkeypatch, beside):
+    """Claim: flash-attn 3 takes what we hand it, in releases that return the softmax's sums beside the output too."""
+    installed("flash_attn_interface", (lambda *a, **k: (varlen_func(*a, **k), None)) if beside else varlen_func)
+    monkeypatch.setattr(varlen_kernels.device, "compute_capability", lambda: (9, 0))
+    kernel = varlen_kernels.flash_kernel()
+
+    @given(problem=problems())
+    @settings(max_examples=20)
+    def run(problem):
+        check(lambda *arguments: varlen.attend_with(kernel, *arguments), problem)
+
+    run()
+
+
+def test_flash_attn_3_is_taken_where_it_can_run(installed, monkeypatch):
+    """Claim: of what is installed the fastest that serves the chip is taken: 3 on Hopper, else 2, else torch's own."""
+
+    def chosen(capability: tuple[int, int]) -> str:
+        monkeypatch.setattr(varlen_kernels.device, "compute_capability", lambda: capability)
+        kernel = varlen_kernels.flash_kernel()
+        return kernel.__name__ if inspect.isfunction(kernel) else kernel.args[0]
+
+    assert chosen((9, 0)) == "_torch_flash"
+    installed("flash_attn_interface", varlen_func)
+    assert (chosen((8, 0)), chosen((9, 0)), chosen((10, 0))) == ("_torch_flash", "flash_attn_interface", "_torch_flash")
+    installed("flash_attn", varlen_func)
+    assert (chosen((8, 0)), chosen((9, 0)), chosen((10, 0))) == ("flash_attn", "flash_attn_interface", "flash_attn")
