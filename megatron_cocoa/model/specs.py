@@ -70,6 +70,12 @@ def transformer_engine_provider(
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     class TransformerEngineProvider(TESpecProvider):
+        def column_parallel_linear(self) -> type:
+            return adding_its_bias(super().column_parallel_linear())
+
+        def column_parallel_layer_norm_linear(self) -> type:
+            return adding_its_bias(super().column_parallel_layer_norm_linear())
+
         def core_attention(self):
             return functools.partial(SegmentAttention, backend=attention_backend)
 
@@ -82,6 +88,22 @@ def transformer_engine_provider(
     provider = TransformerEngineProvider()
     provider.layer_arguments = layer_arguments
     return provider
+
+
+@functools.cache
+def adding_its_bias(linear: type) -> type:
+    """``linear``, one of Megatron's column-parallel classes, that leaves no bias to its caller.
+
+    Megatron's MLP asks for the bias of its first projection and adds it to the whole result; inside of the product,
+    the bias costs no pass over memory, and Transformer Engine sums its gradient there as well. A bias beside a
+    row-parallel product stays where it is: it is added together with the residual, and after the ranks' sum.
+    """
+
+    class AddsItsBias(linear):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **{**kwargs, "skip_bias_add": False})
+
+    return AddsItsBias
 
 
 def resolve_implementation(settings: ModelSettings) -> str:

@@ -1,0 +1,41 @@
+"""Modules that a layer is built of."""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.testing import assert_close
+
+from megatron_cocoa.model.activations import SwiGLU
+from megatron_cocoa.model.specs import adding_its_bias
+
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+def mlp(first: type) -> MLP:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, gated_linear_unit=True,
+        use_te_activation_func=True, use_cpu_initialization=True, add_bias_linear=True,
+        gradient_accumulation_fusion=False, bias_activation_fusion=False,
+    )  # fmt: skip
+    built = MLP(config, MLPSubmodules(linear_fc1=first, linear_fc2=RowParallelLinear, activation_func=SwiGLU))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return built
+
+
+def test_a_bias_inside_of_the_product_changes_nothing_else():
+    """Claim: Megatron's MLP finds no bias to add, and computes what it did: outputs and gradients."""
+    whole, apart = mlp(adding_its_bias(ColumnParallelLinear)), mlp(ColumnParallelLinear)
+    x = torch.randn(5, 1, 16, generator=torch.Generator().manual_seed(1))
+    assert whole.linear_fc1(x)[1] is None and apart.linear_fc1(x)[1] is not None
+    found = [built(x) for built in (whole, apart)]
+    # float32, in another order of additions.
+    assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    for output, bias in found:
+        (output.square().sum() + bias.square().sum()).backward()
+    for (name, mine), theirs in zip(whole.named_parameters(), apart.parameters()):
+        assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5 * float(theirs.grad.abs().max()), msg=name)
