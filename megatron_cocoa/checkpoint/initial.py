@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
 from megatron_cocoa.checkpoint.convert import Gated, Padded
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
-from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, load_huggingface_weights
+from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, global_name, load_huggingface_weights
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
 from megatron_cocoa.checkpoint.stacked import StackedTensors
@@ -114,19 +115,33 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
 def _load_checkpoint(
     chunks: Sequence[nn.Module], table: NameTable, path: Path, tensors: StackedTensors
 ) -> CheckpointInfo:
-    """Load the weights, whatever the tower's ffn is padded to in the checkpoint: layouts differ in what they need."""
+    """Load the weights, whatever the tower's ffn is padded to in the checkpoint: layouts differ in what they need.
+
+    Parameters in FP8 are set one by one as well: Megatron's loader would round them by a scale that is not theirs.
+    """
     width = tensors.vision_ffn_multiple
     padded = [m for m in table if m.megatron_name.startswith(TOWER) and isinstance(m.layout, (Gated, Padded))]
-    others = {m.megatron_name: m for m in padded if width not in (1, m.layout.padded_width)}
-    left_out = frozenset(others)
+    repadded = {m.megatron_name for m in padded if width not in (1, m.layout.padded_width)}
+    singly = [_set_singly(chunk, repadded, tensors) for chunk in chunks]
+    left_out = frozenset(local_name for chunk in singly for local_name in chunk)
     info = load_checkpoint(path, chunks, may_be_missing=(IMAGE_DECODER, LOGIT_SCALE), left_out=left_out)
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if name in others:
-                mapping = others[name]
-                whole = mapping.merge(mapping.padded_to(width).split(tensors(name)))
-                copy_shard(parameter, mapping, whole, **_tensor_parallel_place())
+    for chunk, names in zip(chunks, singly):
+        for local_name, name in names.items():
+            mapping, whole = table.megatron_to_hf(name), tensors(name)
+            if name in repadded:
+                whole = mapping.merge(mapping.padded_to(width).split(whole))
+            copy_shard(chunk.get_parameter(local_name), mapping, whole, **_tensor_parallel_place())
     return info
+
+
+def _set_singly(chunk: nn.Module, repadded: set[str], tensors: StackedTensors) -> dict[str, str]:
+    """Global names, by this chunk's own, of what the checkpoint has and Megatron's loader must not set."""
+    names = {local_name: global_name(chunk, local_name) for local_name, _ in chunk.named_parameters()}
+    return {
+        local_name: name
+        for local_name, name in names.items()
+        if name in tensors.names and (name in repadded or is_float8tensor(chunk.get_parameter(local_name)))
+    }
 
 
 def _tensor_parallel_place() -> dict[str, int]:

@@ -13,6 +13,7 @@ from megatron_cocoa.checkpoint.convert import set_mean_row
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
 from megatron_cocoa.checkpoint.mapping import EMBEDDING, OWN_PREFIXES, NameTable
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
+from megatron_cocoa.parallel.fp8_parameters import set_values
 
 
 @dataclass(frozen=True)
@@ -144,4 +145,4 @@ def copy_shard(parameter: nn.Parameter, mapping: Mapping, tensor: Tensor, *, tp_
             f"{mapping.megatron_name}: this rank's parameter has shape {tuple(parameter.shape)}, the checkpoint gives "
             f"{tuple(shard.shape)} at tensor parallel degree {tp_size} (unsharded {tuple(tensor.shape)})"
         )
-    parameter.copy_(shard)
+    set_values(parameter, shard)

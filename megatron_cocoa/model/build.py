@@ -18,6 +18,7 @@ from megatron_cocoa.model.qwen_vl import QwenVL
 from megatron_cocoa.model.specs import build_provider
 from megatron_cocoa.model.transformer_configs import build_configs
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.fp8_parameters import forget_construction
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def build_model(
         for index in range(num_chunks)
     ]
     for chunk in chunks:
+        for parameter in chunk.parameters():
+            forget_construction(parameter)
         mark_tensor_parallel(chunk)
         freeze(chunk, settings, mask_token_id)
         if settings.model.fp8_vision and chunk.pre_process:

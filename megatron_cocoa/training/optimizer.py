@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.optimizer import (
+    ChainedOptimizer,
     MegatronOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
@@ -40,7 +41,6 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
         fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
-    _forget_initial_values(model)
     built = get_megatron_optimizer(
         config,
         model.chunks,
@@ -63,14 +63,15 @@ def build_optimizer(
     return built, schedule
 
 
-def _forget_initial_values(model: Model) -> None:
-    """Master weights start from the weights that were loaded.
+def round_from_master_weights(model: Model, optimizer: MegatronOptimizer) -> None:
+    """Make parameters in FP8 of their master weights again; every rank calls it, after loading a checkpoint.
 
-    Transformer Engine keeps, beside an FP8 parameter, the numbers that it was made of, and Megatron prefers those; here
-    they are from before loading.
+    A checkpoint keeps master weights whole, and parameters as they were rounded; loaded under delayed scaling before
+    their scale is, they are rounded a second time by another.
     """
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        part._copy_main_params_to_model_params()
     for chunk in model.chunks:
-        for parameter in chunk.parameters():
-            for name in ("_high_precision_init_val", "get_high_precision_init_val", "clear_high_precision_init_val"):
-                if hasattr(parameter, name):
-                    delattr(parameter, name)
+        # With overlap, what the ranks hold is gathered by the next step, as after each update.
+        if not chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync()

@@ -22,7 +22,7 @@ from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.training.agreement import all_equal, powers
 from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
-from megatron_cocoa.training.optimizer import build_optimizer
+from megatron_cocoa.training.optimizer import build_optimizer, round_from_master_weights
 from megatron_cocoa.training.progress import Progress
 from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.step import Metrics, forward_backward
@@ -178,6 +178,8 @@ class _StageTrainer:
 
     def _resume(self, checkpoints: StageCheckpoints, step: int) -> None:
         info = checkpoints.load(step, self.model, self.optimizer)
+        if self.settings.model.fp8_param:
+            round_from_master_weights(self.model, self.optimizer)
         self.progress = Progress.from_dict(info.progress)
         self.loader.load_state_dict(info.loader)
         self.schedule.step(increment=step)

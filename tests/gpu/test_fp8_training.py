@@ -17,6 +17,7 @@ from megatron_cocoa.model.fp8 import fp8_multiple
 from megatron_cocoa.model.specs import resolve_implementation
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.parallel.fp8_parameters import set_values
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.step import forward_backward
@@ -64,7 +65,7 @@ def losses(steps: int = STEPS, recompute: RecomputeSettings = RecomputeSettings(
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                set_values(parameter, 0.02 * torch.randn(parameter.shape, generator=generator))
     wrapped = wrap_data_parallel(bare, settings.parallel)
     wrapped.train()
     optimizer, schedule = build_optimizer(wrapped, settings.bridge, settings.optimizer, settings.parallel)

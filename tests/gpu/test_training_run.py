@@ -43,10 +43,23 @@ def test_all_stages_run(finished):
     assert "<svg" in (finished / "report.html").read_text()
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_a_stopped_run_goes_on(tiny_folders, tmp_path, asynchronous):
+@pytest.mark.parametrize(
+    "asynchronous, fp8",
+    [
+        ("false", []),
+        ("true", []),
+        ("false", ["--model.fp8=delayed"]),
+        ("false", ["--model.fp8=delayed", "--model.fp8_param=true"]),
+        ("false", ["--model.fp8=tensorwise", "--model.fp8_param=true"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_stopped_run_goes_on(tiny_folders, tmp_path, asynchronous, fp8):
     """Claim: stopped by SIGTERM and resumed, with the distributed optimizer, a run ends where an unbroken one ends."""
+    if fp8:
+        fp8_or_skip(fp8[0].partition("=")[2])
     more = [
+        *fp8,
         "--model.dtype=bf16", f"--checkpoint.asynchronous={asynchronous}", "--parallel.use_distributed_optimizer=true",
         "--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true",
     ]  # fmt: skip
@@ -68,15 +81,19 @@ def test_a_stopped_run_goes_on(tiny_folders, tmp_path, asynchronous):
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_a_run_in_fp8(tiny_folders, finished, tmp_path, recipe, more):
     """Claim: the script trains in FP8, packs padded as it needs, near what BF16 gives."""
-    try:
-        resolve_implementation(ModelSettings(fp8=recipe))
-    except ValueError as reason:
-        pytest.skip(str(reason))
+    fp8_or_skip(recipe)
     output = tmp_path / "output"
     done = train(tiny_folders, output, "--model.dtype=bf16", f"--model.fp8={recipe}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES:
         assert losses(output, stage) == pytest.approx(losses(finished, stage), rel=0.1)
+
+
+def fp8_or_skip(recipe: str) -> None:
+    try:
+        resolve_implementation(ModelSettings(fp8=recipe))
+    except ValueError as reason:
+        pytest.skip(str(reason))
 
 
 def test_what_a_gpu_trained_is_exported(finished, tmp_path):

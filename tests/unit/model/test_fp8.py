@@ -22,7 +22,7 @@ from megatron_cocoa.model.fp8 import check_capability, fp8_multiple, pad_rows
 from megatron_cocoa.model.segments import SegmentTable
 from megatron_cocoa.model.specs import build_provider
 from megatron_cocoa.model.transformer_configs import build_configs, check_layout
-from megatron_cocoa.training import optimizer as our_optimizer
+from megatron_cocoa.parallel import fp8_parameters
 from tests.unit.published import published_architecture
 
 RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise")
@@ -155,14 +155,54 @@ def test_megatron_has_the_fields_that_we_set(library, names):
     assert library is not TransformerConfig or set(fields) == names
 
 
-def test_master_weights_forget_what_they_were_before_loading():
-    """Claim: numbers that Transformer Engine kept from construction are dropped before master weights are made."""
-    kept = nn.Linear(1, 1)
-    kept.weight._high_precision_init_val = torch.zeros(1)
-    kept.weight.get_high_precision_init_val = kept.weight.clear_high_precision_init_val = lambda: None
-    our_optimizer._forget_initial_values(SimpleNamespace(chunks=[kept]))
-    # Megatron takes the numbers from before loading as soon as it finds the method, whatever it returns.
-    assert not [name for name in vars(kept.weight) if "high_precision" in name]
+class Rounded(nn.Parameter):
+    """Stands for a parameter in FP8: it notes, as Transformer Engine does, what it was made of when constructed."""
+
+    def __new__(cls, garbage: float):
+        made = super().__new__(cls, torch.full((2, 2), garbage))
+        made._quantizer = SimpleNamespace(scale=torch.ones(1), amax=torch.full((1,), garbage))
+        made._high_precision_init_val = torch.full((2, 2), garbage)
+        made.get_high_precision_init_val = made.clear_high_precision_init_val = lambda: None
+        return made
+
+    def _get_quantizer(self):
+        return self._quantizer
+
+
+@pytest.fixture
+def rounded(monkeypatch) -> Rounded:
+    monkeypatch.setattr(fp8_parameters, "is_float8tensor", lambda x: isinstance(x, Rounded))
+    return Rounded(1e38)
+
+
+def attributes(parameter) -> list[str]:
+    return [name for name in vars(parameter) if "high_precision" in name]
+
+
+def test_what_a_parameter_was_constructed_of_is_forgotten(rounded):
+    """Claim: Megatron takes the numbers from before loading as soon as it finds the method, and finds none."""
+    fp8_parameters.forget_construction(rounded)
+    assert not attributes(rounded)
+
+
+def test_master_weights_start_from_what_was_loaded(rounded):
+    """Claim: Megatron gets the numbers before they were rounded, once; a frozen parameter keeps no copy of them."""
+    values = torch.tensor([[0.01, -0.02], [0.03, 0.0]])
+    fp8_parameters.forget_construction(rounded)
+    fp8_parameters.set_values(rounded, values)
+    assert torch.equal(rounded.get_high_precision_init_val(), values) and torch.equal(rounded.detach(), values)
+    rounded.clear_high_precision_init_val()
+    assert not attributes(rounded)
+    fp8_parameters.set_values(rounded.requires_grad_(False), values)
+    assert not attributes(rounded)
+
+
+@pytest.mark.parametrize("largest, scale", [(0.04, 11200.0), (0.0, 1.0)])
+def test_memory_before_loading_sets_no_scale(rounded, largest, scale):
+    """Claim: under delayed scaling the largest number so far and the scale are those of what was loaded."""
+    fp8_parameters.set_values(rounded, torch.tensor([[largest, 0.0], [0.0, -largest / 2]]))
+    assert float(rounded._quantizer.amax) == pytest.approx(largest)
+    assert float(rounded._quantizer.scale) == pytest.approx(scale)
 
 
 def test_rows_of_a_pack_follow_the_recipe():
