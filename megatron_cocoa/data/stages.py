@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -141,8 +142,13 @@ class ContrastiveData:
     def statistics(self) -> dict[str, int]:
         if not self.num_hard_negatives:
             return {}
-        fewer = sum(len(row.negatives) < self.num_hard_negatives for row in self.row_set.rows)
-        return {"rows_with_fewer_hard_negatives": fewer}
+        return {"rows_with_fewer_hard_negatives": self._rows_with_fewer}
+
+    @cached_property
+    def _rows_with_fewer(self) -> int:
+        # Counted once: a replica's reader hands its statistics over with every step, and looking at a million rows
+        # takes ten seconds.
+        return sum(len(row.negatives) < self.num_hard_negatives for row in self.row_set.rows)
 
     def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
         sizes = [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]

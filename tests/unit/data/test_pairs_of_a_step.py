@@ -153,6 +153,14 @@ def test_negatives_are_drawn_anew_each_epoch_and_alike_at_any_layout(make, bundl
     assert single.statistics()["rows_with_fewer_hard_negatives"] == 24
 
 
+def test_statistics_look_at_the_rows_once(make):
+    """Claim: asked for after every step, as a replica's reader is, statistics do not go through all rows again."""
+    loader = make(num_hard_negatives=2, per_source_batches=True)
+    first = loader.statistics()
+    loader._data.row_set = replace(loader._data.row_set, rows=range(len(loader._data.row_set.rows)))
+    assert loader.statistics() == first
+
+
 def test_hard_negatives_without_any_in_the_file_are_refused(settings, bundle, vision):
     changed = replace(settings, contrastive=replace(settings.contrastive, num_hard_negatives=1))
     with pytest.raises(ValueError, match="num_hard_negatives is 1, but no row of .* has a hard negative"):
