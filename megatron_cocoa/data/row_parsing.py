@@ -131,6 +131,7 @@ def _row_id(record: dict, default: str) -> str:
     value = record.get("id", default)
     if not isinstance(value, (str, int)):
         raise BadRow("id_not_text")
+    _check_unicode(value, "id")
     return str(value)
 
 

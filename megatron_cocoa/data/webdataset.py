@@ -56,6 +56,8 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _key(name: str) -> str:
+    # A name of another encoding has stand-ins for its bytes, which nothing else can write.
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     folder, _, file = name.rpartition("/")
     stem = file.partition(".")[0]
     return f"{folder}/{stem}" if folder else stem

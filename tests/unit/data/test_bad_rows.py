@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cocoa.config import SourceSettings
+from megatron_cocoa.data.prepared import CorruptionSettings
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.row_parsing import pair_row
 from megatron_cocoa.data.rows import CaptionRow, Content
@@ -58,6 +59,7 @@ BAD_CAPTIONS = {
     "no-path-in-list": (caption(image_path=[]), "image_path_empty"),
     "list-id": (caption(id=[1]), "id_not_text"),
     "lone-surrogate": ('{"id": "s", "image_path": "a.png", "caption": "\\ud800"}', "caption_not_unicode"),
+    "surrogate-id": ('{"id": "\\udc00", "image_path": "a.png", "caption": "x"}', "id_not_unicode"),
 }
 
 BAD_PAIRS = {
@@ -311,6 +313,19 @@ def test_a_bad_sample_of_a_shard_is_counted(tmp_path, name):
     assert len(found.rows) == 40 and found.dropped == {reason: 1}
 
 
+def test_a_sample_of_a_shard_may_have_a_name_of_another_encoding(tmp_path, builder):
+    """Claim: a name in Latin-1 costs neither the sample nor the run, which draws masks by it."""
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name, data in {"caf\xe9.png": _png(), "caf\xe9.txt": b"a cat"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    found = source_rows(SourceSettings("s", str(tmp_path), "webdataset"), "warmup", seed=0)
+    assert [row.row_id for row in found.rows] == ["s/s/caf\\xe9"] and not found.dropped
+    corruption = CorruptionSettings(seed=0, text_mask_ratio=0.5)
+    assert builder.warmup(found.rows[0], corruption, epoch=0).input_ids.size > 0
+
+
 def test_a_link_in_a_shard_is_counted_and_never_followed(tmp_path):
     tar_of(_samples(), tmp_path / "s.tar", link="zzz.png")
     found = source_rows(SourceSettings("s", str(tmp_path), "webdataset"), "contrastive", seed=0)
@@ -361,7 +376,8 @@ def test_control_tokens_in_user_text_stay_text(builder, bundle, token, with_pict
 @pytest.mark.parametrize("text", [f"a sign that says {MARK} on it", "see <|image_2|>", f"{MARK} a cat"])
 def test_a_mark_in_a_caption_makes_no_picture(builder, tmp_path, text):
     """Claim: a caption is text: its picture comes once, before it, and the mark of another is none."""
-    
+    from megatron_cocoa.data.prepared import CorruptionSettings
+
     written = write_jsonl(tmp_path / "w.jsonl", [caption(image_path="images/0.png", caption=text)])
     (row,) = read_captions(written).rows
     assert "image_" not in row.caption and row.caption.split() == re.sub(r"<.*?>", " ", text).split()
@@ -372,7 +388,8 @@ def test_a_mark_in_a_caption_makes_no_picture(builder, tmp_path, text):
 
 @pytest.mark.parametrize("token", CONTROL)
 def test_control_tokens_in_a_caption_are_masked_as_text(builder, bundle, token):
-    
+    from megatron_cocoa.data.prepared import CorruptionSettings
+
     everything = CorruptionSettings(seed=1, text_mask_ratio=1.0, unit_mask_ratio=0.5)
     sample = builder.warmup(CaptionRow("r", "images/0.png", f"a {token} b"), everything, epoch=0)
     assert not bundle.is_special(sample.text_labels).any() and sample.text_labels.size > 2
