@@ -8,6 +8,7 @@ knows no added tokens at all, and control tokens enter by id only.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-_CACHED_TEXTS = 65536
+_CACHED_BYTES = 32 * 2**20
+"""Of texts and ids, in each process that encodes: there are as many as ranks times workers."""
+
 _CONTROL_TOKENS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -54,6 +57,7 @@ class TokenizerBundle:
     _is_special: np.ndarray = field(repr=False)
     _is_word: list[np.ndarray] = field(default_factory=list, repr=False)
     _cache: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _cached_bytes: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def encode_text(self, text: str) -> np.ndarray:
         """Token ids of ``text``, int64 ``(tokens,)``, read-only. No control token, whatever the text says."""
@@ -61,7 +65,9 @@ class TokenizerBundle:
         if ids is None:
             ids = np.asarray(self._text_encoder.encode(text, add_special_tokens=False).ids, dtype=np.int64)
             ids.setflags(write=False)
-            if len(self._cache) < _CACHED_TEXTS:
+            size = sys.getsizeof(text) + sys.getsizeof(ids)
+            if self._cached_bytes[0] + size <= _CACHED_BYTES:
+                self._cached_bytes[0] += size
                 self._cache[text] = ids
         return ids
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_cocoa.data import tokenizer as tokenizer_module
 from megatron_cocoa.data.tokenizer import load_tokenizer
 from megatron_cocoa.data.toy_model import SPECIAL_TOKENS, train_tokenizer
 
@@ -72,6 +73,17 @@ def test_plain_text_gives_the_ids_of_the_whole_tokenizer(any_bundle):
     for text in ("the picture of a cat", "what is this\n", "café 12", ""):
         expected = any_bundle.tokenizer(text, add_special_tokens=False).input_ids
         assert any_bundle.encode_text(text).tolist() == expected
+
+
+def test_kept_ids_are_bounded_by_their_bytes(model_folder, monkeypatch):
+    """Claim: long texts do not make a process grow; what is kept no longer is encoded again, and comes out the same."""
+    monkeypatch.setattr(tokenizer_module, "_CACHED_BYTES", 2**16)
+    bundle = load_tokenizer(model_folder, vocab_size=1000)
+    texts = [f"{number} cat dog house tree" * 40 for number in range(100)]
+    first = [bundle.encode_text(text) for text in texts]
+    kept = sum(len(text) + ids.nbytes for text, ids in bundle._cache.items())
+    assert 2**15 < kept <= 2**16
+    assert all((bundle.encode_text(text) == ids).all() for text, ids in zip(texts, first))
 
 
 def test_mask_token_takes_the_first_unused_row(any_bundle):
