@@ -77,7 +77,8 @@ def open_picture(ref: PictureRef, root: Path) -> Path | IO[bytes]:
     """
     if isinstance(ref, str):
         return inside_root(root, ref)
-    path = inside_root(_resolved(ref.root), ref.path)
+    # A shard was found in its folder, by a name that no data gave: it may be a link, as in the hub's cache.
+    path = Path(ref.root, ref.path) if ref.kind == "slice" else inside_root(_resolved(ref.root), ref.path)
     if ref.kind == "file":
         return path
     # A network file system may refuse once what it gives a moment later.

@@ -145,6 +145,18 @@ def test_every_format_gives_the_same_samples(make, data_folder, tmp_path, writer
         loader.close()
 
 
+def test_shards_may_be_links(make, data_folder, tmp_path):
+    """Claim: the hub's cache, whose files are links to blobs beside the folder, serves as it is."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    source = write_shards_source(tmp_path / "blobs", data_folder)
+    expected = pictures_and_texts(make("contrastive", DataSettings(sources=(source,))), 3)
+    for index in range(2):
+        (tmp_path / "snapshot" / f"{index:04}.tar").symlink_to(f"../blobs/{index:04}.tar")
+    linked = replace(source, path=str(tmp_path / "snapshot"))
+    assert pictures_and_texts(make("contrastive", DataSettings(sources=(linked,))), 3) == expected
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_format_serves_every_stage(data_folder, tmp_path, writer):
     source = writer(tmp_path, data_folder)
