@@ -150,7 +150,7 @@ def _open_saved(source: SourceSettings, path: Path, stage: str) -> tuple[Path, I
 
 
 def _open_shards(source: SourceSettings, path: Path, stage: str) -> tuple[Path, Iterator[Record]]:
-    return path, shard_records(path)
+    return path, shard_records(path, source.columns)
 
 
 _OPENERS = {

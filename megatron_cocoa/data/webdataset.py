@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from megatron_cocoa.data.readers import BadRow, Record
 from megatron_cocoa.data.stored import StoredPicture
@@ -22,11 +23,16 @@ _MAX_TEXT_BYTES = 16 * 2**20
 _BLOCK = tarfile.BLOCKSIZE
 
 
-def shard_records(path: Path) -> Iterator[Record]:
+def shard_records(path: Path, columns: Mapping[str, str] = MappingProxyType({})) -> Iterator[Record]:
     """The samples of a ``.tar`` file, or of all ``.tar`` files of a folder in the order of their names.
 
     A sample's ``.json`` gives its columns, in which a picture is named by its member's extension (``jpg``,
-    ``query.png``). Without one, its only picture and its ``.txt`` are ``image_path`` and ``caption``.
+    ``query.png``). Where it is no pair and names no picture, or is not there, the sample's only picture is its
+    ``image_path``, and its ``.txt`` the ``caption`` that the ``.json`` may lack.
+
+    Args:
+        path: of the shard or the folder.
+        columns: our names of columns to the shards'; records come under the shards' names.
 
     Raises:
         ValueError: if there is no shard, or one is compressed, cut short or no tar file.
@@ -36,7 +42,7 @@ def shard_records(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path} holds no .tar files: compressed shards must be unpacked, they are read in place")
     for shard in shards:
         for key, members in groupby(_members(shard), key=lambda member: _key(member.name)):
-            yield f"{shard.stem}/{key}", _record(shard, f"{shard.stem}/{key}", list(members))
+            yield f"{shard.stem}/{key}", _record(shard, f"{shard.stem}/{key}", list(members), columns)
 
 
 def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
@@ -63,7 +69,8 @@ def _key(name: str) -> str:
     return f"{folder}/{stem}" if folder else stem
 
 
-def _record(shard: Path, name: str, members: list[tarfile.TarInfo]) -> dict | BadRow:
+def _record(shard: Path, name: str, members: list[tarfile.TarInfo], columns: Mapping[str, str]) -> dict | BadRow:
+    theirs = {ours: columns.get(ours, ours) for ours in ("qry", "caption", *_IMAGE_COLUMNS)}
     try:
         by_extension = {_extension(member): member for member in members}
         if len(by_extension) != len(members):
@@ -76,13 +83,16 @@ def _record(shard: Path, name: str, members: list[tarfile.TarInfo]) -> dict | Ba
         record: dict = {"id": name}
         if "json" in by_extension:
             record |= _json(shard, by_extension["json"])
-            named = (column for column in _IMAGE_COLUMNS if column in record)
-            return record | {column: _named(record[column], pictures, column) for column in named}
-        if len(pictures) > 1:
+            named = [theirs[column] for column in _IMAGE_COLUMNS if theirs[column] in record]
+            if named or theirs["qry"] in record or len(pictures) != 1:
+                return record | {column: _named(record[column], pictures, column) for column in named}
+        elif len(pictures) > 1:
             raise BadRow("several_pictures_without_json")
         caption = next((by_extension[extension] for extension in _CAPTIONS if extension in by_extension), None)
-        record |= {"image_path": next(iter(pictures.values()), "")}
-        return record if caption is None else record | {"caption": _text(shard, caption)}
+        record[theirs["image_path"]] = next(iter(pictures.values()), "")
+        if caption is not None and theirs["caption"] not in record:
+            record[theirs["caption"]] = _text(shard, caption)
+        return record
     except BadRow as error:
         return error
 

@@ -21,6 +21,7 @@ from megatron_cocoa.data.mmeb_train import SUBSETS, is_constant_target, without_
 from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content
 from megatron_cocoa.data.source_list import source_rows, stage_rows
+from megatron_cocoa.data.stored import open_picture
 from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, pair, write_jsonl
 
 MMEB_QUERY = "<|image_1|>\nFind an image caption describing the given everyday image.\n"
@@ -265,6 +266,35 @@ def test_the_published_subsets_and_constants():
     assert without_instruction("A dog on a Retrieve an image of this news caption.") == (
         "A dog on a Retrieve an image of this news caption."
     )
+
+
+IMG2DATASET = {"url": "http://x/1.jpg", "key": "000", "status": "success", "width": 9, "exif": "{}"}
+PICTURE_TEXT = {"image_path": "picture", "caption": "text"}
+
+
+@pytest.mark.parametrize(
+    ("members", "columns"),
+    [
+        ({"jpg": b"x", "txt": b"a cat", "json": IMG2DATASET | {"caption": "a cat"}}, {}),
+        ({"jpg": b"x", "txt": b"a cat", "json": IMG2DATASET}, {}),
+        ({"jpg": b"x", "txt": b"alt", "json": IMG2DATASET | {"long": "a cat"}}, {"caption": "long"}),
+        ({"0.png": b"?", "jpg": b"x", "json": {"picture": "jpg", "text": "a cat"}}, PICTURE_TEXT),
+    ],
+    ids=["img2dataset", "json-without-a-caption", "another-caption", "named-in-another-column"],
+)
+def test_a_shards_json_may_describe_its_only_picture(tmp_path, members, columns):
+    """Claim: shards as img2dataset writes them are read, and `columns` serves for captions and pictures of shards."""
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for extension, data in members.items():
+            data = data if isinstance(data, bytes) else json.dumps(data).encode()
+            info = tarfile.TarInfo(f"000.{extension}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    source = SourceSettings("s", str(tmp_path), "webdataset", columns=columns)
+    for stage in ("warmup", "bridge"):
+        (row,) = source_rows(source, stage, seed=0).rows
+        picture, text = (row.image_path, row.caption) if stage == "warmup" else (row.query.image_path, row.target.text)
+        assert text == "a cat" and open_picture(picture, tmp_path).read() == b"x"
 
 
 def test_max_rows_draws_the_same_rows_each_time(tmp_path, data_folder):
