@@ -128,12 +128,12 @@ def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict
     loaders = {}
     # In the same order on every rank: ranks of a replica build their loaders together.
     for stage in dict.fromkeys([*settings.stages, *(["contrastive"] if settings.with_baseline else [])]):
+        if places.get(stage, StagePlace()).is_complete:
+            continue
         check_microbatches(context, stage)
         if stage == "contrastive":
             check_contrastive(context)
         loaders[stage] = build_loader(context, stage)
-    for stage in [stage for stage in loaders if places.get(stage, StagePlace()).is_complete]:
-        loaders.pop(stage).close()
     return loaders
 
 

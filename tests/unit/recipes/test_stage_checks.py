@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_cocoa.config import ContrastiveSettings, TrainSettings
+from megatron_cocoa.recipes import run
+from megatron_cocoa.recipes.resume import StagePlace
 from megatron_cocoa.recipes.stages import check_contrastive
 
 
@@ -23,3 +25,16 @@ def test_contrastive_learning_is_checked_with_the_model(changes, message):
     with pytest.raises(ValueError, match=message):
         check_contrastive(SimpleNamespace(settings=settings, architecture=architecture))
     check_contrastive(SimpleNamespace(settings=TrainSettings(), architecture=architecture))
+
+
+def test_stages_that_are_complete_are_not_read_again(monkeypatch):
+    """Claim: a run that resumes in its last stage does not read the rows of the others, which may take minutes."""
+    built = []
+    monkeypatch.setattr(run, "build_loader", lambda context, stage: built.append(stage) or stage)
+    monkeypatch.setattr(run, "check_microbatches", lambda context, stage: None)
+    monkeypatch.setattr(run, "check_contrastive", lambda context: None)
+    context = SimpleNamespace(settings=TrainSettings(), weight_source=lambda _: SimpleNamespace(check=lambda: None))
+    places = {"warmup": StagePlace(True, None), "bridge": StagePlace(True, None), "contrastive": StagePlace(False, 40)}
+    assert run._checked_loaders(context, places) == {"contrastive": "contrastive"}
+    assert built == ["contrastive"]
+    assert list(run._checked_loaders(context, {})) == ["warmup", "bridge", "contrastive"]
