@@ -143,7 +143,7 @@ class CocoaEmbedder:
 
         Args:
             items: see ``Item``. ``<|image_1|>`` in a text marks the picture's place; without it the picture is first.
-            instruction: put before each text as it stands (after a picture that has no marked place).
+            instruction: put before each text as it stands (after a picture that has no marked place); it marks none.
             batch_size: items per forward pass, at most.
             show_progress_bar: on stderr.
 
@@ -157,6 +157,11 @@ class CocoaEmbedder:
             raise ValueError(f"items is one {type(items).__name__}: put it in a list")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, needs 1 or more")
+        if instruction and IMAGE_TOKEN in instruction:
+            raise ValueError(
+                f"the instruction holds {IMAGE_TOKEN}: mark a picture's place in the item's own text, or leave it out, "
+                f"which puts the picture first"
+            )
         rows = np.empty((len(items), self.hidden_size), dtype=np.float32)
         start = num_cut = 0
         with tqdm(total=len(items), disable=not show_progress_bar, unit="item") as progress:

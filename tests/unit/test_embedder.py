@@ -242,6 +242,13 @@ def test_bad_items_are_named(embedder, item, message):
         embedder.encode(["fine", item])
 
 
+def test_a_picture_is_not_placed_by_the_instruction(embedder):
+    """Claim: an instruction that marks a picture's place is refused: items without a picture have it, too."""
+    for item in ("dog", {"text": "dog", "image": picture(56, 56)}):
+        with pytest.raises(ValueError, match=r"the instruction holds <\|image_1\|>"):
+            embedder.encode([item], instruction="<|image_1|>\nRepresent: ")
+
+
 def test_bad_folders_are_refused(folders, tmp_path):
     """Claim: what is no model, or lacks its tokenizer, is refused with what is needed."""
     with pytest.raises(ValueError, match="neither a Hugging Face folder"):
