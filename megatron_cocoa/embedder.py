@@ -151,7 +151,8 @@ class CocoaEmbedder:
             float32 ``(items, hidden)``, rows of length one, in the order of the items.
 
         Raises:
-            ValueError: naming the index of the first item that cannot be embedded, and what was found.
+            ValueError: naming the index of the first item that cannot be embedded, and what was found; also where its
+                vector is zero or not finite.
         """
         if isinstance(items, (str, dict, Path, Image.Image)):
             raise ValueError(f"items is one {type(items).__name__}: put it in a list")
@@ -167,7 +168,9 @@ class CocoaEmbedder:
         with tqdm(total=len(items), disable=not show_progress_bar, unit="item") as progress:
             for pack in self._packs(items, instruction or "", batch_size):
                 found = embed_pack(self.model, collate_embedding(pack, self.options), rows=len(pack))
-                rows[start : start + len(pack)] = torch.nn.functional.normalize(found, dim=-1).cpu().numpy()
+                vectors = torch.nn.functional.normalize(found, dim=-1).cpu().numpy()
+                _check_vectors(vectors, start)
+                rows[start : start + len(pack)] = vectors
                 start += len(pack)
                 num_cut += sum(sample.num_cut > 0 for sample in pack)
                 progress.update(len(pack))
@@ -260,6 +263,16 @@ def _text_and_image(item: Item) -> tuple[str, Image.Image | Path | None]:
     if image is None and not text.strip():
         raise ValueError("neither text nor a picture: one of them must be given")
     return text, image
+
+
+def _check_vectors(vectors: np.ndarray, first: int) -> None:
+    """Refuse vectors that have no direction; ``first`` is the index of the first one's item."""
+    broken = np.flatnonzero(~(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)))
+    if broken.size:
+        raise ValueError(
+            f"item {first + broken[0]}: its vector is zero or not finite ({broken.size} of {len(vectors)} so): "
+            f"under bf16 try fp32, else the weights are broken"
+        )
 
 
 def _warn_cut(num_cut: int, num_items: int) -> None:

@@ -242,6 +242,20 @@ def test_bad_items_are_named(embedder, item, message):
         embedder.encode(["fine", item])
 
 
+@pytest.mark.parametrize("broken", [0.0, np.nan, np.inf])
+def test_vectors_without_a_direction_are_refused(embedder, monkeypatch, broken):
+    """Claim: a vector that is zero or not finite is no result, and its item is named."""
+
+    def embed_pack(model, pack, *, rows):
+        found = torch.ones(rows, embedder.hidden_size)
+        found[1:] = broken
+        return found
+
+    monkeypatch.setattr("megatron_cocoa.embedder.embed_pack", embed_pack)
+    with pytest.raises(ValueError, match="item 1: its vector is zero or not finite .1 of 2"):
+        embedder.encode(list("abcd"), batch_size=2)
+
+
 def test_a_picture_is_not_placed_by_the_instruction(embedder):
     """Claim: an instruction that marks a picture's place is refused: items without a picture have it, too."""
     for item in ("dog", {"text": "dog", "image": picture(56, 56)}):
