@@ -257,6 +257,11 @@ def _text_and_image(item: Item) -> tuple[str, Image.Image | Path | None]:
     if image is not None and not isinstance(image, (Path, Image.Image)):
         raise ValueError(f"image is a {type(image).__name__}, needed a PIL image or a path")
     text = text or ""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"character {error.start} of the text is half of a surrogate pair"
+        raise ValueError(f"{found}: no tokenizer takes it") from error
     places = text.count(IMAGE_TOKEN)
     if places > (image is not None):
         raise ValueError(f"the text marks {places} place(s) with {IMAGE_TOKEN} for {int(image is not None)} picture(s)")

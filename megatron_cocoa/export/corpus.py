@@ -88,10 +88,20 @@ def read_corpus(path: str | Path, *, image_root: str | Path | None = None, colum
         raise ValueError(f"{path} has nothing to embed: no rows, or no pictures ({kinds})")
     seen: set[str] = set()
     for row in rows:
+        _check_unicode(row, path)
         if row.row_id in seen:
             raise ValueError(f"{path}: the id {row.row_id!r} occurs twice: each row needs its own")
         seen.add(row.row_id)
     return Corpus(tuple(rows), Path(image_root or root).resolve())
+
+
+def _check_unicode(row: CorpusRow, path: Path) -> None:
+    """JSON can write half of a surrogate pair, and a file name can be any bytes: neither can be written to the ids."""
+    try:
+        f"{row.row_id}{row.text}{row.image}".encode()
+    except UnicodeEncodeError as error:
+        found = f"{path}: row {row.row_id!r} holds the character {error.object[error.start]!r}"
+        raise ValueError(f"{found}, which is no Unicode text: mend the row, or rename the file") from error
 
 
 def _pictures(folder: Path) -> list[str]:

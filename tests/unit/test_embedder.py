@@ -229,6 +229,7 @@ def test_forms_of_an_item_agree(embedder, tmp_path):
         ({"text": " "}, "item 1: neither text nor a picture"),
         ({"texts": "a"}, r"item 1: found the key\(s\) texts"),
         ({"text": 5}, "item 1: text is a int"),
+        ("half \ud83d", "item 1: character 5 of the text is half of a surrogate pair"),
         ({"image": b""}, "item 1: image is a bytes"),
         ({"image": np.zeros((4, 4, 3))}, "item 1: image is a ndarray"),
         ({"text": "<|image_1|>"}, r"item 1: the text marks 1 place\(s\)"),

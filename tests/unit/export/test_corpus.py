@@ -1,6 +1,7 @@
 """A corpus in each of its forms, and the shards that are made of it."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow
@@ -59,6 +60,7 @@ def test_a_run_that_made_no_shard_holds_no_folder(tmp_path):
         ('{"text": "a"}\n{"txt": "b"}\n', r"row 1 has neither text nor image \(columns found: txt\)"),
         ('{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}\n', "'a' occurs twice"),
         ('{"text": 3}\n', "column text is a int"),
+        ('{"text": "half \\ud83d"}\n', r"row '0' holds the character '\\ud83d', which is no Unicode text"),
         ("{\n", "line 1 is not JSON"),
         ("\n", "nothing to embed"),
     ],
@@ -75,6 +77,13 @@ def test_a_corpus_stays_in_its_folder(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"image": "../x.png"}\n')
     with pytest.raises(ValueError, match="leaves the folder"):
         read_corpus(tmp_path / "c.jsonl").item(0)
+
+
+def test_a_file_name_that_is_no_text_is_named_at_once(tmp_path):
+    """Claim: a name in another encoding, which no list of ids can hold, is told before anything is embedded."""
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"row 'caf\\udce9.png' holds the character.*rename the file"):
+        read_corpus(tmp_path)
 
 
 def test_a_folder_of_pictures_is_a_corpus(tmp_path):
