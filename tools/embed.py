@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--corpus", required=True, metavar="PATH", help="JSONL, parquet (needs pyarrow), or a folder of pictures")
     add("--image-root", metavar="DIR", help="image paths are relative to it (default: the corpus's folder)")
     add("--output", required=True, metavar="DIR", help="folder for the shards")
-    add("--id-column", default="id", metavar="NAME", help="default %(default)s; rows are numbered without it")
+    add("--id-column", default="id", metavar="NAME", help="default %(default)s; rows are numbered without that one")
     add("--text-column", default="text", metavar="NAME", help="default %(default)s")
     add("--image-column", default="image", metavar="NAME", help="default %(default)s")
     add("--instruction", default="", metavar="TEXT", help="put before each text as it stands")

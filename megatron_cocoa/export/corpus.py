@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ class CorpusRow:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that are read; a file may lack ``row_id`` (rows are numbered) and one of the others."""
+    """Names of the columns that are read.
+
+    Under these names a file may lack ``row_id`` (rows are numbered) and one of the others; another name must be there.
+    """
 
     row_id: str = "id"
     text: str = "text"
@@ -71,16 +74,17 @@ def read_corpus(path: str | Path, *, image_root: str | Path | None = None, colum
         columns: names of the columns.
 
     Raises:
-        ValueError: naming the first row that is malformed, or an id that occurs twice.
+        ValueError: naming the first row that is malformed, an id that occurs twice, or a column that was asked for by
+            name and that no row has.
     """
     path = Path(path)
     if path.is_dir():
         rows = [CorpusRow(name, "", name) for name in _pictures(path)]
         root = path
     elif path.suffix == ".parquet":
-        rows, root = [_row(r, n, path, columns) for n, r in enumerate(_parquet(path, columns))], path.parent
+        rows, root = _rows(_parquet(path, columns), path, columns), path.parent
     elif path.is_file():
-        rows, root = [_row(r, n, path, columns) for n, r in enumerate(_jsonl(path))], path.parent
+        rows, root = _rows(_jsonl(path), path, columns), path.parent
     else:
         raise ValueError(f"{path} does not exist: needed a .jsonl or .parquet file, or a folder of pictures")
     if not rows:
@@ -140,6 +144,17 @@ def _parquet(path: Path, columns: Columns) -> Iterator[dict]:
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not readable parquet: {error}") from error
+
+
+def _rows(records: Iterator[Any], path: Path, columns: Columns) -> list[CorpusRow]:
+    rows, seen = [], set()
+    for number, record in enumerate(records):
+        rows.append(_row(record, number, path, columns))
+        seen.update(record)
+    named = {getattr(columns, field.name) for field in fields(columns)} - {field.default for field in fields(columns)}
+    if rows and (absent := sorted(named - seen)):
+        raise ValueError(f"{path} has no column {', '.join(absent)}: name one that is there, or leave the option out")
+    return rows
 
 
 def _row(record: Any, number: int, path: Path, columns: Columns) -> CorpusRow:

@@ -1,5 +1,6 @@
 """A corpus in each of its forms, and the shards that are made of it."""
 
+import dataclasses
 import json
 import os
 
@@ -72,6 +73,22 @@ def test_bad_corpora_are_refused(tmp_path, rows, message):
         read_corpus(tmp_path / "c.jsonl")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("field", ["row_id", "text", "image"])
+def test_a_column_that_is_named_must_be_there(tmp_path, suffix, field):
+    """Claim: a mistyped column is no reason to number the rows, or to embed what the other column holds alone."""
+    rows = [{"key": "a", "caption": "x", "file": "x.png"}, {"key": "b", "caption": "y", "file": "y.png"}]
+    file = tmp_path / f"c.{suffix}"
+    if suffix == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    columns = Columns("key", "caption", "file")
+    assert [row.row_id for row in read_corpus(file, columns=columns).rows] == ["a", "b"]
+    with pytest.raises(ValueError, match="has no column captoin: name one"):
+        read_corpus(file, columns=dataclasses.replace(columns, **{field: "captoin"}))
+
+
 def test_a_corpus_stays_in_its_folder(tmp_path):
     """Claim: an image path cannot leave the folder of the pictures."""
     (tmp_path / "c.jsonl").write_text('{"image": "../x.png"}\n')
@@ -117,7 +134,7 @@ def test_a_parquet_file_is_the_corpus_that_the_same_lines_are(tmp_path):
     assert len(first.rows) == 15 and first == second and first.fingerprint() == second.fingerprint()
     numbered = [{name: row[name] for name in ("caption", "picture")} for row in rows]
     write_parquet(tmp_path / "n.parquet", numbered)
-    found = read_corpus(tmp_path / "n.parquet", columns=COLUMNS)
+    found = read_corpus(tmp_path / "n.parquet", columns=dataclasses.replace(COLUMNS, row_id="id"))
     assert [row.row_id for row in found.rows] == [str(number) for number in range(15)]
 
 
