@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_cocoa.data.row_parsing import plain
+from megatron_cocoa.data.rows import PLACEHOLDER
+
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -42,14 +45,14 @@ class Corpus:
     root: Path
 
     def item(self, index: int) -> dict[str, Any]:
-        """The row as ``CocoaEmbedder.encode`` takes it.
+        """The row as ``CocoaEmbedder.encode`` takes it; marks of a picture that the row does not have go.
 
         Raises:
             ValueError: if the picture's path leaves the root.
         """
         row = self.rows[index]
         if not row.image:
-            return {"text": row.text}
+            return {"text": plain(row.text) if PLACEHOLDER.search(row.text) else row.text}
         path = (self.root / row.image).resolve()
         if not path.is_relative_to(self.root):
             raise ValueError(f"row {row.row_id!r}: image path {row.image!r} leaves the folder {self.root}")

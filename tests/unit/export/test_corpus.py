@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.export.corpus import Columns, read_corpus
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
 
@@ -101,6 +102,18 @@ def test_a_file_name_that_is_no_text_is_named_at_once(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
     with pytest.raises(ValueError, match=r"row 'caf\\udce9.png' holds the character.*rename the file"):
         read_corpus(tmp_path)
+
+
+def test_left_over_marks_go_as_in_training(tmp_path):
+    """Claim: of a row without a picture the text is embedded that training reads; any other text stays as it is."""
+    texts = ["<|image_1|>\nWhat is this? ", " What is this?\n", "<|image_1|> What is this?"]
+    images = ["", "", "x.png"]
+    rows = [{"text": text, "image": image} for text, image in zip(texts, images)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = read_corpus(tmp_path / "c.jsonl")
+    found = [corpus.item(row)["text"] for row in range(3)]
+    assert found == [checked_content(text, image).text for text, image in zip(texts, images)]
+    assert found == ["What is this?", texts[1], texts[2]]
 
 
 def test_a_folder_of_pictures_is_a_corpus(tmp_path):
