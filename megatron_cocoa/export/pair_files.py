@@ -25,8 +25,9 @@ def read_pairs_file(path: str | Path) -> list[dict[str, Any]]:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
+            # Not splitlines: a text may hold other ends of line, such as U+2028, as they are.
+            with path.open(encoding="utf-8") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
         else:
             raise ValueError(f"{path} is neither .parquet nor .jsonl")
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -74,7 +75,9 @@ def write_pairs_file(path: str | Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.incomplete")
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), work)
+        # Not from_pylist, which takes the first row's columns for those of all.
+        names = dict.fromkeys(name for row in rows for name in row)
+        pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), work)
     else:
         work.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     work.replace(path)

@@ -12,7 +12,7 @@ import pytest
 from megatron_cocoa.export.corpus import Corpus, CorpusRow
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
 from megatron_cocoa.export.hard_negatives import Content, MiningOptions, mine
-from megatron_cocoa.export.pair_files import read_pairs_file
+from megatron_cocoa.export.pair_files import read_pairs_file, write_pairs_file
 from megatron_cocoa.export.shards import read_shards
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "mine_hard_negatives.py"
@@ -147,6 +147,17 @@ def test_damaged_vectors_are_refused(tmp_path):
         read_shards(tmp_path)
     with pytest.raises(ValueError, match="1 of them not finite"):
         read_shards(embed(tmp_path / "n", np.array([[np.nan, 0], [0, 1]], dtype=np.float32)))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_pairs_come_back_as_they_were_written(tmp_path, suffix):
+    """Claim: no end of line inside a text ends its row, and a column that the first row lacks is kept."""
+    text = "one\u2028two\x85three\x0b"
+    first = {"qry": text, "qry_image_path": "", "pos_text": "a", "pos_image_path": ""}
+    rows = [first, first | {"source": "mine"}]
+    write_pairs_file(tmp_path / f"pairs.{suffix}", rows)
+    found = read_pairs_file(tmp_path / f"pairs.{suffix}")
+    assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
 
 
 def test_malformed_pairs_are_refused(tmp_path):
