@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_cocoa.evaluation.metrics import TIE_TOLERANCE
+
 TIE_DECIMALS = 6
 
 
@@ -36,7 +38,7 @@ class MiningOptions:
 
     Args:
         num_negatives: per row, at most.
-        margin: cosine by which a candidate must stay below the row's positive.
+        margin: cosine by which a candidate must stay below the row's positive; what ties with that is within any.
         skip_top: nearest admissible candidates to pass over.
         depth: neighbours looked at per row.
 
@@ -101,7 +103,8 @@ def mine(
         distinct.setdefault(content, row)
     contents = list(distinct)
     pool = positive_vectors[list(distinct.values())]
-    own_scores = np.einsum("rh,rh->r", query_vectors, positive_vectors)
+    # A copy of the positive under another path scores the same but for rounding, and is as right.
+    limits = np.einsum("rh,rh->r", query_vectors, positive_vectors) - max(options.margin, TIE_TOLERANCE)
     rights = defaultdict(set)
     for query, positive in zip(queries, positives):
         rights[query].add(_answer(positive))
@@ -114,7 +117,7 @@ def mine(
                 break
             candidate = contents[place]
             reason = _refused(candidate, query, positives[row], rights[query])
-            if reason is None and score > own_scores[row] - options.margin:
+            if reason is None and score > limits[row]:
                 reason = "within_margin"
             if reason is None and skipped < options.skip_top:
                 skipped, reason = skipped + 1, "skipped_top"

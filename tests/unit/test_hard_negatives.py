@@ -82,6 +82,16 @@ def test_equal_scores_keep_the_order_of_the_file():
     assert found.negatives[0] == texts("w", "x")
 
 
+def test_a_copy_of_the_positive_is_no_negative():
+    """Claim: the same picture under another path is not taken, at no margin either; what is below it is."""
+    targets = [Content("", f"{i}.png") for i in range(4)]
+    vectors = unit(np.random.default_rng(1).normal(size=(4, 768)))
+    vectors[1] = vectors[0]
+    found = mine(texts(*"abcd"), targets, vectors, vectors, MiningOptions(num_negatives=4, margin=0.0))
+    assert targets[1] not in found.negatives[0] and targets[0] not in found.negatives[1]
+    assert set(found.negatives[0]) == set(targets[2:]) and found.counts["within_margin"] == 2
+
+
 def test_options_out_of_range_are_refused():
     """Claim: numbers that make no sense together are refused, with the numbers; so are sides of unequal size."""
     with pytest.raises(ValueError, match="num_negatives is 0"):
