@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> None:
     # Imported late: --help must not wait for torch.
     from megatron_cocoa.export.hard_negatives import MiningOptions, mine
     from megatron_cocoa.export.pair_files import read_pairs_file, sides, with_negatives, write_pairs_file
-    from megatron_cocoa.export.shards import read_shards
+    from megatron_cocoa.export.shards import check_same_model, read_shards
 
     if Path(args.output).exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: name another output, or pass --overwrite")
     options = MiningOptions(args.num_negatives, args.margin, args.skip_top, args.depth)
+    check_same_model(args.queries, args.targets)
     rows = read_pairs_file(args.pairs)
     queries, positives = sides(rows)
     mined = mine(queries, positives, read_shards(args.queries), read_shards(args.targets), options)

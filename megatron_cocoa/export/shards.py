@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_cocoa.export.embed_corpus import MANIFEST, ShardPlan, is_done
+
+_MODEL_KEYS = ("model", "model_files", "model_path")
+
+
+def check_same_model(first: str | Path, second: str | Path) -> None:
+    """Refuse vectors of two models: their cosines say nothing, and no later step would notice.
+
+    Raises:
+        ValueError: naming both, if the two manifests name other models or files, or one cannot be read.
+    """
+    made_from = [_manifest(Path(folder)) for folder in (first, second)]
+    differing = [name for name in _MODEL_KEYS if made_from[0].get(name) != made_from[1].get(name)]
+    if differing:
+        models = " and ".join(f"{folder} by {made.get('model')}" for folder, made in zip((first, second), made_from))
+        raise ValueError(f"{models} were embedded with another {', '.join(differing)}: embed both with one model")
 
 
 def read_shards(folder: str | Path) -> np.ndarray:
@@ -20,12 +36,8 @@ def read_shards(folder: str | Path) -> np.ndarray:
         ValueError: if the folder is not ``tools/embed.py``'s, a shard is missing or damaged, or a vector is not finite.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        plan = ShardPlan(folder, manifest["num_items"], manifest["shard_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"{folder} has no readable {MANIFEST} ({error})"
-        raise ValueError(f"{found}: needed an output of tools/embed.py") from error
+    manifest = _manifest(folder)
+    plan = ShardPlan(folder, manifest["num_items"], manifest["shard_size"])
     unfinished = [shard for shard in range(plan.num_shards) if not is_done(plan, shard)]
     if unfinished:
         raise ValueError(
@@ -38,3 +50,13 @@ def read_shards(folder: str | Path) -> np.ndarray:
         broken = int((~np.isfinite(vectors)).any(axis=1).sum())
         raise ValueError(f"{folder} has {len(vectors)} vectors for {plan.num_items} rows, {broken} of them not finite")
     return vectors
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        ShardPlan(folder, manifest["num_items"], manifest["shard_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{folder} has no readable {MANIFEST} ({error})"
+        raise ValueError(f"{found}: needed an output of tools/embed.py") from error
+    return manifest

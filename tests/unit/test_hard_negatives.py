@@ -13,7 +13,7 @@ from megatron_cocoa.export.corpus import Corpus, CorpusRow
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
 from megatron_cocoa.export.hard_negatives import Content, MiningOptions, mine
 from megatron_cocoa.export.pair_files import read_pairs_file, write_pairs_file
-from megatron_cocoa.export.shards import read_shards
+from megatron_cocoa.export.shards import check_same_model, read_shards
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "mine_hard_negatives.py"
 
@@ -102,10 +102,10 @@ def test_options_out_of_range_are_refused():
         mine(texts("a", "b"), texts("c", "d"), angles(0), angles(0, 1), MiningOptions())
 
 
-def embed(folder: Path, vectors: np.ndarray) -> Path:
+def embed(folder: Path, vectors: np.ndarray, **made_from) -> Path:
     rows = tuple(CorpusRow(str(i), "x", "") for i in range(len(vectors)))
     plan = ShardPlan(folder, len(vectors), 2)
-    prepare_output(plan, {})
+    prepare_output(plan, made_from)
     left = iter(vectors)
     embed_shards(Corpus(rows, folder), lambda items: np.stack([next(left) for _ in items]), plan, say=lambda line: None)
     return folder
@@ -143,6 +143,19 @@ def test_the_tool_writes_mmeb_train_columns(tmp_path, tool, capsys, suffix, num)
     assert tool.main(list(map(str, arguments))) == 2 and "--overwrite" in capsys.readouterr().err
     if suffix == "parquet":
         assert pyarrow.parquet.read_table(output).column_names[-2:] == ["neg_text", "neg_image_path"]
+
+
+def test_vectors_of_two_models_are_refused(tmp_path, tool, capsys):
+    """Claim: queries and targets of two checkpoints, or of two states of one folder, give no negatives."""
+    one = {"model": "/run/checkpoint", "model_files": [["a", 1, 5]], "instruction": "find: "}
+    queries = embed(tmp_path / "q", angles(0, 60), **one)
+    for name, change in (("model", "/other"), ("model_files", [["a", 1, 6]])):
+        targets = embed(tmp_path / name, angles(0, 60), **one | {name: change})
+        arguments = ["--pairs", "none.jsonl", "--queries", queries, "--targets", targets]
+        arguments += ["--output", tmp_path / "mined.jsonl"]
+        assert tool.main(list(map(str, arguments))) == 2
+        assert f"were embedded with another {name}: embed both with one model" in capsys.readouterr().err
+    check_same_model(queries, embed(tmp_path / "t", angles(0, 60), **one | {"instruction": "", "corpus": "t"}))
 
 
 def test_damaged_vectors_are_refused(tmp_path):
