@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from PIL import Image
 from tqdm import tqdm
@@ -37,10 +36,10 @@ PIXELS_PER_CHARACTER = 200
 
 @dataclass(frozen=True)
 class Encoded:
-    """float32 ``(items, hidden)``, rows of length one, and how many items were cut to the maximal length."""
+    """float32 ``(items, hidden)``, rows of length one; bool ``(items,)``: which were cut to the maximal length."""
 
     vectors: np.ndarray
-    num_cut: int
+    cut: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,21 @@ class ItemEncoder:
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         hidden = self.model.config.hidden_size
         found = [torch.zeros(0, hidden, device=device.device())]
-        num_cut = 0
+        cut: list[bool] = []
         mine = [[items[i] for i in pack] for pack in packs[rank::size]]
         with tqdm(total=len(mine), unit="pack", leave=False, disable=not self.show_progress or rank > 0) as progress:
             for samples in map_ahead(self._samples, mine, num_workers=self.num_workers, num_ahead=self.num_workers + 1):
                 pack = collate_embedding(samples, self.options)
                 found.append(torch.nn.functional.normalize(embed_pack(self.model, pack, rows=len(samples)), dim=-1))
-                num_cut += sum(sample.num_cut > 0 for sample in samples)
+                cut += [sample.num_cut > 0 for sample in samples]
                 progress.update()
-        vectors, num_cut = _gather(torch.cat(found), packs, num_cut)
-        rows = np.empty((len(items), hidden), dtype=np.float32)
-        for part in range(size):
-            for pack in packs[part::size]:
-                rows[pack] = vectors[: len(pack)]
-                vectors = vectors[len(pack) :]
-        return Encoded(rows, num_cut)
+        # Gathered rank after rank, and a rank has every size-th pack.
+        places = np.concatenate([pack for part in range(size) for pack in packs[part::size]] or [order])
+        counts = tuple(sum(len(pack) for pack in packs[part::size]) for part in range(size))
+        vectors, was_cut = np.empty((len(items), hidden), dtype=np.float32), np.empty(len(items), dtype=bool)
+        vectors[places] = _gather(torch.cat(found), counts)
+        was_cut[places] = _gather(torch.tensor(cut, dtype=torch.uint8, device=device.device()), counts)
+        return Encoded(vectors, was_cut)
 
     def _samples(self, items: list[EvalItem]) -> list[PreparedSample]:
         return [self._sample(item) for item in items]
@@ -126,12 +125,6 @@ def _pixels(image_root: Path, image_path: str) -> int:
         raise ValueError(f"{file} cannot be opened: {error}") from error
 
 
-def _gather(mine: torch.Tensor, packs: list[np.ndarray], num_cut: int) -> tuple[np.ndarray, int]:
-    """All ranks' rows, rank after rank, and the sum of a count."""
-    group = parallel_state.get_data_parallel_group()
-    size = group.size()
-    counts = tuple(sum(len(pack) for pack in packs[part::size]) for part in range(size))
-    total = torch.tensor([num_cut], device=device.device())
-    if size > 1:
-        dist.all_reduce(total, group=group)
-    return gather_rows(mine.contiguous(), counts, group).cpu().numpy(), int(total)
+def _gather(mine: torch.Tensor, counts: tuple[int, ...]) -> np.ndarray:
+    """All ranks' rows, rank after rank."""
+    return gather_rows(mine.contiguous(), counts, parallel_state.get_data_parallel_group()).cpu().numpy()

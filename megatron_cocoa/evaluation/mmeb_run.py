@@ -13,7 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, missing_pictures, read_task
-from megatron_cocoa.evaluation.mmeb_encode import Encode
+from megatron_cocoa.evaluation.mmeb_encode import Encode, Encoded
 from megatron_cocoa.evaluation.mmeb_evidence import task_evidence
 from megatron_cocoa.evaluation.mmeb_files import Identity, is_scored, write_task
 from megatron_cocoa.evaluation.mmeb_scores import TaskScore, chance_accuracy, majority_accuracy, score_task, unit_rows
@@ -36,22 +36,23 @@ class VectorStore:
 
     encode: Encode
     uses: Counter[EvalItem]
-    _kept: dict[EvalItem, np.ndarray] = field(default_factory=dict)
-    _cut: int = 0
+    _kept: dict[EvalItem, tuple[np.ndarray, bool]] = field(default_factory=dict)
 
-    def vectors(self, items: Sequence[EvalItem]) -> tuple[np.ndarray, int]:
-        """float32 ``(items, hidden)``, and how many of those embedded now were cut; every rank calls it."""
+    def vectors(self, items: Sequence[EvalItem]) -> Encoded:
+        """The things' vectors, embedded now or before; every rank calls it."""
         fresh = [item for item in items if item not in self._kept]
         encoded = self.encode(fresh) if fresh else None
-        new = {} if encoded is None else dict(zip(fresh, encoded.vectors))
-        rows = np.stack([new[item] if item in new else self._kept[item] for item in items])
+        new = {} if encoded is None else dict(zip(fresh, zip(encoded.vectors, encoded.cut.tolist())))
+        found = [new[item] if item in new else self._kept[item] for item in items]
         for item in items:
             self.uses[item] -= 1
-            if self.uses[item] > 0:
-                self._kept[item] = new.get(item, self._kept.get(item))
-            else:
+            if self.uses[item] <= 0:
                 self._kept.pop(item, None)
-        return rows, 0 if encoded is None else encoded.num_cut
+            elif item in new:
+                vector, cut = new[item]
+                # A copy: the row is a view that would keep the vectors of the whole task.
+                self._kept[item] = vector.copy(), cut
+        return Encoded(np.stack([vector for vector, _ in found]), np.array([cut for _, cut in found], dtype=bool))
 
 
 def evaluate(
@@ -124,7 +125,8 @@ def _score(
     task: TaskData, store: VectorStore, with_baselines: bool
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[str, str]]]:
     needed = _needed(task, with_baselines)
-    vectors, num_cut = store.vectors(needed)
+    encoded = store.vectors(needed)
+    vectors = encoded.vectors
     _check_vectors(vectors, needed, task.task.name)
     position = {item: i for i, item in enumerate(needed)}
     found = score_task(vectors[task.queries], vectors, task.candidates)
@@ -139,7 +141,8 @@ def _score(
     sizes = [len(offered) for offered in task.candidates]
     score = _as_json(task.task, found) | {
         "num_items": len(task.items),
-        "num_cut": num_cut,
+        # The task's own things, which come first: not the blind queries, and whichever task embedded them.
+        "num_cut": int(encoded.cut[: len(task.items)].sum()),
         "num_candidates": {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)},
         "baselines": {
             "chance": chance_accuracy(task.candidates),

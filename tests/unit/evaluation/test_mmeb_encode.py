@@ -50,7 +50,7 @@ def test_batch_size_threads_and_order_change_nothing(embedder, folders, items):
     assert wanted == pytest.approx(plain, abs=BATCH_BOUND)
     for batch_size, num_workers in ((2, 0), (4, 3), (32, 1)):
         found = encoder(embedder, folders, batch_size=batch_size, num_workers=num_workers)(items)
-        assert found.vectors == pytest.approx(wanted, abs=BATCH_BOUND) and found.num_cut == 0
+        assert found.vectors == pytest.approx(wanted, abs=BATCH_BOUND) and not found.cut.any()
     order = np.random.default_rng(1).permutation(len(items))
     mixed = encoder(embedder, folders, batch_size=4)([items[i] for i in order]).vectors
     # The packs are those of the sorted items: the very same bits.
@@ -68,7 +68,7 @@ def test_cut_texts_are_counted(folders):
     """Claim: what max_length cuts is counted, and image tokens are never cut."""
     short = CocoaEmbedder.from_pretrained(folders.exported, max_length=60)
     items = [EvalItem("word " * 200, ""), EvalItem("word", ""), EvalItem("w " * 90, "images/0.png")]
-    assert encoder(short, folders)(items).num_cut == 2
+    assert encoder(short, folders)(items).cut.tolist() == [True, False, True]
 
 
 def test_control_tokens_in_texts_stay_text(embedder, folders):

@@ -1,6 +1,7 @@
 """The evaluation with an embedder of known vectors: scores, files, resuming, and the summary."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from megatron_cocoa.evaluation.mmeb_data import EvalItem
 from megatron_cocoa.evaluation.mmeb_encode import Encoded
 from megatron_cocoa.evaluation.mmeb_files import Identity, folder_sha256
 from megatron_cocoa.evaluation.mmeb_page import render_page
-from megatron_cocoa.evaluation.mmeb_run import evaluate
+from megatron_cocoa.evaluation.mmeb_run import VectorStore, evaluate
 from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary, summarize
 from megatron_cocoa.evaluation.mmeb_tasks import Benchmark, Task
 from megatron_cocoa.evaluation.report_data import StageCurve
@@ -25,10 +26,12 @@ class KnownEmbedder:
     def __init__(self, constant: bool = False):
         self.asked: list[EvalItem] = []
         self.constant = constant
+        self.too_long: tuple[str, ...] = ()
 
     def __call__(self, items):
         self.asked += items
-        return Encoded(np.array([self.vector(item) for item in items], dtype=np.float32), num_cut=0)
+        vectors = np.array([self.vector(item) for item in items], dtype=np.float32)
+        return Encoded(vectors, np.array([item.text in self.too_long for item in items]))
 
     def vector(self, item):
         if self.constant:
@@ -135,6 +138,29 @@ def test_it_goes_on_where_it_was_stopped(folder):
     assert not list(output.glob(".*"))
 
 
+def test_cut_texts_are_those_of_the_task(folder):
+    """Claim: ``num_cut`` counts a task's own things, whether this task embedded them, an earlier one, or a blind form
+    of it has them, too."""
+    encode = KnownEmbedder()
+    encode.too_long = ("green", "<|image_1|> is it green?", "is it green?")
+    whole = run(folder, encode, with_baselines=True)
+    parts = run(folder, encode, output="parts", tasks=TABLE.tasks[1:])
+    assert encode.asked.count(EvalItem("green", "")) == 2, "once for both tasks, and once more for the second alone"
+    # In the first task green and the question about each of three pictures.
+    assert read(whole, "colours")["num_cut"] == 4
+    assert read(whole, "places")["num_cut"] == read(parts, "places")["num_cut"] == 1
+
+
+def test_no_more_vectors_are_kept_than_are_needed():
+    """Claim: a thing that a later task has, too, does not keep its whole task's vectors in memory."""
+    items = [EvalItem(name, "") for name in VECTORS]
+    store = VectorStore(KnownEmbedder(), Counter(items + items[:1]))
+    store.vectors(items)
+    ((kept, _),) = store._kept.values()
+    assert kept.base is None
+    assert store.vectors(items[:1]).vectors.tolist() == [[1, 0, 0]] and not store._kept
+
+
 def test_other_settings_are_refused_by_name(folder):
     """Claim: a score of other settings, or other data, is neither kept nor lost without being asked for."""
     output = run(folder, KnownEmbedder())
@@ -163,7 +189,7 @@ def test_missing_pictures_and_broken_vectors_stop_it(folder):
     def broken(items):
         rows = KnownEmbedder()(items).vectors
         rows[[item.image_path == "images/1.png" and not item.text for item in items]] = np.nan
-        return Encoded(rows, 0)
+        return Encoded(rows, np.zeros(len(rows), dtype=bool))
 
     with pytest.raises(ValueError, match=r"task places: .*not finite.*\('', 'images/1.png'\)"):
         run(folder, broken)
