@@ -146,6 +146,22 @@ def missing_pictures(items: Iterable[EvalItem], image_root: str | Path) -> list[
     return [path for path in paths if not picture_file(image_root, path).is_file()]
 
 
+def pictures_sha256(items: Iterable[EvalItem], image_root: str | Path) -> str:
+    """A hash over the paths and sizes of all pictures: it tells pictures of another resolution, and reads none.
+
+    Raises:
+        ValueError: if a picture is missing, or its path leaves the root.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({item.image_path for item in items if item.image_path}):
+        try:
+            size = picture_file(image_root, path).stat().st_size
+        except OSError as error:
+            raise ValueError(f"{path!r} below {image_root} cannot be read: {error}") from error
+        digest.update(f"{path}\n{size}\n".encode())
+    return digest.hexdigest()
+
+
 def picture_file(image_root: str | Path, image_path: str) -> Path:
     """Where a picture is.
 

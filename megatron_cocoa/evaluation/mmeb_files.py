@@ -38,12 +38,12 @@ class Identity:
     model: dict[str, Any]
     benchmark: dict[str, Any]
 
-    def of_task(self, data_sha256: str) -> dict[str, Any]:
-        """The parts of a score file under ``IDENTITY_KEYS``."""
+    def of_task(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The parts of a score file under ``IDENTITY_KEYS``; ``data`` says what the rows and pictures are."""
         return {
             "settings": self.settings,
             "model": self.model,
-            "data": {"sha256": data_sha256},
+            "data": data,
             "benchmark": self.benchmark,
         }
 

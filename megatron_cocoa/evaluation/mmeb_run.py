@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, missing_pictures, read_task
+from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, missing_pictures, pictures_sha256, read_task
 from megatron_cocoa.evaluation.mmeb_encode import Encode, Encoded
 from megatron_cocoa.evaluation.mmeb_evidence import task_evidence
 from megatron_cocoa.evaluation.mmeb_files import Identity, is_scored, write_task
@@ -89,17 +89,18 @@ def evaluate(
     """
     output = Path(output)
     data = [read_task(data_path, task) for task in tasks]
-    pending = on_first_rank(lambda: _pending(data, output, identity, overwrite=overwrite))
+    _check_pictures(data, image_root)
+    wanted = on_first_rank(lambda: {task.task.name: identity.of_task(_as_data(task, image_root)) for task in data})
+    pending = on_first_rank(lambda: _pending(wanted, output, overwrite=overwrite))
     for task in data:
         if task.task.name not in pending:
             say(f"{task.task.name}: kept")
     data = [task for task in data if task.task.name in pending]
-    _check_pictures(data, image_root)
     store = VectorStore(encode, Counter(item for task in data for item in _needed(task, with_baselines)))
     for task in data:
         started = time.monotonic()
         score, evidence, predictions = _score(task, store, with_baselines)
-        score |= identity.of_task(task.sha256) | {"versions": versions}
+        score |= wanted[task.task.name] | {"versions": versions}
         score["run"] = {"seconds": round(time.monotonic() - started, 2), "ranks": _num_ranks()}
         if topology.is_first_rank():
             write_task(output, task.task.name, score=score, predictions=predictions, evidence=evidence)
@@ -177,12 +178,12 @@ def _check_vectors(vectors: np.ndarray, items: Sequence[EvalItem], task: str) ->
         raise ValueError(f"task {task}: {error}; that is {tuple(items[bad])!r}") from error
 
 
-def _pending(data: Sequence[TaskData], output: Path, identity: Identity, *, overwrite: bool) -> list[str]:
-    return [
-        task.task.name
-        for task in data
-        if not is_scored(output, task.task.name, identity.of_task(task.sha256), overwrite=overwrite)
-    ]
+def _as_data(task: TaskData, image_root: str | Path) -> dict[str, Any]:
+    return {"sha256": task.sha256, "pictures_sha256": pictures_sha256(task.items, image_root)}
+
+
+def _pending(wanted: dict[str, dict[str, Any]], output: Path, *, overwrite: bool) -> list[str]:
+    return [name for name, parts in wanted.items() if not is_scored(output, name, parts, overwrite=overwrite)]
 
 
 def _check_pictures(data: Sequence[TaskData], image_root: str | Path) -> None:

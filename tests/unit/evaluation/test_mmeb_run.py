@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_cocoa.evaluation.mmeb_data import EvalItem
 from megatron_cocoa.evaluation.mmeb_encode import Encoded
@@ -175,6 +176,22 @@ def test_other_settings_are_refused_by_name(folder):
     (output / "colours_score.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         run(folder, KnownEmbedder(), settings={"image_size": 672}, tasks=TABLE.tasks[:1])
+
+
+def test_pictures_of_another_size_are_other_data(folder):
+    """Claim: a score is not kept where a task's pictures are other files than it was made with; texts alone are."""
+    write_task(folder / "eval", "colours", [(("red", ""), [("red", ""), ("blue", "")])])
+    output = run(folder, KnownEmbedder())
+    Image.new("RGB", (300, 200), "red").save(folder / "images" / "1.png")
+    said = []
+    run(folder, KnownEmbedder(), tasks=TABLE.tasks[:1], said=said)
+    assert said == ["colours: kept"]
+    with pytest.raises(ValueError, match=r"places_score.json was made with another data.pictures_sha256"):
+        run(folder, KnownEmbedder())
+    before = read(output, "places")["data"]
+    run(folder, KnownEmbedder(), overwrite=True)
+    after = read(output, "places")["data"]
+    assert after["sha256"] == before["sha256"] and after["pictures_sha256"] != before["pictures_sha256"]
 
 
 def test_missing_pictures_and_broken_vectors_stop_it(folder):
