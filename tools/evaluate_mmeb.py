@@ -120,6 +120,7 @@ def evaluate(args: argparse.Namespace) -> int:
         encode=encode,
         identity=identity,
         versions=versions,
+        computation={"batch_size": settings.batch_size} | {name: getattr(parallel, name) for name in LAYOUT},
         with_baselines=settings.baselines,
         overwrite=args.overwrite,
         say=say,

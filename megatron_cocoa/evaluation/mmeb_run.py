@@ -64,6 +64,7 @@ def evaluate(
     encode: Encode,
     identity: Identity,
     versions: dict[str, Any],
+    computation: dict[str, Any] | None = None,
     with_baselines: bool = False,
     overwrite: bool = False,
     say: Say = print,
@@ -79,6 +80,7 @@ def evaluate(
         encode: things to vectors.
         identity: what scores depend on; a score file of the same identity is kept.
         versions: recorded, not compared.
+        computation: likewise, under ``run``: what moves vectors by rounding alone, such as the batch size.
         with_baselines: also embed queries without their picture, and without their text.
         overwrite: score again what was scored under something else.
         say: takes progress on the first rank.
@@ -101,7 +103,8 @@ def evaluate(
         started = time.monotonic()
         score, evidence, predictions = _score(task, store, with_baselines)
         score |= wanted[task.task.name] | {"versions": versions}
-        score["run"] = {"seconds": round(time.monotonic() - started, 2), "ranks": _num_ranks()}
+        seconds = round(time.monotonic() - started, 2)
+        score["run"] = {"seconds": seconds, "ranks": _num_ranks()} | (computation or {})
         if topology.is_first_rank():
             write_task(output, task.task.name, score=score, predictions=predictions, evidence=evidence)
         say(f"{task.task.name}: {100 * score['acc']:.1f} ({score['num_correct']} of {score['num_pred']})")

@@ -52,6 +52,8 @@ def test_scores_from_the_command_line(folders, tmp_path):
     assert {file.name for file in output.iterdir()} == names
     summary = json.loads(run([sys.executable, TOOL, "--summarize", str(output)]))
     assert summary == json.loads((output / "summary.json").read_text()) and summary["missing"] == ["t2i"]
+    computed = json.loads((output / "i2t_score.json").read_text())["run"]
+    assert computed["batch_size"] == 32 and computed["tensor_model_parallel_size"] == 1
     refused = run(command(folders, output, "--image-size", "56"), status=2)
     assert "settings.image_size (was 'native', is now 56)" in refused and "--overwrite" in refused
 

@@ -178,6 +178,14 @@ def test_other_settings_are_refused_by_name(folder):
         run(folder, KnownEmbedder(), settings={"image_size": 672}, tasks=TABLE.tasks[:1])
 
 
+def test_what_moves_scores_by_rounding_is_recorded(folder):
+    """Claim: the batch size, which moves vectors under bf16, stands in the score file, and no other one is refused."""
+    output = run(folder, KnownEmbedder(), computation={"batch_size": 4})
+    run(folder, KnownEmbedder(), computation={"batch_size": 8})
+    found = read(output, "colours")["run"]
+    assert found["batch_size"] == 4 and found["ranks"] == 1
+
+
 def test_pictures_of_another_size_are_other_data(folder):
     """Claim: a score is not kept where a task's pictures are other files than it was made with; texts alone are."""
     write_task(folder / "eval", "colours", [(("red", ""), [("red", ""), ("blue", "")])])
