@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ EVIDENCE_SUFFIX = "_evidence.json"
 
 IDENTITY_KEYS = ("settings", "model", "data", "benchmark")
 """Parts of a score file that must be equal for it to be kept when an evaluation goes on."""
+
+TABLE_KEYS = ("settings", "model", "benchmark")
+"""Parts that must be equal for score files to stand in one table."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,30 @@ def is_scored(output: Path, task: str, wanted: dict[str, Any], *, overwrite: boo
             f"{file} was made with another {'; '.join(differing)}: name another output folder, or pass --overwrite"
         )
     return not differing
+
+
+def check_others(output: Path, tasks: Collection[str], identity: Identity) -> None:
+    """Refuse a folder whose scores of other tasks cannot stand in one table with those that are to come.
+
+    Args:
+        output: folder of the score files.
+        tasks: names of those that are to be scored.
+        identity: of the evaluation.
+
+    Raises:
+        ValueError: naming the first such file and what differs.
+    """
+    wanted = identity.of_task({})
+    for file in sorted(output.glob(f"*{SCORE_SUFFIX}")):
+        if file.name.removesuffix(SCORE_SUFFIX) in tasks:
+            continue
+        found = read_score(file)
+        differing = [d for key in TABLE_KEYS for d in _differences(found.get(key), wanted[key], key)]
+        if differing:
+            raise ValueError(
+                f"{file}, a task that is not scored now, was made with another {'; '.join(differing)}: name another "
+                f"output folder, or remove the file"
+            )
 
 
 def _differences(found: Any, wanted: Any, name: str) -> list[str]:

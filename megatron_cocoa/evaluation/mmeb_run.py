@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, missing_pictures, pictures_sha256, read_task
 from megatron_cocoa.evaluation.mmeb_encode import Encode, Encoded
 from megatron_cocoa.evaluation.mmeb_evidence import task_evidence
-from megatron_cocoa.evaluation.mmeb_files import Identity, is_scored, write_task
+from megatron_cocoa.evaluation.mmeb_files import Identity, check_others, is_scored, write_task
 from megatron_cocoa.evaluation.mmeb_scores import TaskScore, chance_accuracy, majority_accuracy, score_task, unit_rows
 from megatron_cocoa.evaluation.mmeb_summary import tie_warning
 from megatron_cocoa.evaluation.mmeb_tasks import Task
@@ -90,6 +90,7 @@ def evaluate(
             vectors that are not finite. Finished tasks stay.
     """
     output = Path(output)
+    on_first_rank(lambda: check_others(output, [task.name for task in tasks], identity))
     data = [read_task(data_path, task) for task in tasks]
     _check_pictures(data, image_root)
     wanted = on_first_rank(lambda: {task.task.name: identity.of_task(_as_data(task, image_root)) for task in data})

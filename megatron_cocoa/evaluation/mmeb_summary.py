@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cocoa.evaluation.mmeb_files import SCORE_SUFFIX, read_score
+from megatron_cocoa.evaluation.mmeb_files import SCORE_SUFFIX, TABLE_KEYS, read_score
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, MMEB_V1, SPLITS, Benchmark, Task
 
 GROUPS = ("overall", *SPLITS, *META_TASKS)
@@ -89,7 +89,7 @@ def summarize(output: str | Path) -> Summary:
     scores = {file.name.removesuffix(SCORE_SUFFIX): read_score(file) for file in files}
     first, content = next(iter(scores.items()))
     for name, other in scores.items():
-        for key in ("settings", "model", "benchmark"):
+        for key in TABLE_KEYS:
             if other.get(key) != content.get(key):
                 raise ValueError(
                     f"{folder}: the scores of {first} and {name} were made with another {key} "

@@ -178,6 +178,18 @@ def test_other_settings_are_refused_by_name(folder):
         run(folder, KnownEmbedder(), settings={"image_size": 672}, tasks=TABLE.tasks[:1])
 
 
+def test_scores_that_make_no_table_are_refused_before_they_are_made(folder):
+    """Claim: a task is not scored into a folder where another one has a score of other settings, asked for or not."""
+    run(folder, KnownEmbedder(), tasks=TABLE.tasks[:1])
+    encode = KnownEmbedder()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"colours_score.json, a task that is not scored now, .*is now 672"):
+            run(folder, encode, tasks=TABLE.tasks[1:], settings={"image_size": 672}, overwrite=overwrite)
+    assert not encode.asked
+    run(folder, encode, tasks=TABLE.tasks[1:])
+    run(folder, encode, settings={"image_size": 672}, overwrite=True)
+
+
 def test_what_moves_scores_by_rounding_is_recorded(folder):
     """Claim: the batch size, which moves vectors under bf16, stands in the score file, and no other one is refused."""
     output = run(folder, KnownEmbedder(), computation={"batch_size": 4})
@@ -258,7 +270,8 @@ def test_published_score_files_are_summarised(tmp_path):
 def test_scores_of_two_models_make_no_table(folder):
     """Claim: files of other settings or models in one folder are refused, with what differs."""
     output = run(folder, KnownEmbedder(), tasks=TABLE.tasks[:1])
-    run(folder, KnownEmbedder(), tasks=TABLE.tasks[1:], settings={"image_size": 448})
+    other = run(folder, KnownEmbedder(), output="other", tasks=TABLE.tasks[1:], settings={"image_size": 448})
+    (other / "places_score.json").rename(output / "places_score.json")
     with pytest.raises(ValueError, match="colours and places .*settings .*image_size: 'native' and 448"):
         summarize(output)
 
