@@ -31,7 +31,8 @@ def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
     if path is None or not path.is_file():
         return []
     rows = read_captions(path).rows
-    return rows[:: max(1, len(rows) // limit)][:limit]
+    num = min(limit, len(rows))
+    return [rows[i * len(rows) // num] for i in range(num)]
 
 
 def bridge_evidence(
