@@ -104,7 +104,11 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """Lines of a file that a writer may have been killed in: a last one that was cut short is none."""
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def _cut_after(path: Path, done: int) -> None:

@@ -32,3 +32,10 @@ def test_an_export_is_told_its_run(run, tmp_path):
     assert training_curves(tmp_path / "export", run) == training_curves(run / "bridge" / "checkpoint")
     with pytest.raises(ValueError, match="holds no run: none of warmup/metrics.jsonl"):
         training_curves(tmp_path / "export", tmp_path)
+
+
+def test_a_line_that_was_cut_short_is_no_step(run):
+    """Claim: a run whose process was killed in the middle of a line still has the losses of the steps before it."""
+    with (run / "contrastive" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "contr')
+    assert training_curves(run / "contrastive" / "checkpoint")[1].steps == (1, 2)
