@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     # Imported late: --help must not wait for torch.
     from megatron_cocoa.export.hard_negatives import MiningOptions, mine
     from megatron_cocoa.export.pair_files import read_pairs_file, sides, with_negatives, write_pairs_file
-    from megatron_cocoa.export.shards import check_same_model, read_shards
+    from megatron_cocoa.export.shards import check_contents, check_same_model, read_shards
 
     if Path(args.output).exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: name another output, or pass --overwrite")
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     check_same_model(args.queries, args.targets)
     rows = read_pairs_file(args.pairs)
     queries, positives = sides(rows)
+    check_contents(args.queries, queries, name=f"queries of {args.pairs}")
+    check_contents(args.targets, positives, name=f"targets of {args.pairs}")
     mined = mine(queries, positives, read_shards(args.queries), read_shards(args.targets), options)
     write_pairs_file(args.output, with_negatives(rows, mined.negatives, as_lists=options.num_negatives > 1))
     for name in ("full_rows", "short_rows", "empty_rows"):

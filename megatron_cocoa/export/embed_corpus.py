@@ -8,9 +8,10 @@ folder is made from.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from megatron_cocoa.atomic import write_atomically
 from megatron_cocoa.data.checksums import sha256_of
-from megatron_cocoa.export.corpus import Corpus
+from megatron_cocoa.export.corpus import Corpus, CorpusRow
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -130,7 +131,7 @@ def embed_shards(
             vectors = encode([corpus.item(row) for row in rows])
         except ValueError as error:
             raise ValueError(f"in the shard that begins with row {rows[0]} (counted from 0): {error}") from error
-        _write_shard(plan, shard, vectors, [corpus.rows[row].row_id for row in rows])
+        _write_shard(plan, shard, vectors, [corpus.rows[row] for row in rows])
         say(f"shard {shard + 1} of {plan.num_shards}: {len(rows)} vectors")
     return kept
 
@@ -145,12 +146,21 @@ def is_done(plan: ShardPlan, shard: int) -> bool:
         return False
 
 
-def _write_shard(plan: ShardPlan, shard: int, vectors: np.ndarray, ids: list[str]) -> None:
+def contents_sha256(contents: Iterable[tuple[str, str]]) -> str:
+    """A hash over texts and image paths, in order: which side of which rows a shard is made from."""
+    digest = hashlib.sha256()
+    for text, image in contents:
+        digest.update(json.dumps([text, image]).encode())
+    return digest.hexdigest()
+
+
+def _write_shard(plan: ShardPlan, shard: int, vectors: np.ndarray, rows: list[CorpusRow]) -> None:
     stream = io.BytesIO()
     np.save(stream, vectors, allow_pickle=False)
-    lines = "".join(json.dumps({"id": row_id}, ensure_ascii=False) + "\n" for row_id in ids)
+    lines = "".join(json.dumps({"id": row.row_id}, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(plan.file("embeddings", shard), stream.getvalue())
     write_atomically(plan.file("ids", shard), lines.encode())
     noted = {kind: sha256_of(plan.file(kind, shard)) for kind in ("embeddings", "ids")}
-    noted |= {"first_row": plan.rows(shard)[0], "num_rows": len(ids)}
+    noted |= {"first_row": plan.rows(shard)[0], "num_rows": len(rows)}
+    noted["contents"] = contents_sha256((row.text, row.image) for row in rows)
     write_atomically(plan.file("shard", shard), (json.dumps(noted, indent=1) + "\n").encode())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_cocoa.export.embed_corpus import MANIFEST, ShardPlan, is_done
+from megatron_cocoa.export.embed_corpus import MANIFEST, ShardPlan, contents_sha256, is_done
 
 _MODEL_KEYS = ("model", "model_files", "model_path")
 
@@ -24,6 +25,35 @@ def check_same_model(first: str | Path, second: str | Path) -> None:
     if differing:
         models = " and ".join(f"{folder} by {made.get('model')}" for folder, made in zip((first, second), made_from))
         raise ValueError(f"{models} were embedded with another {', '.join(differing)}: embed both with one model")
+
+
+def check_contents(folder: str | Path, contents: Sequence[tuple[str, str]], *, name: str) -> None:
+    """Refuse vectors that were made from something else than what they are taken for.
+
+    Args:
+        folder: an output of ``tools/embed.py``; shards from before their contents were noted pass.
+        contents: text and image path of each row, empty for none.
+        name: what they are, for the message.
+
+    Raises:
+        ValueError: naming the rows of the first shard with other contents.
+    """
+    manifest = _manifest(Path(folder))
+    plan = ShardPlan(Path(folder), manifest["num_items"], manifest["shard_size"])
+    if plan.num_items != len(contents):
+        raise ValueError(f"{folder} has vectors of {plan.num_items} rows for {len(contents)} {name}")
+    for shard in range(plan.num_shards):
+        try:
+            noted = json.loads(plan.file("shard", shard).read_text(encoding="utf-8")).get("contents")
+        except (OSError, ValueError, AttributeError):
+            # Missing or damaged: ``read_shards`` says so.
+            continue
+        rows = plan.rows(shard)
+        if noted not in (None, contents_sha256(contents[row] for row in rows)):
+            raise ValueError(
+                f"{folder} was not made from the {name}: the texts or image paths of rows {rows[0]} to {rows[-1]} are "
+                f"others; embed the very same file, and do not exchange the sides"
+            )
 
 
 def read_shards(folder: str | Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -102,8 +103,8 @@ def test_options_out_of_range_are_refused():
         mine(texts("a", "b"), texts("c", "d"), angles(0), angles(0, 1), MiningOptions())
 
 
-def embed(folder: Path, vectors: np.ndarray, **made_from) -> Path:
-    rows = tuple(CorpusRow(str(i), "x", "") for i in range(len(vectors)))
+def embed(folder: Path, vectors: np.ndarray, names=None, **made_from) -> Path:
+    rows = tuple(CorpusRow(str(i), name, "") for i, name in enumerate(names or ["x"] * len(vectors)))
     plan = ShardPlan(folder, len(vectors), 2)
     prepare_output(plan, made_from)
     left = iter(vectors)
@@ -130,7 +131,8 @@ def test_the_tool_writes_mmeb_train_columns(tmp_path, tool, capsys, suffix, num)
     ]
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    queries, targets = embed(tmp_path / "q", angles(0, 60, 90)), embed(tmp_path / "t", angles(0, 60, 90))
+    queries = embed(tmp_path / "q", angles(0, 60, 90), ["q0", "q1", "q2"])
+    targets = embed(tmp_path / "t", angles(0, 60, 90), ["cat", "dog", "fox"])
     output = tmp_path / f"mined.{suffix}"
     arguments = ["--pairs", pairs, "--queries", queries, "--targets", targets, "--output", output]
     arguments += ["--num-negatives", num]
@@ -156,6 +158,33 @@ def test_vectors_of_two_models_are_refused(tmp_path, tool, capsys):
         assert tool.main(list(map(str, arguments))) == 2
         assert f"were embedded with another {name}: embed both with one model" in capsys.readouterr().err
     check_same_model(queries, embed(tmp_path / "t", angles(0, 60), **one | {"instruction": "", "corpus": "t"}))
+
+
+def test_vectors_of_other_rows_are_refused(tmp_path, tool, capsys):
+    """Claim: sides that are exchanged, and rows in another order or number, are told by what the shards were made of;
+    shards that do not say it pass."""
+    rows = [{"qry": f"q{i}", "qry_image_path": "", "pos_text": f"t{i}", "pos_image_path": ""} for i in range(4)]
+    write_pairs_file(tmp_path / "pairs.jsonl", rows)
+    vectors = angles(0, 40, 80, 120)
+    queries = embed(tmp_path / "q", vectors, ["q0", "q1", "q2", "q3"])
+    targets = embed(tmp_path / "t", vectors, ["t0", "t1", "t2", "t3"])
+    shuffled = embed(tmp_path / "s", vectors, ["t0", "t1", "t3", "t2"])
+    short = embed(tmp_path / "c", vectors[:3], ["t0", "t1", "t2"])
+
+    def mined(queries: Path, targets: Path) -> int:
+        arguments = ["--pairs", tmp_path / "pairs.jsonl", "--queries", queries, "--targets", targets]
+        return tool.main([*map(str, arguments), "--output", str(tmp_path / "mined.jsonl"), "--overwrite"])
+
+    for given, message in (
+        ((targets, queries), "was not made from the queries of .*rows 0 to 1"),
+        ((queries, shuffled), "was not made from the targets of .*rows 2 to 3"),
+        ((queries, short), "has vectors of 3 rows for 4 targets"),
+    ):
+        assert mined(*given) == 2 and re.search(message, capsys.readouterr().err)
+    assert mined(queries, targets) == 0
+    for file in shuffled.glob("shard-*.json"):
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "contents"}))
+    assert mined(queries, shuffled) == 0
 
 
 def test_damaged_vectors_are_refused(tmp_path):
