@@ -20,6 +20,8 @@ SCORE_SUFFIX = "_score.json"
 PREDICTIONS_SUFFIX = "_pred.txt"
 EVIDENCE_SUFFIX = "_evidence.json"
 
+_DOWNLOAD_FOLDERS = (".cache", ".git")
+
 IDENTITY_KEYS = ("settings", "model", "data", "benchmark")
 """Parts of a score file that must be equal for it to be kept when an evaluation goes on."""
 
@@ -146,6 +148,8 @@ def write_task(
 def folder_sha256(folder: str | Path) -> str:
     """A hash over the names and contents of all files in a model folder, which does not depend on where it stands.
 
+    What a download leaves beside a model is none of it: ``hf download`` and git note times there.
+
     Raises:
         ValueError: if it is not a folder.
     """
@@ -153,7 +157,8 @@ def folder_sha256(folder: str | Path) -> str:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: needed a Hugging Face folder or a Megatron checkpoint")
     digest = hashlib.sha256()
-    for file in sorted(path for path in root.rglob("*") if path.is_file()):
+    files = (path for path in root.rglob("*") if path.is_file())
+    for file in sorted(file for file in files if file.relative_to(root).parts[0] not in _DOWNLOAD_FOLDERS):
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())

@@ -293,11 +293,19 @@ def test_the_page_is_whole_and_safe(folder):
 
 
 def test_a_model_is_known_by_its_files(tmp_path):
-    """Claim: the hash follows names and contents, not the place."""
+    """Claim: the hash follows names and contents, not the place, nor what the download of a model notes beside it."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_bytes(b"1")
     assert folder_sha256(tmp_path / "a") == folder_sha256(tmp_path / "b")
+    for note in (".cache/huggingface/weights.metadata", ".git/index"):
+        (tmp_path / "b" / note).parent.mkdir(parents=True)
+        (tmp_path / "b" / note).write_text("1700000000.0")
+    assert folder_sha256(tmp_path / "a") == folder_sha256(tmp_path / "b")
+    # A checkpoint of torch.distributed has a hidden file of its own.
+    (tmp_path / "b" / ".metadata").write_bytes(b"1")
+    assert folder_sha256(tmp_path / "a") != folder_sha256(tmp_path / "b")
+    (tmp_path / "b" / ".metadata").unlink()
     (tmp_path / "b" / "weights").write_bytes(b"2")
     assert folder_sha256(tmp_path / "a") != folder_sha256(tmp_path / "b")
     with pytest.raises(ValueError, match="not a folder"):
