@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from megatron_cocoa.evaluation.metrics import TIE_TOLERANCE
 
 TIE_DECIMALS = 6
+BLOCK_QUERIES = 8192
 
 
 class Content(NamedTuple):
@@ -108,11 +109,11 @@ def mine(
     rights = defaultdict(set)
     for query, positive in zip(queries, positives):
         rights[query].add(_answer(positive))
-    neighbours, scores = _search(pool, query_vectors, min(options.depth, len(contents)))
+    found = _search(pool, query_vectors, min(options.depth, len(contents)))
     mined = Mined([], [])
-    for row, query in enumerate(queries):
+    for row, (query, (places, scores)) in enumerate(zip(queries, found)):
         chosen, skipped = [], 0
-        for place, score in zip(neighbours[row], scores[row]):
+        for place, score in zip(places, scores):
             if len(chosen) == options.num_negatives:
                 break
             candidate = contents[place]
@@ -146,11 +147,12 @@ def _refused(candidate: Content, query: Content, positive: Content, rights: set)
     return None
 
 
-def _search(pool: np.ndarray, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+def _search(pool: np.ndarray, queries: np.ndarray, depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Exact nearest neighbours by cosine, equal ones in the order of the pool.
 
-    Returns:
-        int64 and float32 ``(queries, depth)``, best first.
+    Yields:
+        int64 and float32 ``(depth,)`` for each query, best first; a block of queries is searched at a time, for those
+        of all would take some 40 bytes a neighbour.
     """
     if importlib.util.find_spec("faiss") is None:
         raise ValueError("mining needs the package faiss: pip install 'megatron_cocoa[mine]' (that is, faiss-cpu)")
@@ -158,8 +160,10 @@ def _search(pool: np.ndarray, queries: np.ndarray, depth: int) -> tuple[np.ndarr
 
     index = faiss.IndexFlatIP(pool.shape[1])
     index.add(np.ascontiguousarray(pool, dtype=np.float32))
-    scores, places = index.search(np.ascontiguousarray(queries, dtype=np.float32), depth)
-    # Rounded, so that the order of sums inside the library decides nothing.
-    rounded = scores.astype(np.float64).round(TIE_DECIMALS)
-    order = np.lexsort((places, -rounded), axis=1)
-    return np.take_along_axis(places, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    for start in range(0, len(queries), BLOCK_QUERIES):
+        block = np.ascontiguousarray(queries[start : start + BLOCK_QUERIES], dtype=np.float32)
+        scores, places = index.search(block, depth)
+        # Rounded, so that the order of sums inside the library decides nothing.
+        rounded = scores.astype(np.float64).round(TIE_DECIMALS)
+        order = np.lexsort((places, -rounded), axis=1)
+        yield from zip(np.take_along_axis(places, order, axis=1), np.take_along_axis(scores, order, axis=1))

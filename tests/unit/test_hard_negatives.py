@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,21 @@ def test_equals_a_plain_loop(num, margin, skip, depth):
         assert [content.text for content in found.negatives[row]] == [f"t{i}" for i in wanted]
     again = mine(texts(*(f"q{i}" for i in range(60))), texts(*names), queries, targets, options)
     assert again.negatives == found.negatives and again.counts == found.counts
+
+
+def test_memory_is_that_of_a_block_of_queries(monkeypatch):
+    """Claim: neighbours of a few queries are held at a time, and the choice does not depend on how many."""
+    rng = np.random.default_rng(2)
+    queries, targets = unit(rng.normal(size=(300, 6))), unit(rng.normal(size=(300, 6)))
+    sides = texts(*(f"q{i}" for i in range(300))), texts(*(f"t{i}" for i in range(300)))
+    whole = mine(*sides, queries, targets, MiningOptions(2, depth=250))
+    monkeypatch.setattr("megatron_cocoa.export.hard_negatives.BLOCK_QUERIES", 7)
+    tracemalloc.start()
+    found = mine(*sides, queries, targets, MiningOptions(2, depth=250))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == whole
+    assert peak < 300 * 250 * 8, "less than the places of all neighbours"
 
 
 def test_equal_scores_keep_the_order_of_the_file():
