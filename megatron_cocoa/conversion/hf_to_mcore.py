@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from megatron_cocoa.checkpoint.import_hf import ImportReport, import_huggingface
@@ -88,7 +89,7 @@ def config_of(content: dict, *, origin: str) -> PretrainedConfig:
         raise ValueError(f"{origin} has model_type {kind!r}: only {' and '.join(_CONFIGS)} are implemented")
     try:
         return _CONFIGS[kind].from_dict(content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{origin} is no valid configuration of {kind}: {error}") from error
 
 

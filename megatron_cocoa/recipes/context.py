@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from megatron_cocoa.architecture import QwenVLArchitecture
@@ -156,5 +157,5 @@ def read_config(folder: Path):
         raise ValueError(f"{folder} has no config.json: model.path must be a Qwen2-VL or Qwen2.5-VL folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error

@@ -139,6 +139,8 @@ def test_configurations_as_published_are_read():
     assert QwenVLArchitecture.from_huggingface(config_of(nested, origin="test")) == found
     with pytest.raises(ValueError, match="test has model_type 'qwen3'"):
         config_of({"model_type": "qwen3"}, origin="test")
+    with pytest.raises(ValueError, match=r"(?s)test is no valid configuration.*'vocab_size' expected int"):
+        config_of(published | {"vocab_size": "151936"}, origin="test")
 
 
 def test_what_a_folder_cannot_hold_is_left_out_with_a_line(tmp_path, source):

@@ -28,3 +28,10 @@ def test_a_name_on_the_hub_is_told_how_to_become_a_folder(tmp_path):
         read_config(tmp_path / "absent")
     with pytest.raises(ValueError, match="has no config.json"):
         read_config(tmp_path)
+
+
+def test_a_value_of_the_wrong_type_is_a_line_with_its_name(tmp_path):
+    """Claim: transformers checks the types of a config.json by exceptions of its own kind; they end in one message."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl", "text_config": {"vocab_size": "512"}}')
+    with pytest.raises(ValueError, match=r"(?s)config.json cannot be read: .*'vocab_size' expected int"):
+        read_config(tmp_path)
