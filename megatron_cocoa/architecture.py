@@ -93,11 +93,19 @@ class QwenVLArchitecture:
         """Read a ``Qwen2VLConfig`` or ``Qwen2_5_VLConfig``.
 
         Raises:
-            ValueError: for another model type, for rotary scaling that is not M-RoPE's default, or for sliding
-                windows in the language model, none of which this implementation computes.
+            ValueError: for another model type, for rotary scaling that is not M-RoPE's default, for sliding windows
+                in the language model, or for quantized weights, none of which this implementation computes.
         """
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"model_type is {config.model_type!r}: only qwen2_vl and qwen2_5_vl are implemented")
+        quantized = getattr(config, "quantization_config", None)
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+            raise ValueError(
+                f"config.json has a quantization_config (quant_method {method!r}): quantized weights are not "
+                f"implemented. Use the model that they were made from; where the weights are whole, as after merging "
+                f"adapters of a quantized model, remove that entry, which makes other libraries quantize them"
+            )
         vision = _vision_2(config) if config.model_type == "qwen2_vl" else _vision_2_5(config)
         text = _text(config.text_config)
         if vision.out_hidden_size != text.hidden_size:

@@ -329,6 +329,9 @@ def test_bad_sources_end_in_one_message(tmp_path, tiny, source):
     assert "has no config.json" in case(lambda folder: (folder / "config.json").unlink())
     assert "is not readable JSON" in case(lambda folder: (folder / "config.json").write_text("{"))
     assert "model_type 'llama'" in case(configure(model_type="llama"))
+    # A merged QLoRA model may have whole weights and still say this; its export would be quantized at loading.
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert "quant_method 'bitsandbytes'" in case(configure(quantization_config=quantized))
     assert "1 missing key(s): lm_head.weight" in case(configure(tie_word_embeddings=False))
     assert "is not a readable safetensors file" in case(truncate)
     assert "Pickles can run code" in case(pickled)
