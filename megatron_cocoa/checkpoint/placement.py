@@ -50,12 +50,14 @@ def new_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
     """A folder to write into, which takes the target's name and place when the block ends without an error.
 
     Args:
-        target: absolute path; a folder that is there is replaced, after ``check_target``.
+        target: absolute path; a folder that is there is replaced, after ``check_target``. A link stays, and the folder
+            that it names is replaced: people link to the disk that has the room.
         num_bytes: what will be written at least.
 
     Raises:
         ValueError: if the disk has less room than ``num_bytes``.
     """
+    target = _real(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < num_bytes:
@@ -76,8 +78,13 @@ def new_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
 
 def leftovers(target: Path) -> list[Path]:
     """Folders that killed writers of ``target`` left beside it; one that is being written now is among them."""
+    target = _real(target)
     suffixes = (INCOMPLETE_SUFFIX, _REPLACED_SUFFIX)
     return [path for suffix in suffixes for path in sorted(target.parent.glob(f".{target.name}.*{suffix}"))]
+
+
+def _real(target: Path) -> Path:
+    return target.resolve() if target.is_symlink() else target
 
 
 def _put_in_place(work: Path, target: Path) -> None:

@@ -290,6 +290,20 @@ def test_existing_targets_are_replaced_only_when_asked_and_only_their_kind(tmp_p
     assert names_in(tmp_path) == ["m", "other", "second", "source"]
 
 
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path, source):
+    """A target that is a link to another disk gets the new folder there, and nothing is left beside either."""
+    mcore, model = tmp_path / "m", tmp_path / "disk" / "model"
+    convert_hf_to_mcore(source, mcore)
+    (tmp_path / "disk").mkdir()
+    convert_mcore_to_hf(mcore, model, dtype=torch.bfloat16)
+    (tmp_path / "link").symlink_to(model)
+    convert_mcore_to_hf(mcore, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link").resolve() == model
+    assert names_in(tmp_path) == ["disk", "link", "m", "source"] and names_in(tmp_path / "disk") == ["model"]
+    with HuggingFaceReader(model) as reader:
+        assert {reader.dtype(name) for name in reader.keys()} == {"F32"}
+
+
 def test_bad_sources_end_in_one_message(tmp_path, tiny, source):
     """No configuration, another architecture, an unknown key, a truncated shard, a pickle: the source is untouched."""
 
