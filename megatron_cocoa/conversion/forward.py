@@ -94,7 +94,7 @@ def compare_forward(
         huggingface: model folder.
         megatron: distributed checkpoint.
         vision_ffn_multiple: the checkpoint's padding of the tower.
-        round_to: dtype that Hugging Face's weights are rounded to first, where the checkpoint was cast.
+        round_to: dtype that all weights are rounded to first, where one of the two was cast to it.
 
     Raises:
         ValueError: if either cannot be loaded.
@@ -102,7 +102,7 @@ def compare_forward(
     architecture = QwenVLArchitecture.from_huggingface(read_config(huggingface))
     probes = make_probes(architecture)
     wanted = _run_huggingface(Path(huggingface), architecture, probes, round_to)
-    found = _run_megatron(Path(megatron), architecture, probes, vision_ffn_multiple)
+    found = _run_megatron(Path(megatron), architecture, probes, vision_ffn_multiple, round_to)
     return [_compare(name, probes, *found[name], *wanted[name]) for name in _KINDS]
 
 
@@ -114,9 +114,7 @@ def _run_huggingface(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
     )
     model.eval()
-    if round_to is not None:
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(round_to))
+    _round(model, round_to)
     results = {}
     for name, kind in _KINDS.items():
         model.model.language_model.config.is_causal = kind is MaskKind.CAUSAL
@@ -132,8 +130,17 @@ def _huggingface_hidden(model: torch.nn.Module, probe: Probe) -> Tensor:
     return model.model(**inputs, use_cache=False).last_hidden_state[0]
 
 
+def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.copy_(parameter.to(dtype))
+
+
 def _run_megatron(
-    folder: Path, architecture: QwenVLArchitecture, probes: list[Probe], vision_ffn_multiple: int
+    folder: Path,
+    architecture: QwenVLArchitecture,
+    probes: list[Probe],
+    vision_ffn_multiple: int,
+    round_to: torch.dtype | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     settings = TrainSettings(
         model=ModelSettings(dtype="fp32", vision_ffn_multiple=vision_ffn_multiple, transformer_impl="local"),
@@ -152,6 +159,7 @@ def _run_megatron(
             _fill_from_dialect(model, tensors, settings.model.make_vocab_size_divisible_by)
     model.train(False)
     chunk = model.bare_chunks[0]
+    _round(chunk, round_to)
     results = {}
     for name, kind in _KINDS.items():
         hidden = chunk(pack(probes, kind).to(device.device()), return_hidden_states=True).hidden_states

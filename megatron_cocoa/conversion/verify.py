@@ -50,18 +50,16 @@ def verify(
     say(f"{weights.num_tensors - len(weights.different)} of {weights.num_tensors} tensors are equal bit for bit")
     for line in weights.different[:_SHOWN]:
         say(f"  different: {line}")
-    round_to = _narrower(huggingface, stored, source)
+    round_to = _cast_to(huggingface, stored, source)
     agreements = compare_forward(huggingface, megatron, vision_ffn_multiple=multiple, round_to=round_to)
     for agreement in agreements:
         say(agreement.line())
     return not weights.different and all(agreement.passed for agreement in agreements)
 
 
-def _narrower(huggingface: str | Path, stored: set[torch.dtype], source: str) -> torch.dtype | None:
-    """The checkpoint's dtype where the import cast to it; the folder's own weights say it all otherwise."""
-    if source == "megatron" or len(stored) != 1:
-        return None
+def _cast_to(huggingface: str | Path, stored: set[torch.dtype], source: str) -> torch.dtype | None:
+    """The dtype of the side that was made from the other, where the other's is another one."""
     with HuggingFaceReader(huggingface) as reader:
         on_disk = {_PRECISION.get(reader.dtype(name)) for name in reader.keys()}
-    target = next(iter(stored))
-    return None if on_disk == {target} else target
+    made, origin = (stored, on_disk) if source == "huggingface" else (on_disk, stored)
+    return next(iter(made)) if len(made) == 1 and made != origin else None

@@ -97,8 +97,8 @@ def run_tools(cases: list[dict]) -> dict[str, dict]:
     return {result["name"]: result for result in results}
 
 
-def case(name: str, tool: str, hf: Path, mcore: Path, option: str, *, wrong_table: bool = False) -> dict:
-    arguments = ["--hf-path", str(hf), "--mcore-path", str(mcore), option]
+def case(name: str, tool: str, hf: Path, mcore: Path, *options: str, wrong_table: bool = False) -> dict:
+    arguments = ["--hf-path", str(hf), "--mcore-path", str(mcore), *options]
     return {"name": name, "tool": tool, "arguments": arguments, "wrong_table": wrong_table}
 
 
@@ -137,6 +137,23 @@ def test_a_mistake_that_both_directions_share_ends_in_status_one(converted, tmp_
     for result in results.values():
         assert result["status"] == 1 and f"{NUM_TENSORS} of {NUM_TENSORS} tensors" in result["said"], result
         assert result["said"].count(": FAIL, largest logit") == 2, result
+
+
+def test_a_cast_is_verified_as_what_it_is(converted, tmp_path):
+    """Claim: with --dtype bf16 either tool's --verify compares the rounded weights, and passes; a weight that is wrong
+    beyond that rounding fails."""
+    source, mcore, _ = converted
+    wrong = rewrite_checkpoint(mcore, tmp_path / "wrong", IN_MEGATRON["transposed"])
+    results = run_tools([
+        case("import", "import", source, tmp_path / "mcore", "--verify", "--dtype", "bf16"),
+        case("export", "export", tmp_path / "hf", mcore, "--verify", "--dtype", "bf16"),
+        case("wrong", "export", tmp_path / "hf", wrong, "--verify-only"),
+    ])  # fmt: skip
+    for name in ("import", "export"):
+        assert results[name]["status"] == 0, results[name]
+        assert f"{NUM_TENSORS} of {NUM_TENSORS} tensors" in results[name]["said"], results[name]
+    assert results["wrong"]["status"] == 1, results["wrong"]
+    assert results["wrong"]["said"].count(": FAIL, largest logit") == 2, results["wrong"]
 
 
 def test_the_process_ends_in_status_one(converted, tmp_path):
