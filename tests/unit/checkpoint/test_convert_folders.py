@@ -159,6 +159,25 @@ def test_what_a_folder_cannot_hold_is_left_out_with_a_line(tmp_path, source):
     assert f"1 non-zero row(s) of {EMBEDDING} beyond the vocabulary's 52" in lines
 
 
+def test_companions_of_another_model_are_refused(tmp_path, tiny):
+    """A folder whose configuration fits the weights and computes something else, or ties a head away, is no companion:
+    the comparison would take both models' numbers from it and see nothing."""
+    config = tiny.config("qwen2_5_vl", tied=False)
+    source = tiny.write(tmp_path / "source", tiny.state(tiny.model("qwen2_5_vl", tied=False)), config)
+    convert_hf_to_mcore(source, tmp_path / "m")
+    other = shutil.copytree(source, tmp_path / "other")
+    for change, said in (
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, needed False"),
+        ({"text_config": {"rms_norm_eps": 1e-3}}, "text.rms_norm_eps is 0.001, needed 1e-05"),
+    ):
+        content = json.loads((source / "config.json").read_text())
+        content |= {name: content[name] | part if isinstance(part, dict) else part for name, part in change.items()}
+        (other / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"other describes another model than .*m holds: {said}. Name"):
+            convert_mcore_to_hf(tmp_path / "m", tmp_path / "back", companions=other)
+    assert names_in(tmp_path) == ["m", "other", "source"]
+
+
 def test_megatron_bridge_names_round_trip(tmp_path, tiny, tied):
     """The tower lies whole under Hugging Face's names, the language model under Megatron-Bridge's, and all comes back.
 
