@@ -6,6 +6,7 @@ only normalising and cutting into patches (``patches.py``) is done per step. Tes
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -229,12 +230,33 @@ def check_image_size(image_size: int | None, vision: VisionGeometry, *, name: st
         )
 
 
-def load_processor(path: str | Path) -> Qwen2VLImageProcessorPil:
-    """Read ``preprocessor_config.json`` of a Hugging Face folder.
+def processor_file(path: str | Path) -> Path | None:
+    """The file of a Hugging Face folder that describes its image processor; None where there is none.
+
+    transformers 5 saves the description as ``image_processor`` in ``processor_config.json``, and reads it there before
+    it looks at ``preprocessor_config.json``.
 
     Raises:
-        ValueError: if it is missing.
+        ValueError: if ``processor_config.json`` is not readable JSON.
     """
-    if not (Path(path) / "preprocessor_config.json").is_file():
-        raise ValueError(f"{path} has no preprocessor_config.json: take it from the model's Hugging Face folder")
+    nested, own = Path(path) / "processor_config.json", Path(path) / "preprocessor_config.json"
+    try:
+        if nested.is_file() and json.loads(nested.read_text(encoding="utf-8")).get("image_processor") is not None:
+            return nested
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{nested} is not readable JSON: {error}") from error
+    return own if own.is_file() else None
+
+
+def load_processor(path: str | Path) -> Qwen2VLImageProcessorPil:
+    """The image processor of a Hugging Face folder, see ``processor_file``.
+
+    Raises:
+        ValueError: if the folder has none.
+    """
+    if processor_file(path) is None:
+        raise ValueError(
+            f"{path} has no preprocessor_config.json, nor an image_processor in processor_config.json: take it from "
+            f"the model's Hugging Face folder"
+        )
     return Qwen2VLImageProcessorPil.from_pretrained(str(path), local_files_only=True)

@@ -11,11 +11,10 @@ from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.embedding_form import PLACEHOLDER_KEY, form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import config_of
 from megatron_cocoa.conversion.picture_sizes import IMAGE_SIZE_KEY
-from megatron_cocoa.data.preprocess import limits_in_pixels, load_processor
+from megatron_cocoa.data.preprocess import limits_in_pixels, load_processor, processor_file
 from megatron_cocoa.recipes.embedding_model import BRIDGE_KEY
 
 DEFAULT_BRIDGE = "<|im_end|>"
-PROCESSOR_FILE = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,23 @@ def make_embedding_config(folder: Path, info: ExportInfo) -> dict[str, Any]:
 
 
 def write_image_limits(folder: Path, *, min_tokens: int | None, max_tokens: int | None) -> None:
-    """Write limits of a picture's merged units into ``preprocessor_config.json``, as pixels; None keeps its own.
+    """Write limits of a picture's merged units where the folder describes its image processor; None keeps its own.
 
-    transformers, sentence-transformers and this project read them there, so that no library needs to be told.
+    They are pixels there. transformers, sentence-transformers and this project read that file, see ``processor_file``,
+    so that no library needs to be told. A folder without one is left as it is.
 
     Raises:
         ValueError: if the smallest picture would be larger than the largest.
     """
-    if min_tokens is max_tokens is None:
+    file = processor_file(folder)
+    if file is None or min_tokens is max_tokens is None:
         return
     low, high = limits_in_pixels(load_processor(folder), min_tokens=min_tokens, max_tokens=max_tokens)
-    file = folder / PROCESSOR_FILE
     content = json.loads(file.read_text(encoding="utf-8"))
+    described = content.get("image_processor", content)
     # Published files name the same limits twice, and the older names win where transformers finds them.
-    older = {name: value for name, value in (("min_pixels", low), ("max_pixels", high)) if name in content}
-    content |= {"size": {"shortest_edge": low, "longest_edge": high}, **older}
+    older = {name: value for name, value in (("min_pixels", low), ("max_pixels", high)) if name in described}
+    described.update({"size": {"shortest_edge": low, "longest_edge": high}, **older})
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

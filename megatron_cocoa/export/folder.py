@@ -19,10 +19,10 @@ from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
+from megatron_cocoa.data.preprocess import processor_file
 from megatron_cocoa.embedder import CocoaEmbedder
 from megatron_cocoa.export.export_info import (
     DEFAULT_BRIDGE,
-    PROCESSOR_FILE,
     ExportInfo,
     make_embedding_config,
     write_image_limits,
@@ -31,7 +31,7 @@ from megatron_cocoa.export.golden import write_golden
 from megatron_cocoa.export.model_card import model_card
 from megatron_cocoa.export.sentence_transformers_files import write_modules
 
-_NEEDED = ("tokenizer.json", "tokenizer_config.json", PROCESSOR_FILE)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class EmbedderOptions:
         bridge_token: token that carries the embedding; None for the run's, else ``<|im_end|>``.
         image_size: side in pixels of the square that pictures are resized to, or ``native``, which keeps their shape;
             None for what the checkpoint's training did, where ``format`` can express it and no limits are given.
-        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape, written as pixel limits into
-            ``preprocessor_config.json``, which every library reads; None for those of the training, and where it had
+        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape, written as pixel limits
+            where every library reads them (``write_image_limits``); None for those of the training, and where it had
             none, for those of the model's own folder.
         golden: compute ``golden.json``, in fp32 by this project's model, which takes the memory of one such model.
 
@@ -120,7 +120,7 @@ def export_embedder(
     """
     source, target = Path(mcore_path), Path(output_path).absolute()
     found = Path(companions) if companions is not None else find_companions(source)
-    missing = [name for name in _NEEDED if found is None or not (found / name).is_file()]
+    missing = _missing(found)
     # A folder that was named must be whole, and sentence-transformers loads nothing without a tokenizer.
     if missing and (companions is not None or options.format == "sentence-transformers"):
         raise ValueError(
@@ -140,6 +140,13 @@ def export_embedder(
     return replace(report, path=target, left_out=(*left_out, *lines))
 
 
+def _missing(companions: Path | None) -> list[str]:
+    """What a model folder lacks for embedding."""
+    missing = [name for name in _TOKENIZER_FILES if companions is None or not (companions / name).is_file()]
+    has_processor = companions is not None and processor_file(companions) is not None
+    return missing if has_processor else [*missing, "preprocessor_config.json"]
+
+
 def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: list[str]) -> list[str]:
     """Make the model folder an embedding model, and say what it lacks."""
     info = read_info(source) if (source / INFO_FILE).is_file() else None
@@ -149,7 +156,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     own = PictureSizes() if info is None else PictureSizes.of_checkpoint(source, info)
     sizes = options.sizes(own)
     _check_image_size(sizes.image_size, folder)
-    if sizes.image_size is None and (folder / PROCESSOR_FILE).is_file():
+    if sizes.image_size is None:
         write_image_limits(folder, min_tokens=sizes.min_image_tokens, max_tokens=sizes.max_image_tokens)
     form = EmbeddingForm() if info is None else info.embedding_form
     if form.image_placeholder == "bare" and options.format == "sentence-transformers":

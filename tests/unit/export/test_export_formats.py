@@ -209,15 +209,20 @@ def test_what_an_embedding_model_lacks_is_said(run, tmp_path):
     assert not (tmp_path / "st").exists()
 
 
-@pytest.mark.parametrize("older_names", [False, True])
-def test_limits_of_pictures_travel_with_the_model(qwen2, run, tmp_path, older_names):
+@pytest.mark.parametrize("saved_by", ["transformers 4", "older names", "transformers 5", "both"])
+def test_limits_of_pictures_travel_with_the_model(qwen2, run, tmp_path, saved_by):
     """Claim: image tokens that the training was bounded to are the checkpoint's and the export's own, for transformers
     as for CocoaEmbedder, with nothing said at loading; asked for, others take their place."""
     checkpoint = shutil.copytree(run, tmp_path / "checkpoint")
     companions = shutil.copytree(qwen2.hf, tmp_path / "hf")
-    if older_names:
-        file = companions / "preprocessor_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"min_pixels": 1, "max_pixels": 10**6}))
+    file = companions / "preprocessor_config.json"
+    content = json.loads(file.read_text())
+    if saved_by == "older names":
+        file.write_text(json.dumps(content | {"min_pixels": 1, "max_pixels": 10**6}))
+    if saved_by in ("transformers 5", "both"):
+        (companions / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+    if saved_by == "transformers 5":
+        file.unlink()
     limits = {"min_image_tokens": 6, "max_image_tokens": 9}
     info = json.loads((checkpoint / "cocoa.json").read_text()) | {"pictures": {"image_size": None, **limits}}
     (checkpoint / "cocoa.json").write_text(json.dumps(info))
