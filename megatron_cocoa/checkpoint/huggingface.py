@@ -202,10 +202,15 @@ def check_coverage(reader: HuggingFaceReader, table: NameTable) -> Coverage:
     }
     if any(problems.values()):
         found = "; ".join(_listed(what, names) for what, names in problems.items() if names)
+        if problems["missing key(s)"] == {_OUTPUT}:
+            found += (
+                ". A model that was saved without its head needs one of the model that it was made from, or "
+                "tie_word_embeddings true in config.json, with which the embedding serves in its place"
+            )
         raise ValueError(f"{reader.path} does not fit its configuration. {found}")
     if _OUTPUT in ignored and not same_bits(reader.get(_OUTPUT), reader.get(_EMBEDDING)):
         raise ValueError(
             f"{reader.path} holds a {_OUTPUT} that differs from {_EMBEDDING}, but its configuration ties them: set "
-            f"tie_word_embeddings to false, or remove {_OUTPUT}"
+            f"tie_word_embeddings to false (where it has it, in text_config as well), or remove {_OUTPUT}"
         )
     return Coverage(mapped=tuple(name for name in reader.keys() if name not in ignored), ignored=ignored)

@@ -3,7 +3,8 @@
 One declarative table serves both directions, so that import and export cannot disagree. Megatron names follow the
 *sharded dialect*, in which the tower is built from Megatron layers and cut over tensor-parallel ranks like the
 language model. Hugging Face names are kept in the flat spelling (``model.layers.*``, ``visual.*``, ``lm_head.weight``);
-``flat_spelling`` turns the nested one (``model.language_model.*``, ``model.visual.*``) into it.
+``flat_spelling`` turns the nested one (``model.language_model.*``, ``model.visual.*``) into it, and that of a model
+saved without its head (``language_model.*``).
 
 A dialect is a function that yields the mappings of a model, like ``_sharded_dialect``.
 """
@@ -23,6 +24,8 @@ EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "language_model.output_layer.weight"
 OWN_PREFIXES = ("image_decoder.", "logit_scale")
 """Tensors of this project's own heads and temperature: they have no Hugging Face counterpart."""
+
+_SPELLINGS = (("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.", "model."))
 
 _LOCAL_NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
@@ -280,15 +283,19 @@ class NameTable:
 
 
 def flat_spelling(hf_name: str) -> str:
-    """``model.language_model.*`` as ``model.*``, ``model.visual.*`` as ``visual.*``; other names as they are."""
-    for nested, flat in (("model.language_model.", "model."), ("model.visual.", "visual.")):
-        if hf_name.startswith(nested):
-            return flat + hf_name.removeprefix(nested)
+    """``model.language_model.*`` as ``model.*``, ``model.visual.*`` as ``visual.*``; other names as they are.
+
+    transformers' ``AutoModel``, and sentence-transformers with it, saves the model below the head: the nested names
+    without their ``model.``.
+    """
+    for other, flat in _SPELLINGS:
+        if hf_name.startswith(other):
+            return flat + hf_name.removeprefix(other)
     return hf_name
 
 
 def nested_spelling(hf_name: str) -> str:
-    """The inverse of ``flat_spelling``."""
+    """Flat names as nested ones."""
     if hf_name.startswith("model."):
         return "model.language_model." + hf_name.removeprefix("model.")
     return "model." + hf_name if hf_name.startswith("visual.") else hf_name

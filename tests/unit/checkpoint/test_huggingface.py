@@ -53,6 +53,21 @@ def test_folders_that_transformers_saves_are_covered(tmp_path, tiny, model_type,
             assert same_bits(reader.get(name), tensor)
 
 
+def test_a_model_saved_without_its_head_is_covered_where_it_needs_none(tmp_path, tiny, model_type, tied):
+    """What AutoModel saves is read whole; an untied head that it lacks is asked for, with the ways out."""
+    model = tiny.model(model_type, tied=tied)
+    model.model.save_pretrained(tmp_path)
+    with HuggingFaceReader(tmp_path) as reader:
+        for name, tensor in tiny.state(model).items():
+            assert name == "lm_head.weight" or same_bits(reader.get(name), tensor)
+        table = NameTable.from_config(model.config)
+        if tied:
+            assert set(check_coverage(reader, table).mapped) == set(table.hf_shapes)
+        else:
+            with pytest.raises(ValueError, match="1 missing key.s.: lm_head.weight. .* tie_word_embeddings true"):
+                check_coverage(reader, table)
+
+
 def test_rotary_buffers_and_an_equal_tied_head_are_ignored_with_a_reason(tmp_path, tiny):
     """Known leftovers are accounted for, not errors; a tied head that differs is one."""
     table = NameTable.from_config(tiny.config("qwen2_5_vl", tied=True))
