@@ -11,7 +11,7 @@ import torch
 
 from megatron_cocoa.checkpoint.export import COMPANION_FILES
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
-from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, OwnTensors, own_tensors
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.stacked import StackedLayout
@@ -108,18 +108,20 @@ def import_huggingface(
 def _write_heads(own: OwnTensors, writer: TorchDistWriter, dtype: torch.dtype | None) -> None:
     for key in own.heads:
         tensor = own.file.read(key)
-        tensor = tensor if dtype is None else tensor.to(dtype)
+        tensor = tensor if dtype is None or key == LOGIT_SCALE else tensor.to(dtype)
         writer.write(key, tensor, shape=tensor.shape, offset=(0,) * tensor.dim())
     for key in own.empty_states:
         writer.write_empty_state(key)
 
 
 def _common_dtype(reader: HuggingFaceReader, table: NameTable, own: OwnTensors | None, *, cast: bool) -> torch.dtype:
-    """The dtype of all tensors; where they will be cast anyway, the one of the first."""
+    """The dtype of all tensors but the temperature; where they will be cast anyway, the one of the first."""
     names: dict[str, list[str]] = {}
     for name in table.hf_shapes:
         names.setdefault(reader.dtype(name), []).append(name)
     for name in own.file.keys() if own is not None else ():
+        if name == LOGIT_SCALE:
+            continue
         names.setdefault(own.file.dtype(name), []).append(f"{name} in {OWN_FILE}")
     unknown = {word: group for word, group in names.items() if word not in _DTYPES}
     if unknown or (len(names) > 1 and not cast):

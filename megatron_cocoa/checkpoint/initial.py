@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_cocoa.checkpoint.convert import Gated, Padded
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, global_name, load_huggingface_weights
-from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_checkpoint, read_info
@@ -24,7 +24,6 @@ from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
 IMAGE_DECODER, TOWER = "image_decoder.", "vision_model."
-LOGIT_SCALE = "logit_scale"
 
 
 @dataclass(frozen=True)

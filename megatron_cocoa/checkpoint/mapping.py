@@ -22,7 +22,9 @@ from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 OUTPUT_LAYER = "language_model.output_layer.weight"
-OWN_PREFIXES = ("image_decoder.", "logit_scale")
+LOGIT_SCALE = "logit_scale"
+"""The learned temperature, which is float32 in a model of any dtype."""
+OWN_PREFIXES = ("image_decoder.", LOGIT_SCALE)
 """Tensors of this project's own heads and temperature: they have no Hugging Face counterpart."""
 
 _SPELLINGS = (("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.", "model."))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.checkpoint.convert import VocabularyRows, same_bits
-from megatron_cocoa.checkpoint.mapping import OWN_PREFIXES, NameTable
+from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, OWN_PREFIXES, NameTable
 from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors
 from megatron_cocoa.checkpoint.stacked import StackedTensors
@@ -40,7 +40,7 @@ def write_own_tensors(
         tensors: of the checkpoint.
         table: name table of the model.
         info: of the checkpoint.
-        dtype: cast to it; None keeps each tensor's.
+        dtype: cast to it, the learned temperature excepted; None keeps each tensor's.
 
     Returns:
         A line that lists what was written.
@@ -60,7 +60,7 @@ def write_own_tensors(
     def parts() -> Iterator[tuple[str, Tensor]]:
         for name in shapes:
             tensor = rows[name] if name in rows else reader.read(name)
-            yield name, tensor if dtype is None else tensor.to(dtype)
+            yield name, tensor if dtype is None or name == LOGIT_SCALE else tensor.to(dtype)
 
     states = [key for key in reader.state_keys() if key.startswith(OWN_PREFIXES)]
     about = {name: getattr(info, name) for name in _INFO} | {"empty_states": states}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.checkpoint.convert import Sharding, VocabularyRows
-from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
@@ -103,7 +103,8 @@ class StackedTensors:
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        return {self.reader.dtype(key) for key, _ in self.names.values()}
+        """Of the weights; the learned temperature is float32 beside any."""
+        return {self.reader.dtype(key) for key, _ in self.names.values() if key != LOGIT_SCALE}
 
     @property
     def dialect(self) -> str:

@@ -96,6 +96,25 @@ def test_casts_reach_the_file_too(tmp_path, trained):
         convert_hf_to_mcore(tmp_path / "hf", tmp_path / "m")
 
 
+def test_a_learned_temperature_stays_float32(tmp_path, tiny):
+    """Claim: the temperature of a BF16 model comes back to the bit, casts of the weights included."""
+    model = tiny.model("qwen2_5_vl", tied=True, dtype=torch.bfloat16)
+    convert_hf_to_mcore(tiny.write(tmp_path / "source", tiny.state(model), model.config), tmp_path / "imported")
+    scale = torch.tensor([3.9120230674743652])
+    trained = rewrite_checkpoint(tmp_path / "imported", tmp_path / "trained", lambda t: t.update(logit_scale=scale))
+    convert_mcore_to_hf(trained, tmp_path / "hf", with_cocoa_tensors=True)
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "again")
+    assert_same_tensors(trained, tmp_path / "again")
+    convert_mcore_to_hf(trained, tmp_path / "cast", with_cocoa_tensors=True, dtype=torch.bfloat16)
+    convert_hf_to_mcore(tmp_path / "cast", tmp_path / "cast again", dtype=torch.bfloat16)
+    assert_same_tensors(trained, tmp_path / "cast again")
+    reports = [
+        convert_mcore_to_hf(path, tmp_path / f"{path.name} in files", max_shard_bytes=30_000)
+        for path in (tmp_path / "imported", trained)
+    ]
+    assert reports[0].files == reports[1].files, "files are filled by the size of the weights"
+
+
 def test_a_file_that_does_not_fit_is_refused(tmp_path, trained, tied):
     """Claim: damaged, foreign, or out of date, the file is refused with what to do, and nothing is written."""
     convert_mcore_to_hf(trained, tmp_path / "hf", with_cocoa_tensors=True)
