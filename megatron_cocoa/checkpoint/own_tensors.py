@@ -27,7 +27,7 @@ from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 OWN_FILE = "cocoa.safetensors"
 _MASK_ROW, _MORE_ROWS = ":mask_token_row", ":rows_beyond_vocabulary"
-_INFO = ("stage", "step", "mask_token_id", "bridge_token_id", "attention", "image_placeholder")
+_INFO = ("stage", "step", "mask_token_id", "bridge_token_id", "attention", "image_placeholder", "pictures")
 
 
 def write_own_tensors(
@@ -94,7 +94,7 @@ class OwnTensors:
         return self.about["empty_states"]
 
     def info(self, imported: CheckpointInfo) -> CheckpointInfo:
-        """``imported`` with the stage, token ids and form of the checkpoint that the folder was exported from.
+        """``imported`` with the stage, token ids, form and picture sizes of the checkpoint behind the folder.
 
         Raises:
             ValueError: if the folder's tokenizer gives the mask or bridge token another id.
@@ -167,9 +167,12 @@ def _checked(file: SafetensorsFile, table: NameTable) -> dict:
     try:
         about = json.loads(file.metadata["cocoa"])
         kinds = {"stage": str, "step": int, "mask_token_id": int, "bridge_token_id": int, "empty_states": list}
-        # An export of an earlier version says nothing of the form: it had one.
-        kinds |= {name: str for name in ("attention", "image_placeholder") if name in about}
+        # An export of an earlier version says nothing of the form: it had one, and nothing of pictures.
+        later = {"attention": str, "image_placeholder": str, "pictures": dict}
+        kinds |= {name: kind for name, kind in later.items() if name in about}
         wrong = [name for name, kind in kinds.items() if not isinstance(about[name], kind)]
+        sizes = about.get("pictures", {}).items()
+        wrong += [name for name, size in sizes if not (size is None or isinstance(size, int))]
         wrong += [key for key in about["empty_states"] if not key.startswith(OWN_PREFIXES)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file.path} was not written by the export, or is damaged: {error!r}") from error

@@ -23,6 +23,7 @@ DECODER = {
     "image_decoder.pixel_head.weight": (384, 32),
 }
 MASK_TOKEN, VOCABULARY = 51, 52
+PICTURES = {"image_size": 672, "min_image_tokens": None, "max_image_tokens": None}
 
 
 @pytest.fixture
@@ -40,7 +41,8 @@ def trained(tmp_path, tiny, tied):
             tensors[OUTPUT][57] = 2
 
     path = rewrite_checkpoint(tmp_path / "imported", tmp_path / "trained", train)
-    info = json.loads((path / "cocoa.json").read_text()) | {"stage": "warmup", "step": 9, "mask_token_id": MASK_TOKEN}
+    about = {"stage": "warmup", "step": 9, "mask_token_id": MASK_TOKEN, "pictures": PICTURES}
+    info = json.loads((path / "cocoa.json").read_text()) | about
     (path / "cocoa.json").write_text(json.dumps(info))
     return path
 
@@ -53,7 +55,7 @@ def assert_same_tensors(first, second) -> None:
 
 def test_everything_comes_back(tmp_path, trained, tied):
     """Claim: on request, image decoder, mask token's row and moved padding rows lie in a file of their own, which is
-    listed, and the import puts every bit, the stage and the token ids back."""
+    listed, and the import puts every bit, the stage, the token ids and the sizes of pictures back."""
     report = convert_mcore_to_hf(trained, tmp_path / "hf", with_cocoa_tensors=True)
     (line,) = report.beside
     assert "3 tensor(s) of the image decoder" in line and f"{EMBEDDING}:mask_token_row (1, 32)" in line
@@ -68,6 +70,7 @@ def test_everything_comes_back(tmp_path, trained, tied):
     assert_same_tensors(trained, tmp_path / "again")
     found, wanted = read_info(tmp_path / "again"), read_info(trained)
     assert (found.stage, found.step, found.mask_token_id) == (wanted.stage, wanted.step, MASK_TOKEN)
+    assert found.pictures == wanted.pictures == PICTURES
 
 
 def test_transformers_does_not_mind_the_file(tmp_path, tiny, trained):
@@ -133,6 +136,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, trained, tied):
     refused("has no place for: language_model.adapter")
     save_file(tensors, file, metadata={"format": "pt"})
     refused("was not written by the export, or is damaged")
+    about = json.loads(metadata["cocoa"]) | {"pictures": {"image_size": "672"}}
+    save_file(tensors, file, metadata=metadata | {"cocoa": json.dumps(about)})
+    refused("has no place for: image_size")
     save_file(tensors | {f"{EMBEDDING}:mask_token_row": torch.zeros(1, 32)}, file, metadata=metadata)
     refused(f"disagree on row {MASK_TOKEN}, the mask token's")
     save_file(tensors | {f"{EMBEDDING}:rows_beyond_vocabulary": torch.zeros(9000, 32)}, file, metadata=metadata)
