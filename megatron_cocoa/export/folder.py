@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -166,9 +167,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
             f"none. Export with --format hf"
         )
     config = make_embedding_config(folder, ExportInfo(bridge_token, sizes.image_size, form))
-    # The published template would put a conversation's markers between the text and the bridge.
-    for name in ("chat_template.json", "chat_template.jinja"):
-        (folder / name).unlink(missing_ok=True)
+    _remove_chat_template(folder)
     hidden_size = config["text_config"]["hidden_size"]
     with_modules = options.format == "sentence-transformers"
     if with_modules:
@@ -193,6 +192,16 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     if own.image_size not in (None, sizes.image_size):
         lines.append(_departure(options, stage, own.image_size, sizes.image_size))
     return lines
+
+
+def _remove_chat_template(folder: Path) -> None:
+    """The published template, which would put a conversation's markers between the text and the bridge."""
+    for name in ("chat_template.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    for file in (folder / "tokenizer_config.json", folder / "processor_config.json"):
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if content.pop("chat_template", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _lines(options: EmbedderOptions, missing: list[str]) -> list[str]:

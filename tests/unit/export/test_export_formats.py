@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.checkpoint.convert import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
+from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
 from megatron_cocoa.export.check_golden import check_golden
 from megatron_cocoa.export.embed_corpus import ShardPlan, prepare_output
 from megatron_cocoa.export.export_info import read_export_info
@@ -207,6 +209,22 @@ def test_what_an_embedding_model_lacks_is_said(run, tmp_path):
     with pytest.raises(ValueError, match="lacks tokenizer.json.*--companions"):
         export_embedder(alone, tmp_path / "st", options=EmbedderOptions("sentence-transformers"))
     assert not (tmp_path / "st").exists()
+
+
+def test_no_chat_template_is_left(qwen2, run, tmp_path):
+    """Claim: wherever a published folder keeps its template, the exported one has none: it is no chat model. The way
+    back, in format plain, keeps it."""
+    companions = shutil.copytree(qwen2.hf, tmp_path / "hf")
+    template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
+        content = json.loads((companions / name).read_text()) if (companions / name).is_file() else {}
+        (companions / name).write_text(json.dumps(content | {"chat_template": template}))
+    options = EmbedderOptions("hf", golden=False)
+    export_embedder(run, tmp_path / "exported", companions=companions, options=options)
+    assert not [file for file in (tmp_path / "exported").glob("*.json") if "for message in" in file.read_text()]
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported").chat_template is None
+    convert_mcore_to_hf(run, tmp_path / "plain", companions=companions)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "plain").chat_template == template
 
 
 @pytest.mark.parametrize("saved_by", ["transformers 4", "older names", "transformers 5", "both"])
