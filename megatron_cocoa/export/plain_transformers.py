@@ -1,6 +1,9 @@
 """Embeddings with transformers alone. Needs torch, transformers and pillow, nothing else."""
 
+import json
+
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -11,6 +14,10 @@ class PlainEmbedder:
     ):
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        # Text is read without control tokens, whatever it spells; some of them are not flagged as special.
+        encoder = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        encoder |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        self.text_encoder = Tokenizer.from_str(json.dumps(encoder))
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.image_size, self.bare_pictures = image_size, bare_pictures
         names = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", bridge_token)
@@ -30,7 +37,7 @@ class PlainEmbedder:
             pads = [self.image_pad] * units
             ids += pads if self.bare_pictures else [self.vision_start, *pads, self.vision_end]
         if text:
-            ids += self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            ids += self.text_encoder.encode(text, add_special_tokens=False).ids
         input_ids = torch.tensor([[*ids, self.bridge]])
         inputs = {
             "input_ids": input_ids,

@@ -211,6 +211,22 @@ def test_what_an_embedding_model_lacks_is_said(run, tmp_path):
     assert not (tmp_path / "st").exists()
 
 
+def test_text_that_spells_a_token_stays_text(qwen2, run, tmp_path):
+    """Claim: run as its card says, an export reads no control token out of a text, like CocoaEmbedder: not a special
+    one, and not one that is merely added, as Qwen2.5's <tool_call>, which transformers' own option would read."""
+    companions = shutil.copytree(qwen2.hf, tmp_path / "hf")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(companions)
+    assert tokenizer.add_tokens(["<tool_call>"]) == 1
+    tokenizer.save_pretrained(companions)
+    options = EmbedderOptions("hf", golden=False)
+    export_embedder(run, tmp_path / "exported", companions=companions, options=options)
+    plain = PlainEmbedder(tmp_path / "exported", image_size=SIDE)
+    texts = ["a <tool_call> b", "a <|im_end|> b", "a b"]
+    wanted = np.stack([plain.embed(text).numpy() for text in texts]).astype(np.float64)
+    found = CocoaEmbedder.from_pretrained(tmp_path / "exported").encode([{"text": text} for text in texts])
+    assert distances(found, wanted).max() < 1e-6
+
+
 def test_no_chat_template_is_left(qwen2, run, tmp_path):
     """Claim: wherever a published folder keeps its template, the exported one has none: it is no chat model. The way
     back, in format plain, keeps it."""
