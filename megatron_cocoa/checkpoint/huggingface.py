@@ -126,6 +126,7 @@ def _names_by_file(path: Path) -> dict[str, set[str] | None]:
         return {SINGLE_FILE: None}
     if index:
         return _read_index(path / INDEX_FILE)
+    refuse_adapters(path)
     pickles = sorted(entry.name for pattern in ("*.bin", "*.pt", "*.pth") for entry in path.glob(pattern))
     if pickles:
         raise ValueError(
@@ -134,6 +135,20 @@ def _names_by_file(path: Path) -> dict[str, set[str] | None]:
             f"AutoModelForImageTextToText.from_pretrained(path); model.save_pretrained(new_path)"
         )
     raise ValueError(f"{path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def refuse_adapters(path: Path) -> None:
+    """Tell whoever has a folder of adapters what to do with it.
+
+    Raises:
+        ValueError: if ``path`` holds adapters of peft.
+    """
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds adapters of peft and not the model that they change, which its adapter_config.json names: "
+            f"merge them, PeftModel.from_pretrained(model, path).merge_and_unload().save_pretrained(new_path), and put "
+            f"the model's tokenizer and processor files there, too"
+        )
 
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:

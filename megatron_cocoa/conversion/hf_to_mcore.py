@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
+from megatron_cocoa.checkpoint.huggingface import refuse_adapters
 from megatron_cocoa.checkpoint.import_hf import ImportReport, import_huggingface
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo
@@ -70,6 +71,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
+        refuse_adapters(Path(folder))
         raise ValueError(f"{folder} has no config.json: needed the Hugging Face folder of a Qwen2-VL or Qwen2.5-VL")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -359,6 +359,16 @@ def test_bad_sources_end_in_one_message(tmp_path, tiny, source):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         save_file(load_file(file) | {"stray.weight": torch.zeros(1)}, file)
 
+    def adapters(folder):
+        for file in folder.glob("model*"):
+            file.unlink()
+        (folder / "adapter_config.json").write_text("{}")
+
+    def adapters_alone(folder):
+        adapters(folder)
+        (folder / "config.json").unlink()
+
+    assert "holds adapters of peft" in case(adapters) and "merge_and_unload()" in case(adapters_alone)
     assert "has no config.json" in case(lambda folder: (folder / "config.json").unlink())
     assert "is not readable JSON" in case(lambda folder: (folder / "config.json").write_text("{"))
     assert "model_type 'llama'" in case(configure(model_type="llama"))
