@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from transformers import PretrainedConfig
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport, export_huggingface
@@ -18,6 +17,7 @@ from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, CheckpointI
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.companions import companion_folder
 from megatron_cocoa.conversion.hf_to_mcore import config_of, read_config
+from megatron_cocoa.conversion.same_model import check_same_model
 
 NO_TOKENIZER = (
     "no tokenizer or processor files: neither the checkpoint carries them nor was a folder named that has them"
@@ -115,28 +115,11 @@ def table_of(checkpoint: Path, tensors: StackedTensors, folder: Path | None = No
         ValueError: if the configuration is missing, of another architecture, or describes another model than the
             checkpoint says that it holds.
     """
-    own = None
-    if folder is None or (checkpoint / INFO_FILE).is_file():
-        own = config_of(read_info(checkpoint).hf_config, origin=f"the hf_config of {checkpoint}")
-    config = own if folder is None else read_config(folder)
-    if own is not None:
-        _check_same(checkpoint, own, folder, config)
-    return NameTable.from_config(config, vision_ffn_multiple=tensors.vision_ffn_multiple, dialect=tensors.dialect)
-
-
-def _check_same(checkpoint: Path, own: PretrainedConfig, folder: Path | None, config: PretrainedConfig) -> None:
-    """Refuse the folder of a model whose weights fit, and which computes something else with them."""
-    ours, theirs = (_numbers(QwenVLArchitecture.from_huggingface(c)) for c in (own, config))
-    differing = [f"{name} is {theirs[name]}, needed {ours[name]}" for name in ours if ours[name] != theirs[name]]
-    if differing:
-        raise ValueError(
-            f"{folder} describes another model than {checkpoint} holds: {'; '.join(differing)}. Name the folder that "
-            f"the model came from"
-        )
-
-
-def _numbers(architecture: QwenVLArchitecture) -> dict[str, Any]:
-    """All fields of an architecture, those of the tower and of the language model as ``vision.depth`` and so on."""
-    fields = asdict(architecture)
-    parts = {name: fields.pop(name) for name in ("vision", "text")}
-    return fields | {f"{part}.{name}": value for part, of_part in parts.items() for name, value in of_part.items()}
+    if folder is not None:
+        config = read_config(folder)
+    else:
+        config = config_of(read_info(checkpoint).hf_config, origin=f"the hf_config of {checkpoint}")
+    architecture = QwenVLArchitecture.from_huggingface(config)
+    if folder is not None and (checkpoint / INFO_FILE).is_file():
+        check_same_model(checkpoint, folder, architecture)
+    return NameTable(architecture, vision_ffn_multiple=tensors.vision_ffn_multiple, dialect=tensors.dialect)

@@ -11,7 +11,9 @@ from transformers import AutoConfig
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.store import is_complete
 from megatron_cocoa.config import EmbeddingForm, StageSettings, TrainSettings
+from megatron_cocoa.conversion.same_model import check_same_model
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
 from megatron_cocoa.data.geometry import VisionGeometry
@@ -96,8 +98,8 @@ def prepare_context(settings: TrainSettings) -> RunContext:
     """Read the model folder; without ``model.path``, make the toy model and (without ``data.path``) the toy data first.
 
     Raises:
-        ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model, data packages that are missing, or
-            ``evaluate`` with nothing to measure on.
+        ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model or describes another one than ``model.load``
+            holds, data packages that are missing, or ``evaluate`` with nothing to measure on.
     """
     is_toy = settings.model.path is None
     if is_toy:
@@ -107,6 +109,9 @@ def prepare_context(settings: TrainSettings) -> RunContext:
     _check_pools(settings)
     config = read_config(Path(settings.model.path))
     architecture = QwenVLArchitecture.from_huggingface(config)
+    if settings.model.load is not None and is_complete(Path(settings.model.load)):
+        # One that is not complete is refused where it is loaded; a run that resumes may not need it any more.
+        check_same_model(Path(settings.model.load), settings.model.path, architecture)
     bundle = load_tokenizer(
         settings.model.path,
         mask_token=settings.model.mask_token,

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ImageSize, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.embedding_form import form_of_config
-from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
@@ -174,9 +173,6 @@ def _folder_of_checkpoint(path: Path, model_path: str | Path | None) -> tuple[Pa
 def _check_fit(path: Path, info: CheckpointInfo, context: RunContext) -> None:
     """Refuse a tokenizer folder that belongs to another model than the checkpoint: every vector would be wrong."""
     folder = context.settings.model.path
-    own = QwenVLArchitecture.from_huggingface(config_of(info.hf_config, origin=f"the hf_config of {path}"))
-    if own != context.architecture:
-        raise ValueError(f"{path} was written by a model of other sizes than {folder} describes: name its own folder")
     if info.bridge_token_id not in (UNKNOWN_TOKEN, context.bundle.bridge_token_id):
         raise ValueError(
             f"{path} was trained with the bridge token's id {info.bridge_token_id}, the tokenizer in {folder} gives "

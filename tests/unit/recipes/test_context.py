@@ -1,10 +1,12 @@
 """What a run needs before a model is built."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.recipes.context import prepare_context, read_config
 from tests.distributed.tiny_run import tiny_settings
 
@@ -35,3 +37,21 @@ def test_a_value_of_the_wrong_type_is_a_line_with_its_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl", "text_config": {"vocab_size": "512"}}')
     with pytest.raises(ValueError, match=r"(?s)config.json cannot be read: .*'vocab_size' expected int"):
         read_config(tmp_path)
+
+
+def test_weights_of_another_model_than_the_folder_describes_are_refused(tiny_folders, tmp_path):
+    """Claim: a checkpoint is not trained on with another rotary base than its own, though all shapes fit."""
+    settings = tiny_settings(tiny_folders)
+    context = prepare_context(settings)
+    loaded = replace(settings, model=replace(settings.model, load=str(tmp_path)))
+    prepare_context(loaded)
+    info = CheckpointInfo("import", 0, -1, -1, hf_config=context.hf_config)
+    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / "cocoa.json").write_text(json.dumps(asdict(info)))
+    prepare_context(loaded)
+    rope = context.hf_config["text_config"]["rope_parameters"]
+    text = context.hf_config["text_config"] | {"rope_parameters": rope | {"rope_theta": 5e6}}
+    other = replace(info, hf_config=info.hf_config | {"text_config": text})
+    (tmp_path / "cocoa.json").write_text(json.dumps(asdict(other)))
+    with pytest.raises(ValueError, match="another model than .* holds: text.rope_theta is 1000000.0, needed 5000000.0"):
+        prepare_context(loaded)
