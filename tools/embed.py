@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|deprecating ShardedTensor).*")
     try:
         embed(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("RANK", "0") != "0":
             # torchrun ends all ranks when one has ended: let the first one speak.

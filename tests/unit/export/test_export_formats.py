@@ -25,7 +25,7 @@ from megatron_cocoa.export.export_info import read_export_info
 from megatron_cocoa.export.folder import EmbedderOptions, default_format, export_embedder
 from megatron_cocoa.export.plain_transformers import PlainEmbedder
 from tests.unit.exported_folders import Folders, write_exported
-from tools.embed import _made_from, parse
+from tools.embed import _made_from, main, parse
 
 SIDE = 70
 
@@ -300,3 +300,11 @@ def test_why_a_fixed_size_cannot_be_expressed(qwen2):
     size = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
     grids = processor(images=[picture(56, 56), picture(140, 60)], size=size, return_tensors="np")["image_grid_thw"]
     assert grids[1, 1] != grids[1, 2]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(qwen2, tmp_path, capsys):
+    """Claim: tools/embed.py ends in status 2 and a line for what a disk refuses, too."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "1", "text": "a"}\n')
+    assert main(["--model", str(qwen2.exported), "--corpus", str(corpus), "--output", str(corpus / "vectors")]) == 2
+    assert "error: " in capsys.readouterr().err
