@@ -12,6 +12,7 @@ Nothing here reads the environment or imports torch, so that a mistyped key fail
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import cache
@@ -134,7 +135,7 @@ def _read_command_line(given: Iterable[tuple[str, str]]) -> dict[str, Any]:
         if get_origin(with_type) is tuple and not text.startswith("["):
             text = f"[{text}]"
         try:
-            found = _no_null(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
+            found = _usable(parser.parse_args([f"--{key}={text}"], defaults=False)[key], with_type)
             values[key] = _as_records(found, with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{_COMMAND_LINE}: --{key} is {text!r}, needed {_spell(with_type)}") from None
@@ -151,7 +152,7 @@ def _preset_path(name: str) -> Path:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file by dotted key, with their types checked."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"config file {path} cannot be read: {_one_line(error)}") from None
     except yaml.YAMLError as error:
@@ -163,11 +164,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         with_type = _known_keys()[key]
         try:
             _check_records(key, value, with_type, str(path))
-            found = _no_null(parser.parse_object({key: value}, defaults=False)[key], with_type)
+            found = _usable(parser.parse_object({key: value}, defaults=False)[key], with_type)
             values[key] = _as_records(found, with_type)
         except (ArgumentError, TypeError):
             raise SettingsError(f"{path}: {key} is {value!r}, needed {_spell(with_type)}") from None
     return values
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's safe dialect, which has each key once; PyYAML keeps the last of two and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -298,10 +312,16 @@ def _field_help(cls: type) -> dict[str, str]:
     return {name: text.replace("``", "").replace("%", "%%") for name, text in texts.items()}
 
 
-def _no_null(value: Any, hint: Any) -> Any:
-    """``value``, unless it is None where ``hint`` has no None: jsonargparse lets null pass for any type."""
+def _usable(value: Any, hint: Any) -> Any:
+    """``value``, unless it is one that jsonargparse lets pass and that no setting means.
+
+    None where ``hint`` has none; an empty text, as a shell variable that is not set leaves it; a number without end.
+    """
     if value is None and NoneType not in get_args(hint):
         raise TypeError("null")
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if item == "" or (isinstance(item, float) and not math.isfinite(item)):
+            raise TypeError(f"{item!r}")
     return value
 
 
@@ -336,7 +356,7 @@ def _check_records(key: str, value: Any, hint: Any, source: str) -> None:
             if name not in types:
                 raise SettingsError(f"{where}: unknown setting {name}{_nearest(str(name), list(types))}")
             try:
-                _no_null(_record_parser(record).parse_object({name: found}, defaults=False)[name], types[name])
+                _usable(_record_parser(record).parse_object({name: found}, defaults=False)[name], types[name])
             except (ArgumentError, TypeError):
                 raise SettingsError(f"{where}.{name} is {found!r}, needed {_spell(types[name])}") from None
         missing = [name for name in needed if name not in entry]

@@ -238,6 +238,9 @@ def test_unknown_key_in_yaml_names_file_and_nearest(tmp_path):
         (["--warmup.lr", "fast"], "--warmup.lr is 'fast', needed a number"),
         (["--warmup.steps", "2.5"], "--warmup.steps is '2.5', needed a whole number"),
         (["--warmup.steps", "null"], "--warmup.steps is 'null', needed a whole number"),
+        (["--warmup.lr", "1e400"], "--warmup.lr is '1e400', needed a number"),
+        (["--data.path", ""], "--data.path is '', needed text or null"),
+        (["--output_dir="], "--output_dir is '', needed text"),
         (["--warmup.image_size", "big"], "needed a whole number or null"),
         (["--model.dtype", "fp16"], "needed one of fp32, bf16"),
         (["--evaluate", "1"], "needed true or false"),
@@ -275,6 +278,13 @@ def test_wrong_values_are_refused_in_one_line(argv, part):
         ("- warmup", "needed a mapping"),
         ("a: [", "not valid YAML"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("warmup: {lr: 1e-4}\nseed: 3\nwarmup: {min_lr: 1e-6}", "warmup stands twice"),
+        ("warmup:\n  min_lr: 1e-6\n  min_lr: 1e-7", "min_lr stands twice"),
+        ("warmup: {lr: .inf}", "warmup.lr is inf, needed a number"),
+        ("contrastive: {matryoshka_dims: [8], matryoshka_weights: [.nan]}", "is [nan], needed a list of numbers"),
+        ("output_dir: ''", "output_dir is '', needed text"),
+        ("data: {sources: [{name: a, path: p, weight: .inf}]}", "data.sources[0].weight is inf, needed a number"),
+        ("data: {sources: [{name: a, path: ''}]}", "data.sources[0].path is '', needed text"),
     ],
 )
 def test_wrong_files_are_refused_in_one_line(tmp_path, text, part):
