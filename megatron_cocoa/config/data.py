@@ -63,6 +63,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}, must not be negative")
+        require(self.max_length >= 1, f"data.max_length is {self.max_length}, needs 1 or more")
         fixed = self.tokens_per_microbatch
         require(
             fixed is None or fixed >= self.max_length,
@@ -83,6 +84,10 @@ class DataSettings:
     def _check_source(self, source: SourceSettings) -> None:
         unknown = [stage for stage in source.stages if stage not in STAGES]
         require(not unknown, f"data.sources: {source.name} names the stage(s) {unknown}, known are {list(STAGES)}")
+        require(
+            len(source.stages) > 0,
+            f"data.sources: no stage reads {source.name}, its stages are []: name some, or leave the source out",
+        )
         require(
             source.max_rows is None or source.max_rows >= 1,
             f"data.sources: max_rows of {source.name} is {source.max_rows}, needs 1 or more",

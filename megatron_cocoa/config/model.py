@@ -35,7 +35,8 @@ class ModelSettings:
             needs 128 for FP8 or for tensor parallel degrees that do not divide it). 1 pads nothing.
         make_vocab_size_divisible_by: vocabulary rows are padded to a multiple of this times the tensor
             parallel degree, as in Megatron-LM.
-        mask_token: token that replaces masked text; its id is the first row of the embedding that no token uses.
+        mask_token: token that replaces masked text; its id is the tokenizer's, or where it has no such token, the first
+            row after its last.
         bridge_token: token that carries the embedding.
     """
 

@@ -43,6 +43,10 @@ class ParallelSettings:
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
             number = getattr(self, name)
             require(number is None or number >= 1, f"parallel.{name} is {number}, needs 1 or more")
+        require(
+            self.distributed_timeout_minutes > 0,
+            f"parallel.distributed_timeout_minutes is {self.distributed_timeout_minutes}, must be positive",
+        )
         virtual = self.virtual_pipeline_model_parallel_size
         require(
             virtual is None or (virtual >= 2 and self.pipeline_model_parallel_size > 1),

@@ -15,7 +15,7 @@ class OptimizerSettings:
     Args:
         weight_decay: decoupled; biases and norms are exempt.
         clip_grad: global gradient norm above which gradients are scaled down; 0 never clips.
-        adam_beta1, adam_beta2, adam_eps: Adam's moments and epsilon.
+        adam_beta1, adam_beta2, adam_eps: decay of Adam's moments, in [0, 1), and its epsilon, above 0.
         max_skipped_steps: a run stops after this many steps in a row whose loss or gradient was not finite.
     """
 
@@ -27,6 +27,12 @@ class OptimizerSettings:
     max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
+        for name in ("weight_decay", "clip_grad"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}, must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} is {getattr(self, name)}, must lie in [0, 1)")
+        # Rows of the embedding that no sample holds have moments of zero: 0 / 0.
+        require(self.adam_eps > 0, f"optimizer.adam_eps is {self.adam_eps}, must be positive")
         require(
             self.max_skipped_steps >= 1,
             f"optimizer.max_skipped_steps is {self.max_skipped_steps}, needs 1 or more",

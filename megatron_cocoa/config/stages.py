@@ -31,7 +31,7 @@ class StageSettings:
         global_batch_size: samples (stage ``contrastive``: pairs) per step over all ranks.
         micro_batch_size: samples (pairs) per pack, at most a rank's share of the global batch.
         lr: peak learning rate; linear warm-up over ``lr_warmup_steps``, then ``lr_decay_style`` down to
-            ``min_lr`` at ``steps``.
+            ``min_lr``, at which the last step is taken; ``constant`` stays at ``lr``.
         image_size: pictures are resized to this many pixels square (336, 448, 672); None keeps their shape.
         min_image_tokens, max_image_tokens: limits on the merged units of a picture that keeps its shape; None for those
             of ``preprocessor_config.json``.
@@ -53,7 +53,12 @@ class StageSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, needs 1 or more")
+        require(self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}, needs 1 or more")
         require(self.lr > 0 and 0 <= self.min_lr <= self.lr, f"need 0 <= min_lr <= lr, found {self.min_lr}, {self.lr}")
+        require(
+            self.lr_decay_style != "constant" or self.min_lr == 0,
+            f"min_lr is {self.min_lr}, and lr_decay_style constant never falls to it: set it to 0, or another style",
+        )
         low, high = self.min_image_tokens, self.max_image_tokens
         require(
             self.image_size is None or low is high is None,

@@ -60,6 +60,12 @@ class TrainSettings:
             bool(order) and order == sorted(set(order)),
             f"stages {list(self.stages)} must be one or more of {', '.join(STAGES)}, in this order, each once",
         )
+        # The shell writes the home folder for it only at the start of a word, and YAML not at all.
+        require(
+            not self.output_dir.startswith("~"),
+            f"output_dir is {self.output_dir}, which would be a folder of that name: write the home folder out",
+        )
+        require(self.seed >= 0, f"seed is {self.seed}, must not be negative")
         require(self.log_interval >= 1, f"log_interval is {self.log_interval}, needs 1 or more")
         require(
             not (self.resume and self.overwrite),
@@ -68,6 +74,11 @@ class TrainSettings:
         require(
             not self.model.fp8_param or self.parallel.use_distributed_optimizer,
             "model.fp8_param needs master weights elsewhere: set parallel.use_distributed_optimizer to true",
+        )
+        require(
+            not (self.freeze.language and self.optimizer.weight_decay),
+            f"freeze.language with optimizer.weight_decay {self.optimizer.weight_decay} would shrink the frozen rows "
+            f"of the embedding, of which the mask token's row trains: set weight_decay to 0",
         )
         if self.data.sources:
             self._check_sources()

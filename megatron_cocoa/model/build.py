@@ -130,11 +130,7 @@ def mark_tensor_parallel(chunk: nn.Module) -> None:
 
 
 def freeze(chunk: QwenVL, settings: TrainSettings, mask_token_id: int | None = None) -> None:
-    """Turn off gradients of the parts that ``settings.freeze`` names.
-
-    Raises:
-        ValueError: if weight decay would change embedding rows that are frozen beside the mask token's.
-    """
+    """Turn off gradients of the parts that ``settings.freeze`` names."""
     parts: list[nn.Module] = []
     if chunk.pre_process and settings.freeze.vision:
         parts += [chunk.vision_model.patch_embed, chunk.vision_model.decoder.layers]
@@ -145,11 +141,7 @@ def freeze(chunk: QwenVL, settings: TrainSettings, mask_token_id: int | None = N
     for part in parts:
         part.requires_grad_(False)
     if settings.freeze.language and mask_token_id is not None:
-        if settings.optimizer.weight_decay:
-            raise ValueError(
-                f"freeze.language with optimizer.weight_decay {settings.optimizer.weight_decay} would shrink the "
-                f"frozen rows of the embedding, of which the mask token's row trains: set weight_decay to 0"
-            )
+        # Weight decay would shrink the other rows: TrainSettings refuses it.
         _train_one_row(chunk, mask_token_id)
 
 

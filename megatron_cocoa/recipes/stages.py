@@ -292,12 +292,20 @@ def check_contrastive(context: RunContext) -> None:
     """Refuse, before any stage trains, what the objective of stage ``contrastive`` would refuse at its first step.
 
     Raises:
-        ValueError: if the model's embeddings are not as wide as asked for, or a step has a single pair.
+        ValueError: if the model's embeddings are not as wide as asked for, a step has a single pair, or nothing trains.
     """
     settings = context.settings.contrastive
     check_matryoshka_dims(settings.matryoshka_dims, context.architecture.text.hidden_size)
     if settings.global_batch_size < 2:
         raise ValueError("contrastive.global_batch_size is 1, needs 2 or more: each pair's negatives are the others")
+    frozen = context.settings.freeze
+    is_model_frozen = frozen.vision and frozen.merger and frozen.language and not context.settings.adapter.is_used
+    if is_model_frozen and not settings.learnable_temperature:
+        # Unlike in the other stages: there is no image decoder, and no text holds the mask token.
+        raise ValueError(
+            "freeze.vision, freeze.merger and freeze.language leave nothing to train in stage contrastive: set one of "
+            "them to false, or leave the stage out"
+        )
 
 
 def check_microbatches(context: RunContext, stage: str) -> None:

@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from torch.testing import assert_close
 
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.config import FreezeSettings, OptimizerSettings
+from megatron_cocoa.config import FreezeSettings
 from megatron_cocoa.model.build import build_model
 from tests.parity import compare, reference
 from tests.parity.cases import Case
@@ -48,17 +47,6 @@ def test_a_frozen_language_model_still_trains_the_mask_tokens_row(tiny):
     assert vision and all(n in found for n in vision)
     for n in vision:
         assert_close(found[n], free[n])
-
-
-def test_weight_decay_on_frozen_rows_is_refused(tiny):
-    """Claim: decay would change rows that are said to be frozen, so the two settings exclude each other."""
-    settings = replace(
-        compare.settings_of(Case("unit")),
-        freeze=FreezeSettings(language=True),
-        optimizer=OptimizerSettings(weight_decay=0.1),
-    )
-    with pytest.raises(ValueError, match="weight_decay 0.1 would shrink"):
-        build_model(tiny.chunk.architecture, settings, with_image_decoder=False, mask_token_id=MASK_TOKEN)
 
 
 def test_tower_and_merger_freeze_apart(tiny):

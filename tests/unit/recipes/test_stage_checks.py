@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cocoa.config import ContrastiveSettings, TrainSettings
+from megatron_cocoa.config import ContrastiveSettings, FreezeSettings, TrainSettings
 from megatron_cocoa.recipes import run
 from megatron_cocoa.recipes.resume import StagePlace
 from megatron_cocoa.recipes.stages import check_contrastive
@@ -38,3 +38,13 @@ def test_stages_that_are_complete_are_not_read_again(monkeypatch):
     assert run._checked_loaders(context, places) == {"contrastive": "contrastive"}
     assert built == ["contrastive"]
     assert list(run._checked_loaders(context, {})) == ["warmup", "bridge", "contrastive"]
+
+
+def test_a_stage_in_which_nothing_trains_is_refused():
+    """Claim: stage 3 has no image decoder and no mask token, so freezing all of the model costs no steps."""
+    architecture = SimpleNamespace(text=SimpleNamespace(hidden_size=256))
+    frozen = TrainSettings(freeze=FreezeSettings(vision=True, merger=True, language=True))
+    with pytest.raises(ValueError, match="leave nothing to train in stage contrastive"):
+        check_contrastive(SimpleNamespace(settings=frozen, architecture=architecture))
+    learned = replace(frozen, contrastive=ContrastiveSettings(learnable_temperature=True))
+    check_contrastive(SimpleNamespace(settings=learned, architecture=architecture))
