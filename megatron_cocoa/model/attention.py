@@ -60,7 +60,9 @@ class SequenceContext(PackedSeqParams):
         return (self.layer_segments or {}).get(layer_number, self.segments)
 
 
-def attend_function(backend: str, *, on_gpu: bool, half_precision: bool = True) -> AttendFunction:
+def attend_function(
+    backend: str, *, on_gpu: bool, half_precision: bool = True, setting: str = "model.attention_backend"
+) -> AttendFunction:
     """The attention of a backend name.
 
     Args:
@@ -68,6 +70,7 @@ def attend_function(backend: str, *, on_gpu: bool, half_precision: bool = True) 
             is present, else sdpa.
         on_gpu: whether the tensors live on a GPU.
         half_precision: whether they are FP16 or BF16; the flash kernels take nothing else.
+        setting: that named the backend, for the message.
 
     Raises:
         ValueError: for a backend whose package or device is absent, with what to install or choose.
@@ -86,7 +89,7 @@ def attend_function(backend: str, *, on_gpu: bool, half_precision: bool = True) 
         if backend == "auto":
             return sdpa.attend
         missing = f"{package} installed" if kernel is None else "a GPU" if not on_gpu else "model.dtype bf16"
-        raise ValueError(f"attention backend {backend} needs {missing}: choose model.attention_backend=sdpa instead")
+        raise ValueError(f"attention backend {backend} needs {missing}: choose {setting}=sdpa instead")
     return lambda query, key, value, table, scale: varlen.attend_with(kernel, query, key, value, table, scale)
 
 

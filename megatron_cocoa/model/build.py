@@ -13,10 +13,11 @@ from torch import nn
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.model.attention import attend_function
 from megatron_cocoa.model.fp8 import fp8_multiple, pad_rows
 from megatron_cocoa.model.qwen_vl import QwenVL
-from megatron_cocoa.model.specs import build_provider
-from megatron_cocoa.model.transformer_configs import build_configs
+from megatron_cocoa.model.specs import build_provider, resolve_implementation
+from megatron_cocoa.model.transformer_configs import ModelConfigs, build_configs
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.fp8_parameters import forget_construction
 
@@ -44,6 +45,35 @@ class Model:
             chunk.train(mode)
 
 
+def check_model(architecture: QwenVLArchitecture, settings: TrainSettings) -> None:
+    """Refuse what ``build_model``, or the first step, would refuse: before rows are read and weights are loaded.
+
+    Raises:
+        ValueError: if the layout or the recompute does not fit the architecture, or kernels are asked for that are not
+            here or cannot train here.
+    """
+    _configs(architecture, settings)
+    resolve_implementation(settings.model)
+    on_gpu, half_precision = device.has_gpu(), settings.model.dtype == "bf16"
+    for part in ("", "vision_"):
+        name = f"{part}attention_backend"
+        backend = getattr(settings.model, name) or settings.model.attention_backend
+        attend_function(backend, on_gpu=on_gpu, half_precision=half_precision, setting=f"model.{name}")
+        if backend == "flex" and not on_gpu:
+            raise ValueError(f"attention backend flex has no backward pass on a CPU: choose model.{name}=sdpa instead")
+
+
+def _configs(architecture: QwenVLArchitecture, settings: TrainSettings) -> ModelConfigs:
+    return build_configs(
+        architecture,
+        model=settings.model,
+        parallel=settings.parallel,
+        recompute=settings.recompute,
+        fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
+        decoder_layers=settings.warmup.decoder_layers,
+    )
+
+
 def build_model(
     architecture: QwenVLArchitecture,
     settings: TrainSettings,
@@ -67,14 +97,7 @@ def build_model(
     Raises:
         ValueError: if the layout does not fit the architecture.
     """
-    configs = build_configs(
-        architecture,
-        model=settings.model,
-        parallel=settings.parallel,
-        recompute=settings.recompute,
-        fixed_sequence_length=settings.data.tokens_per_microbatch is not None,
-        decoder_layers=settings.warmup.decoder_layers,
-    )
+    configs = _configs(architecture, settings)
     provider, tower_provider = (
         build_provider(settings.model, recompute=settings.recompute, is_adapted=settings.adapter.is_used, tower=tower)
         for tower in (False, True)

@@ -57,6 +57,7 @@ def build_configs(
         ValueError: if heads, ffn widths or layers cannot be divided as asked.
     """
     check_layout(architecture, model=model, parallel=parallel)
+    check_recompute(architecture, parallel=parallel, recompute=recompute)
     common = _common(model, parallel)
     tower = {**common, **_recompute(recompute.vision, recompute.vision_num_layers)}
     if model.fp8_vision:
@@ -114,6 +115,26 @@ def check_layout(architecture: QwenVLArchitecture, *, model: ModelSettings, para
     _check_pipeline(text.num_hidden_layers, pp, parallel)
 
 
+def check_recompute(
+    architecture: QwenVLArchitecture, *, parallel: ParallelSettings, recompute: RecomputeSettings
+) -> None:
+    """Refuse blocks of recomputed layers that do not come out even: Megatron looks for the layers that are not there.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    layers = architecture.text.num_hidden_layers
+    chunks = {n // parallel.num_chunks for n in _layers_per_stage(layers, parallel)}
+    for name, counts in (("vision", {architecture.vision.depth}), ("language", chunks)):
+        number = getattr(recompute, f"{name}_num_layers") or 1
+        uneven = [n for n in sorted(counts) if n % number]
+        if getattr(recompute, name) == "full" and uneven:
+            raise ValueError(
+                f"recompute.{name}_num_layers {number} does not divide the {uneven[0]} {name} layers of a pipeline "
+                f"stage (or virtual chunk), which are recomputed in blocks of that many: choose a divisor, such as 1"
+            )
+
+
 def _check_divides(number: int, tp: int, name: str, remedy: str = "choose another tensor parallel size") -> None:
     if number % tp:
         raise ValueError(f"{name}, {number}, is not divisible by tensor parallel size {tp}: {remedy}")
@@ -140,9 +161,17 @@ def _check_pipeline(layers: int, pp: int, parallel: ParallelSettings) -> None:
             f"for the first/last stage; {remedy}"
         )
     chunks = parallel.virtual_pipeline_model_parallel_size
-    per_stage = [*fixed, remaining // stages] if stages else fixed
+    per_stage = _layers_per_stage(layers, parallel)
     if chunks and any(n % chunks for n in per_stage):
         raise ValueError(f"{per_stage} layers per stage are not divisible by {chunks} virtual stages")
+
+
+def _layers_per_stage(layers: int, parallel: ParallelSettings) -> list[int]:
+    """Language layers of the first and last pipeline stage, where they are set, and of each other one."""
+    ends = (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
+    fixed = [n for n in ends if n is not None]
+    stages = parallel.pipeline_model_parallel_size - len(fixed)
+    return [*fixed, (layers - sum(fixed)) // stages] if stages else fixed
 
 
 def _common(model: ModelSettings, parallel: ParallelSettings) -> dict:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import STAGES, TrainSettings
-from megatron_cocoa.model.transformer_configs import check_layout
+from megatron_cocoa.model.transformer_configs import check_layout, check_recompute
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
 from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
 from megatron_cocoa.planning.published import published_architecture
@@ -89,6 +89,7 @@ def plan_lines(
         ValueError: for a layout that architecture, GPUs or batch sizes cannot be divided by.
     """
     check_layout(architecture, model=settings.model, parallel=settings.parallel)
+    check_recompute(architecture, parallel=settings.parallel, recompute=settings.recompute)
     replicas = settings.parallel.data_parallel_size(world_size)
     pack = expected_pack(architecture, settings, stage, data_parallel_size=replicas)
     memory = stage_memory(architecture, settings, stage, world_size=world_size, pack=pack)

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
-from megatron_cocoa.model.build import Model
+from megatron_cocoa.model.build import Model, check_model
 from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
@@ -115,7 +115,7 @@ def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) 
 
 
 def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict[str, StageLoader | ReplicaLoader]:
-    """Refuse, before the first stage starts, what would stop a later one: its rows, its batch sizes, its weights.
+    """Refuse, before the first stage starts, what would stop any of them: kernels, layout, weights, batch sizes, rows.
 
     Returns:
         The loaders of the stages that are not complete yet, by stage, so that no file is read twice.
@@ -124,6 +124,7 @@ def _checked_loaders(context: RunContext, places: dict[str, StagePlace]) -> dict
         ValueError: as the stage would raise it.
     """
     settings = context.settings
+    check_model(context.architecture, settings)
     context.weight_source(None).check()
     loaders = {}
     # In the same order on every rank: ranks of a replica build their loaders together.

@@ -8,8 +8,9 @@ import torch
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.config import ModelSettings, ParallelSettings
+from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.attention import SequenceContext
+from megatron_cocoa.model.build import check_model
 from megatron_cocoa.model.heads import local_rows
 from megatron_cocoa.model.segments import SegmentTable
 from megatron_cocoa.model.specs import resolve_implementation
@@ -166,3 +167,44 @@ def test_segment_tables_of_another_pack_are_refused(tiny):
     context = SequenceContext(segments=SegmentTable.from_lengths([5]))
     with pytest.raises(ValueError, match="segment table covers 5 rows, attention has 6"):
         tiny.chunk.language_model(torch.zeros(6, 1, 64), context)
+
+
+@pytest.mark.parametrize(
+    "parallel, recompute, message",
+    [
+        ({}, dict(language="full", language_num_layers=3), "language_num_layers 3 does not divide the 4 language"),
+        ({}, dict(vision="full", vision_num_layers=50), "vision_num_layers 50 does not divide the 4 vision layers"),
+        (
+            dict(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1),
+            dict(language="full", language_num_layers=3),
+            "language_num_layers 3 does not divide the 1 language layers",
+        ),
+        (
+            dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            dict(language="full", language_num_layers=2),
+            "language_num_layers 2 does not divide the 1 language layers",
+        ),
+    ],
+)
+def test_blocks_of_recomputed_layers_must_come_out_even(parallel, recompute, message):
+    """Claim: Megatron would index a layer that is not there, in the first step; the message comes before any row."""
+    settings = TrainSettings(parallel=ParallelSettings(**parallel), recompute=RecomputeSettings(**recompute))
+    with pytest.raises(ValueError, match=message):
+        check_model(ARCHITECTURE, settings)
+    counted = {name: number for name, number in recompute.items() if name.endswith("_num_layers")}
+    check_model(ARCHITECTURE, replace(settings, recompute=replace(settings.recompute, **dict.fromkeys(counted, 1))))
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (dict(attention_backend="flex"), "flex has no backward pass on a CPU: choose model.attention_backend=sdpa"),
+        (dict(vision_attention_backend="flash"), "choose model.vision_attention_backend=sdpa instead$"),
+        (dict(transformer_impl="transformer_engine"), "transformer_impl transformer_engine needs"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused here runs on a GPU")
+def test_kernels_that_cannot_train_here_are_refused_before_anything_is_read(model, message):
+    """Claim: a backend is told by the setting that chose it, and not by the first step's traceback."""
+    with pytest.raises(ValueError, match=message):
+        check_model(ARCHITECTURE, TrainSettings(model=ModelSettings(**model)))
