@@ -100,8 +100,8 @@ class RecomputeSettings:
             a layer of the tower keeps and 70% of what one of the language model keeps; local layers without adapters
             repeat only the MLP's first projection. ``selective`` recomputes core attention only, which saves nothing
             here, because no attention kernel of this project keeps its scores.
-        vision_num_layers, language_num_layers: under ``full`` the number of layers per recomputed block, 1 by default,
-            which must divide the layers of each pipeline stage (and virtual chunk); under ``mlp`` only the first so many
+        vision_num_layers, language_num_layers: under ``full`` the number of layers per recomputed block, 1 by default;
+            it must divide the layers of each pipeline stage (and virtual chunk). Under ``mlp`` only the first so many
             layers of each are recomputed, by default all.
     """
 

@@ -99,7 +99,8 @@ def prepare_context(settings: TrainSettings) -> RunContext:
 
     Raises:
         ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model or describes another one than ``model.load``
-            holds, data packages that are missing, or ``evaluate`` with nothing to measure on.
+            holds, data packages that are missing, or ``evaluate`` or ``validation.interval`` with nothing to measure
+            on.
     """
     is_toy = settings.model.path is None
     if is_toy:
@@ -141,6 +142,11 @@ def _check_pools(settings: TrainSettings) -> None:
     """Refuse a run that is asked for measurements, and whose data folder has nothing to take them on."""
     folder = settings.data.path
     pools = [] if folder is None else [file for file in POOLS.values() if (Path(folder) / file).is_file()]
+    if settings.validation.interval is not None and POOLS["heldout"] not in pools:
+        raise ValueError(
+            f"validation.interval is {settings.validation.interval}, but data.path {folder} has no {POOLS['heldout']} "
+            f"to validate on: write one (see docs/data.md), or set validation.interval to null"
+        )
     if settings.evaluate and not pools:
         raise ValueError(
             f"evaluate is true, but data.path {folder} has neither {' nor '.join(POOLS.values())} to measure on: write "

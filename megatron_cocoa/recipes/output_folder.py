@@ -70,13 +70,16 @@ def check_output(settings: TrainSettings) -> None:
 
 
 def _check_earlier_run(output: Path, settings: TrainSettings) -> None:
+    if not holds_run(output):
+        raise ValueError(
+            f"{output} is not empty and holds no {SETTINGS_FILE} of an earlier run: it is left as it is, name another "
+            f"--output_dir"
+        )
     if not (settings.overwrite or settings.resume):
         raise ValueError(
             f"{output} holds an earlier run: name another --output_dir, pass --resume true to go on with it, or "
             f"--overwrite true to remove it"
         )
-    if not holds_run(output):
-        raise ValueError(f"{output} is not empty and holds no {SETTINGS_FILE} of an earlier run: it is left as it is")
     for name, source in (("model.load", settings.model.load), ("model.path", settings.model.path)):
         if settings.overwrite and source and Path(source).resolve().is_relative_to(output.resolve()):
             raise ValueError(f"{name} {source} lies in output_dir {output}, which would be overwritten")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo
+from megatron_cocoa.config import ValidationSettings
 from megatron_cocoa.recipes.context import prepare_context, read_config
 from tests.distributed.tiny_run import tiny_settings
 
@@ -20,6 +21,15 @@ def test_evaluation_without_a_pool_is_refused(tiny_folders, tmp_path):
     with pytest.raises(ValueError, match=message):
         prepare_context(nothing)
     prepare_context(replace(nothing, evaluate=False))
+
+
+def test_validation_without_its_pool_is_refused_before_anything_is_read(tiny_folders, tmp_path):
+    """Claim: the pool that validation needs is missed at the start, and not once rows and weights are there."""
+    settings = tiny_settings(tiny_folders, validation=ValidationSettings(interval=1))
+    assert prepare_context(settings).settings == settings
+    (tmp_path / "eval_train.jsonl").touch()
+    with pytest.raises(ValueError, match="has no eval_heldout.jsonl to validate on: write one"):
+        prepare_context(replace(settings, data=replace(settings.data, path=str(tmp_path))))
 
 
 def test_a_name_on_the_hub_is_told_how_to_become_a_folder(tmp_path):

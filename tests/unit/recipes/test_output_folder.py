@@ -46,6 +46,14 @@ def test_what_cost_a_step_or_is_not_ours_holds_the_folder(output, left):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
+def test_a_folder_without_a_run_is_not_called_one(tmp_path):
+    """Claim: nobody is told that --overwrite would remove a folder of other things, which it would not."""
+    (tmp_path / "thesis.tex").write_text("")
+    for given in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match="holds no settings.yaml of an earlier run: .* name another --output_dir"):
+            check_output(TrainSettings(output_dir=str(tmp_path), **given))
+
+
 def test_a_missing_logging_package_is_found_before_the_folder_is_taken(tmp_path, monkeypatch):
     """Claim: Weights & Biases without its package is refused at the start, not once the model is loaded."""
     monkeypatch.setitem(sys.modules, "wandb", None)
