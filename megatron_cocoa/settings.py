@@ -45,11 +45,14 @@ class SettingsError(ValueError):
     """
 
 
-def parse_settings(argv: Sequence[str], *, preset_default: str = TOY_PRESET) -> TrainSettings:
+def parse_settings(
+    argv: Sequence[str], *, preset_default: str = TOY_PRESET, stand_ins: Mapping[str, Any] | None = None
+) -> TrainSettings:
     """The settings that ``argv`` (without the program's name) asks for.
 
     Args:
         preset_default: the preset where ``argv`` names none.
+        stand_ins: values by dotted key, for settings that no source gives.
 
     Raises:
         SettingsError: for an unknown key (the nearest known one is named), a value of the wrong type, a file that
@@ -69,6 +72,7 @@ def parse_settings(argv: Sequence[str], *, preset_default: str = TOY_PRESET) -> 
     if ("help", "") in given:
         _print_help(values, preset)
     values |= _read_command_line(given)
+    values |= {key: value for key, value in (stand_ins or {}).items() if values.get(key) is None}
     _require_recipe(values, preset, is_chosen=bool(chosen) or configured.keys() == _known_keys().keys())
     return _build(values)
 

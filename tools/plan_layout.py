@@ -5,7 +5,7 @@
     python tools/plan_layout.py --gpus 16 --preset qwen2.5-vl-7b --parallel.tensor_model_parallel_size 4
     python tools/plan_layout.py --table
 
-Takes every setting of the training script; of a preset without --model.path the published shapes are used. Exit
+Takes every setting of the training script; of a preset without model.path the published shapes are used. Exit
 status: 0 where the layout fits, 1 where it does not, 2 where it is impossible. Needs neither GPU nor weights.
 docs/layouts.md says what is counted and how it was checked.
 """
@@ -26,11 +26,14 @@ H100_GIB = 79.6
 """What the driver reports of an H100 with 80 GB."""
 
 
+NOT_READ = "not-read"
+"""Stands for a model or data folder that nobody gave."""
+
+
 def preset_settings(name: str, more: list[str] | None = None) -> TrainSettings:
-    """Settings of a preset without a model or data folder, which planning does not read."""
-    given = more or []
-    folders = [f"--{key}=not-read" for key in ("model.path", "data.path") if not any(key in option for option in given)]
-    return parse_settings([f"--preset={name}", *folders, *given])
+    """Settings of a preset; it needs no model or data folder, which planning does not read."""
+    folders = dict.fromkeys(("model.path", "data.path"), NOT_READ)
+    return parse_settings([f"--preset={name}", *(more or [])], stand_ins=folders)
 
 
 def main() -> int:
@@ -48,6 +51,8 @@ def main() -> int:
         return 0
     if options.gpus is None or options.gpus < 1:
         parser.error("--gpus N, 1 or more, is needed")
+    if not options.memory_gib > 0:
+        parser.error(f"--memory-gib is {options.memory_gib}, must be positive")
     try:
         settings = preset_settings(options.preset, given)
         return _plan(options, settings)
@@ -62,7 +67,7 @@ def _plan(options: argparse.Namespace, settings: TrainSettings) -> int:
     from megatron_cocoa.planning.published import published_architecture
     from megatron_cocoa.recipes.context import read_config
 
-    if settings.model.path == "not-read":
+    if settings.model.path == NOT_READ:
         architecture = published_architecture(options.preset)
     else:
         architecture = QwenVLArchitecture.from_huggingface(read_config(Path(settings.model.path)))

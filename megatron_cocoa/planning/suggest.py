@@ -87,12 +87,16 @@ def _layouts(architecture: QwenVLArchitecture, settings: TrainSettings, world_si
         for pipeline in PIPELINE_SIZES:
             if tensor > min(GPUS_PER_NODE, world_size) or world_size % (tensor * pipeline):
                 continue
-            parallel = ParallelSettings(
+            parallel = replace(
+                settings.parallel,
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=pipeline,
+                virtual_pipeline_model_parallel_size=None,
+                context_parallel_size=1,
                 sequence_parallel=tensor > 1,
                 use_distributed_optimizer=True,
                 num_layers_in_first_pipeline_stage=_any_first(architecture.text.num_hidden_layers, pipeline),
+                num_layers_in_last_pipeline_stage=None,
             )
             model = replace(settings.model, vision_ffn_multiple=max(128, settings.model.vision_ffn_multiple))
             try:
@@ -115,7 +119,8 @@ def _variants(
     if values.global_batch_size % replicas:
         return
     share = values.global_batch_size // replicas
-    multiple = 128 if parallel.tensor_model_parallel_size > 1 else settings.model.vision_ffn_multiple
+    is_padded = parallel.tensor_model_parallel_size > 1 or settings.model.fp8_vision
+    multiple = 128 if is_padded else settings.model.vision_ffn_multiple
     model = replace(settings.model, vision_ffn_multiple=max(multiple, settings.model.vision_ffn_multiple))
     for size in (1, 2, 4, 8, 16, 32):
         if share % size:

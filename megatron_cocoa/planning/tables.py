@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import STAGES, TrainSettings
@@ -112,19 +114,22 @@ def plan_lines(
     found = suggest(architecture, settings, stage, world_size=world_size, gpu_bytes=gpu_bytes)
     lines.append(f"  suggested: {describe(found)}")
     if found is not None:
-        lines.append("    " + " ".join(as_options(found)))
+        lines.append("    " + " ".join(as_options(found, settings)))
     return lines, is_fine
 
 
-def as_options(suggestion: Suggestion) -> list[str]:
-    """A suggestion as command-line options of the training script."""
+def as_options(suggestion: Suggestion, given: TrainSettings) -> list[str]:
+    """A suggestion as command-line options to add to those of ``given``, which it was made for.
+
+    What ``given`` sets otherwise is taken back: a preset's first pipeline stage would be refused without a pipeline.
+    """
     settings = suggestion.settings
     parallel, recompute = settings.parallel, settings.recompute
     values = {
         "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
-        "parallel.use_distributed_optimizer": "true",
+        "parallel.sequence_parallel": parallel.sequence_parallel,
+        "parallel.use_distributed_optimizer": True,
         "recompute.vision": recompute.vision,
         "recompute.language": recompute.language,
         f"{suggestion.stage}.micro_batch_size": suggestion.micro_batch_size,
@@ -132,7 +137,12 @@ def as_options(suggestion: Suggestion) -> list[str]:
     }
     if parallel.num_layers_in_first_pipeline_stage is not None:
         values["parallel.num_layers_in_first_pipeline_stage"] = parallel.num_layers_in_first_pipeline_stage
-    return [f"--{key} {value}" for key, value in values.items()]
+    for group in ("parallel", "recompute"):
+        new, old = getattr(settings, group), getattr(given, group)
+        for name in (field.name for field in fields(new)):
+            if getattr(new, name) != getattr(old, name):
+                values[f"{group}.{name}"] = getattr(new, name)
+    return [f"--{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
 
 
 def document_tables(settings_of: SettingsOf, *, gpu_bytes: float) -> Iterator[str]:

@@ -17,7 +17,7 @@ from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
 from megatron_cocoa.planning.published import published_architecture
 from megatron_cocoa.planning.schedule import in_flight
 from megatron_cocoa.planning.suggest import suggest
-from megatron_cocoa.planning.tables import GIB, document_tables
+from megatron_cocoa.planning.tables import GIB, as_options, document_tables
 from megatron_cocoa.settings import parse_settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,6 +51,37 @@ def test_suggestions_fit_and_are_possible(gpus, stage):
     again = stage_memory(architecture, found.settings, stage, world_size=gpus, pack=pack)
     assert tuple(again) == found.memory
     assert max(rank.total for rank in again) <= (1 - HEADROOM) * H100
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpus", "stage", "options"),
+    [
+        # A preset's first pipeline stage, and a suggestion without a pipeline.
+        ("qwen2.5-vl-72b", 64, "warmup", []),
+        ("qwen2.5-vl-7b", 8, "bridge", ["--recompute.language=mlp", "--recompute.language_num_layers=3"]),
+        ("qwen2.5-vl-7b", 8, "bridge", ["--parallel.context_parallel_size=2"]),
+        ("qwen2.5-vl-7b", 8, "bridge", ["--parallel.overlap_grad_reduce", "--parallel.overlap_param_gather"]),
+        (
+            "qwen2.5-vl-7b",
+            8,
+            "contrastive",
+            [f"--parallel.{kind}pipeline_model_parallel_size=2" for kind in ("", "virtual_")],
+        ),
+        ("qwen2.5-vl-3b", 8, "bridge", ["--model.fp8=delayed", "--model.fp8_vision"]),
+    ],
+    ids=["first-stage", "mlp", "context", "overlap", "interleaved", "fp8"],
+)
+def test_the_printed_options_are_the_suggestion(preset, gpus, stage, options):
+    """Claim: what is copied behind the command that was planned gives the suggested layout, and is not refused."""
+    architecture, given = published_architecture(preset), settings_of(preset, *options)
+    found = suggest(architecture, given, stage, world_size=gpus, gpu_bytes=H100)
+    printed = " ".join(as_options(found, given)).split()
+    again = settings_of(preset, *options, *printed)
+    check_layout(architecture, model=again.model, parallel=again.parallel)
+    changed = replace(found.settings.stage(stage), micro_batch_size=found.micro_batch_size)
+    assert again == replace(found.settings, **{stage: changed})
+    overlaps = ("overlap_grad_reduce", "overlap_param_gather")
+    assert all(getattr(again.parallel, name) == getattr(given.parallel, name) for name in overlaps)
 
 
 def test_what_cannot_fit_is_not_suggested():
@@ -176,11 +207,32 @@ def test_a_gathered_reduction_is_counted_on_gloo_alone():
     assert moment(GPU_KERNELS)[0] < gradients
 
 
-def test_the_tool_refuses_28_heads_on_8_ranks(monkeypatch, capsys):
-    """Claim: the command says why a layout is impossible and exits with 2; one that fits exits with 0."""
+@pytest.fixture
+def tool():
+    """``tools/plan_layout.py`` as a module."""
     specification = importlib.util.spec_from_file_location("plan_layout", ROOT / "tools" / "plan_layout.py")
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
+    return tool
+
+
+def test_the_tool_plans_the_model_that_a_file_names(tool, monkeypatch, capsys, tmp_path):
+    """Claim: a run's own settings.yaml is planned with its model, never with the preset's published shapes instead."""
+    (tmp_path / "settings.yaml").write_text("model: {path: absent-model}\nstages: [bridge]\n")
+    command = ["plan_layout.py", "--gpus", "8", "--config", str(tmp_path / "settings.yaml")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert tool.main() == 2
+    assert "absent-model does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--model.path", "null"])
+    assert tool.main() == 0
+    monkeypatch.setattr(sys, "argv", [*command, "--memory-gib", "0"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "--memory-gib is 0.0, must be positive" in capsys.readouterr().err
+
+
+def test_the_tool_refuses_28_heads_on_8_ranks(tool, monkeypatch, capsys):
+    """Claim: the command says why a layout is impossible and exits with 2; one that fits exits with 0."""
     command = ["plan_layout.py", "--gpus", "8", "--preset", "qwen2.5-vl-7b", "--stages", "bridge"]
     monkeypatch.setattr(sys, "argv", [*command, "--parallel.tensor_model_parallel_size", "8"])
     assert tool.main() == 2
