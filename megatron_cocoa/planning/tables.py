@@ -102,7 +102,10 @@ def plan_lines(
         f"{number} micro-batch(es)"
     ]
     if settings.adapter.is_used:
-        lines.append("  adapters are not counted: the figures are those of full training, which needs more")
+        lines.append(
+            "  adapters are not counted: these are the figures of full training. Gradients and optimizer need less, "
+            "activations more, with dora more than twice as much unless recompute is full: leave room for them"
+        )
     for rank in memory:
         parts = (rank.parameters, rank.gradients, rank.optimizer, rank.activations, rank.transient, rank.total)
         lines.append(
