@@ -161,7 +161,7 @@ def read_config(folder: Path):
         ValueError: if it is missing, unreadable or of another family.
     """
     if not folder.exists():
-        could_be_name = len(folder.parts) == 2 and not folder.is_absolute()
+        could_be_name = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in ("~", "..")
         hub = f"; if that is a name on the Hub: hf download {folder} --local-dir {folder.name}" if could_be_name else ""
         raise ValueError(f"{folder} does not exist: model.path must be a Qwen2-VL or Qwen2.5-VL folder{hub}")
     if not (folder / "config.json").is_file():

@@ -36,6 +36,9 @@ def test_a_name_on_the_hub_is_told_how_to_become_a_folder(tmp_path):
     """Claim: who gives a model's name reads that there is no such folder, and the command that makes one."""
     with pytest.raises(ValueError, match="^Qwen/No does not exist: .* hf download Qwen/No --local-dir No$"):
         read_config(Path("Qwen/No"))
+    for path in ("~/model", "../model"):
+        with pytest.raises(ValueError, match="model does not exist: .* folder$"):
+            read_config(Path(path))
     with pytest.raises(ValueError, match="absent does not exist: .* folder$"):
         read_config(tmp_path / "absent")
     with pytest.raises(ValueError, match="has no config.json"):
