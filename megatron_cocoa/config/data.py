@@ -8,6 +8,9 @@ from typing import Literal
 from megatron_cocoa.config.checks import require
 from megatron_cocoa.config.names import STAGES
 
+COLUMNS = "id image_path caption source qry qry_image_path pos_text pos_image_path neg_text neg_image_path".split()
+"""Our names of columns, which ``SourceSettings.columns`` may map."""
+
 
 @dataclass(frozen=True)
 class SourceSettings:
@@ -84,6 +87,16 @@ class DataSettings:
     def _check_source(self, source: SourceSettings) -> None:
         unknown = [stage for stage in source.stages if stage not in STAGES]
         require(not unknown, f"data.sources: {source.name} names the stage(s) {unknown}, known are {list(STAGES)}")
+        wrong = [column for column in source.columns if column not in COLUMNS]
+        require(
+            not wrong,
+            f"data.sources: columns of {source.name} maps {wrong}: keys are our names of columns, "
+            f"{', '.join(COLUMNS)}; values are the source's",
+        )
+        require(
+            len(set(source.columns.values())) == len(source.columns),
+            f"data.sources: columns of {source.name} takes one column of the source twice: {source.columns}",
+        )
         require(
             len(source.stages) > 0,
             f"data.sources: no stage reads {source.name}, its stages are []: name some, or leave the source out",

@@ -399,6 +399,8 @@ def test_sources_stand_for_a_data_folder_but_not_for_its_pools(tmp_path):
         (("weight: 2.0, ", ""), "give each a positive one, or none"),
         (("name: own", "name: COCO"), "each must occur once"),
         (("stages: [warmup]", "stages: []"), "no stage reads own"),
+        (("{caption: text}", "{text: caption}"), r"columns of own maps \['text'\]: keys are our names of columns, id,"),
+        (("{caption: text}", "{caption: text, qry: text}"), "takes one column of the source twice"),
     ],
 )
 def test_a_wrong_source_says_what_is_wrong(tmp_path, change, message):
