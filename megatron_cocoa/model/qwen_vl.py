@@ -190,9 +190,19 @@ class QwenVL(MegatronModule):
         if reads.embeddings is not None:
             total = batch.embedding_positions.shape[0]
             output.embeddings = gather_embeddings(embedding_rows, reads.embeddings.entries, total, self.context_group)
+            if reads.text is None and self.language_model.output_layer.weight is not None:
+                output.embeddings = output.embeddings + self._no_logits(embedding_rows)
             if self.logit_scale is not None:
                 output.logit_scale = bounded_logit_scale(self.logit_scale)
         return output
+
+    def _no_logits(self, hidden_rows: Tensor) -> Tensor:
+        """Scalar zero that has read the token head's own matrix, and gives it a gradient of zeros.
+
+        With ``overlap_grad_reduce`` Megatron's DDP expects a gradient of every parameter, and with
+        ``overlap_param_gather`` it cannot gather one again whose last gathering no module has waited for.
+        """
+        return self.language_model.logits(hidden_rows[:0].detach()).sum()
 
     def full_logits(self, hidden_rows: Tensor) -> Tensor:
         """Logits over the whole vocabulary ``(rows, vocab_size)`` on the last stage; for tests and inspection."""

@@ -307,7 +307,9 @@ def _heads(
     logits = supervised * vocabulary
     saved = (supervised + pack.embeddings) * shape.hidden * shape.element + logits * 4
     trains = not settings.freeze.language or architecture.tie_word_embeddings
-    weight = vocabulary * text.hidden_size * shape.element if supervised and trains else 0
+    # A matrix of its own gets a gradient of zeros where no loss reads logits.
+    is_own = not architecture.tie_word_embeddings or settings.parallel.pipeline_model_parallel_size > 1
+    weight = vocabulary * text.hidden_size * shape.element if trains and (supervised or is_own) else 0
     moment = max(logits * shape.element, weight - logits * (4 - shape.element))
     if pack.runs_decoder:
         of_layer = functools.partial(layer_memory, shape, rows, kernels, recompute="none")

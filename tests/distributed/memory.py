@@ -127,6 +127,7 @@ def measured_step(
     recomputed_layers: int | None = None,
     num_microbatches: int = 1,
     freeze: dict | None = None,
+    tied: bool = True,
     **parallel,
 ) -> dict:
     """Bytes of a training step on every rank: measured, and computed for its pipeline stage."""
@@ -144,7 +145,7 @@ def measured_step(
         bridge=BridgeSettings(**sizes),
         contrastive=ContrastiveSettings(**sizes),
     )
-    architecture = small_architecture(family)
+    architecture = small_architecture(family, tied=tied)
     multiple = layout.tensor_model_parallel_size * layout.context_parallel_size
     batches = [small_batch(architecture, stage, multiple=multiple, seed=i) for i in range(num_microbatches)]
     packs = [PackShape.of(batch, architecture) for batch in batches]
@@ -248,6 +249,8 @@ ONE_RANK: dict[str, dict] = {
 } | {
     f"memory-frozen-{part}": dict(stage="bridge", freeze={part: True}) for part in ("vision", "merger", "language")
 } | {
+    "memory-contrastive-untied": dict(stage="contrastive", tied=False)
+} | {
     f"memory-frozen-vision-{mode}": dict(stage="bridge", freeze={"vision": True}, recompute=mode)
     for mode in ("mlp", "full")
 }  # fmt: skip
@@ -273,6 +276,7 @@ DEFAULT = (
     "memory-bridge-qwen2_vl-fp32-selective",
     "memory-bridge-qwen2_5_vl-fp32-mlp",
     "memory-contrastive-qwen2_5_vl-fp32-full",
+    "memory-contrastive-untied",
     "memory-frozen-language",
     "memory-frozen-vision-full",
     *TWO_RANKS,

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_cocoa.config import STAGES
 from tests.distributed.launch import result_of
-from tests.distributed.training import LAYOUTS, MOVES
+from tests.distributed.training import LAYOUTS, MOVES, UNREAD_HEADS
 
 
 @pytest.mark.parametrize("check", [name for name in LAYOUTS if name != "train-single"])
@@ -23,6 +23,17 @@ def test_first_losses_equal_the_single_process(request, check):
         assert found[f"{stage}_weights_apart"] == 0, "replicas must hold the same weights when a stage is saved"
         # Norms vary more than losses: what rounding makes of a weight is multiplied by the curvature.
         assert max(abs(a - b) / a for a, b in norms) < 1e-3, (stage, norms)
+
+
+@pytest.mark.parametrize("check", UNREAD_HEADS)
+def test_overlaps_serve_a_stage_that_reads_no_logits(request, check):
+    """Claim: an output layer of its own, and the copy of a tied one, hold up no exchange where nothing reads them.
+
+    Overlaps change when ranks exchange and not what, so that only sums over two ranks may be taken in another order.
+    """
+    losses = result_of(request, check)
+    assert len(losses["plain"]) == len(losses["overlapped"]) == 4
+    assert losses["overlapped"] == pytest.approx(losses["plain"], rel=1e-5)
 
 
 @pytest.mark.parametrize("check", ["train-single"])

@@ -12,10 +12,10 @@ from megatron.core import parallel_state
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
 from megatron_cocoa.config import STAGES, ParallelSettings
-from megatron_cocoa.model.build import build_model
+from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.recipes.context import prepare_context
+from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
 from megatron_cocoa.recipes.stages import build_loader, build_with_weights
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
@@ -48,20 +48,39 @@ def stage_losses(**parallel) -> dict[str, list[float]]:
         write_folders(Path(folder))
         context = prepare_context(tiny_settings(Path(folder), steps=STEPS, parallel=settings))
         for stage in STAGES:
-            model = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
-            model = wrap_data_parallel(model, settings)
-            log = _Losses()
-            train_stage(
-                model,
-                build_objective(stage, context.settings),
-                build_loader(context, stage),
-                stage=context.settings.stage(stage),
-                settings=context.settings,
-                log=log,
-            )
+            model, log = _train(context, stage)
             losses[stage] = log.values
             losses[f"{stage}_grad_norm"] = log.grad_norms
             losses[f"{stage}_weights_apart"] = _apart_over_replicas(model)
+        dist.barrier()
+    return losses
+
+
+def _train(context: RunContext, stage: str) -> tuple[Model, _Losses]:
+    """All steps of a stage from the random weights of the context's seed."""
+    settings = context.settings
+    model = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
+    model, log = wrap_data_parallel(model, settings.parallel), _Losses()
+    objective, loader = build_objective(stage, settings), build_loader(context, stage)
+    train_stage(model, objective, loader, stage=settings.stage(stage), settings=settings, log=log)
+    return model, log
+
+
+def unread_token_head(tied: bool, degrees: dict) -> dict[str, list[float]]:
+    """Losses of stage ``contrastive``, which reads no logits, without overlaps and with all of them."""
+    losses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_folders(Path(folder))
+        if not tied:
+            config = Path(folder) / "model" / "config.json"
+            config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+        for name, overlaps in (("plain", {}), ("overlapped", OVERLAP)):
+            settings = ParallelSettings(**degrees, **overlaps)
+            topology.set_layout(settings, seed=0)
+            context = prepare_context(tiny_settings(Path(folder), steps=4, parallel=settings))
+            assert context.architecture.tie_word_embeddings == tied
+            _, log = _train(context, "contrastive")
+            losses[name] = log.values
         dist.barrier()
     return losses
 
@@ -111,13 +130,12 @@ def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **mo
     )
 
 
+OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "train-single": (1, _degrees()),
     "train-dp2": (2, _degrees()),
     "train-dp2-distributed-optimizer": (2, _degrees(use_distributed_optimizer=True)),
-    "train-dp2-overlap": (
-        2, _degrees(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
-    ),
+    "train-dp2-overlap": (2, _degrees(**OVERLAP)),
     "train-tp2": (2, _degrees(tp=2)),
     "train-tp2-sp": (2, _degrees(tp=2, sequence_parallel=True)),
     "train-pp2": (2, _degrees(pp=2)),
@@ -125,6 +143,11 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "train-cp2": (2, _degrees(cp=2)),
     "train-tp2-pp2": (4, _degrees(tp=2, pp=2)),
     "train-pp2-dp2": (4, _degrees(pp=2)),
+}
+
+UNREAD_HEADS: dict[str, tuple[int, bool, dict]] = {
+    "unread-head-untied-dp2": (2, False, _degrees()),
+    "unread-head-tied-pp2": (2, True, _degrees(pp=2)),
 }
 
 MOVES: dict[str, tuple[int, dict, dict]] = {
@@ -135,5 +158,6 @@ MOVES: dict[str, tuple[int, dict, dict]] = {
 
 CHECKS = {
     **{name: Check(size, functools.partial(stage_losses, **degrees)) for name, (size, degrees) in LAYOUTS.items()},
+    **{name: Check(size, functools.partial(unread_token_head, *how)) for name, (size, *how) in UNREAD_HEADS.items()},
     **{name: Check(size, functools.partial(checkpoint_moves, *ends)) for name, (size, *ends) in MOVES.items()},
 }
