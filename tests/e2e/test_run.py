@@ -103,6 +103,7 @@ def refused(finished, tiny_folders, tmp_path_factory) -> dict[str, tuple[int, st
     cases = {
         "earlier run": (output,),
         "later stage": (output, "--overwrite=true", "--contrastive.global_batch_size=4096"),
+        "no such layout": (output, "--overwrite=true", "--parallel.num_layers_in_first_pipeline_stage=1"),
         "own weights": (output, "--overwrite=true", f"--model.load={bridge}", "--stages=[contrastive]"),
         "no run": (full, "--overwrite=true"),
         "no files": (Path("/proc/nowhere"),),
@@ -124,6 +125,7 @@ def refused(finished, tiny_folders, tmp_path_factory) -> dict[str, tuple[int, st
     ("case", "message"),
     [
         ("earlier run", "holds an earlier run: name another --output_dir"),
+        ("no such layout", "num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages"),
         ("own weights", "which would be overwritten"),
         ("no run", "it is left as it is"),
         ("no files", "cannot be written"),
@@ -134,8 +136,9 @@ def refused(finished, tiny_folders, tmp_path_factory) -> dict[str, tuple[int, st
 def test_a_run_that_would_harm_is_refused(refused, finished, case, message):
     """Claim: one message, status 2, before a step is trained, and nothing of an earlier run or of other files is lost.
 
-    Over an earlier run, over the weights that it starts from, over a folder that holds no run, where nothing can be
-    written, with a batch larger than the data of a later stage, and as a resumption of another run.
+    Over an earlier run, at a layout that the model cannot be cut into, over the weights that it starts from, over a
+    folder that holds no run, where nothing can be written, with a batch larger than the data of a later stage, and as a
+    resumption of another run.
     """
     status, said = refused[case]
     assert status == 2 and said.count(message) == 1, said
