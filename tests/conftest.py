@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.util  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -39,6 +41,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--rehearse"):
         # Read where Triton is imported, and torch imports it where it is installed.
         os.environ["TRITON_INTERPRET"] = "1"
+        rehearse_transformer_engine()
+
+
+def rehearse_transformer_engine() -> None:
+    """Let Transformer Engine run here and in all processes that tests start, if it is installed and a GPU is not."""
+    import torch
+
+    if torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        return
+    folder = str(Path(__file__).parent / "rehearsal")
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    from transformer_engine_on_cpu import rewrite_imports
+
+    rewrite_imports()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
