@@ -18,6 +18,7 @@ from typing import Literal
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import Recompute, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.language import padded_vocab_size
+from megatron_cocoa.objectives.contrastive import ROWS_PER_BLOCK
 from megatron_cocoa.planning.activations import (
     GPU_KERNELS,
     Kernels,
@@ -164,11 +165,13 @@ def _exchange(architecture: QwenVLArchitecture, settings: TrainSettings, stage: 
     """Bytes of the contrastive loss over the global batch: embeddings and their gradients, similarities, metrics."""
     if stage != "contrastive":
         return 0
-    pairs, hidden = settings.contrastive.global_batch_size, architecture.text.hidden_size
+    own, hidden = settings.contrastive, architecture.text.hidden_size
+    pairs, negatives = own.global_batch_size, own.num_hard_negatives
+    candidates = pairs * (1 + negatives) if own.hard_negatives_shared else pairs + negatives
+    similarities = min(pairs, ROWS_PER_BLOCK) * candidates * 4 * 5
     smaller = min(2 * pairs, hidden)
-    similarities = pairs * pairs * 4 * 5
     rank_metric = 2 * pairs * hidden * 8 + smaller * smaller * 8 * 3
-    return 2 * pairs * hidden * 4 * 4 + max(similarities, rank_metric)
+    return (2 + negatives) * pairs * hidden * 4 * 4 + max(similarities, rank_metric)
 
 
 def _activations(

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": BELOW | set(SAME_LAYER),
     "evaluation": BELOW | set(SAME_LAYER),
     "conversion": BELOW | set(SAME_LAYER),
-    "planning": BELOW | {"model"},
+    "planning": BELOW | {"model", "objectives"},
     "recipes": BELOW | set(SAME_LAYER) | {"training", "evaluation", "conversion", "planning"},
     "embedder": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes"},
     "export": BELOW | set(SAME_LAYER) | {"evaluation", "conversion", "recipes", "embedder"},
