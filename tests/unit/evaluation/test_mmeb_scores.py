@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_cocoa.evaluation import mmeb_scores
 from megatron_cocoa.evaluation.mmeb_scores import chance_accuracy, majority_accuracy, score_task
 
 ITEMS = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0], [2.0, 0.0]])
@@ -76,3 +77,19 @@ def test_broken_vectors_are_refused(broken):
         score_task(ITEMS[:1], items, lists([0, 1]))
     with pytest.raises(ValueError, match="2 queries and 1 candidate lists"):
         score_task(ITEMS[:2], ITEMS, lists([0, 1]))
+
+
+def test_blocks_of_queries_score_as_single_ones(monkeypatch):
+    """Claim: whether products are taken with all items or with each list's rows, every number is the same."""
+    rng = np.random.default_rng(3)
+    items, queries = rng.standard_normal((30, 8)), rng.standard_normal((150, 8))
+    items[7] = items[2]  # another thing with the same vector
+    candidates = [rng.choice(30, size=rng.integers(1, 30), replace=bool(row % 2)) for row in range(150)]
+    found = []
+    for waste in (0, 1000):
+        monkeypatch.setattr(mmeb_scores, "MOST_WASTE", waste)
+        found.append(mmeb_scores.score_task(queries, items, candidates))
+    for name in ("num_correct", "num_strict", "expected", "num_ties"):
+        assert getattr(found[0], name) == getattr(found[1], name)
+    assert np.array_equal(found[0].predictions, found[1].predictions)
+    assert np.array_equal(found[0].ranks, found[1].ranks)
