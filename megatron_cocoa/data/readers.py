@@ -28,14 +28,14 @@ Record = tuple[str, dict | BadRow]
 
 
 def jsonl_records(path: str | Path) -> Iterator[Record]:
-    """One JSON object a line, UTF-8.
+    """One JSON object a line, UTF-8, with or without the mark that some editors write in front.
 
     Raises:
         ValueError: if the file cannot be read or is in another encoding.
     """
     path = Path(path)
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): name it, or the folder that has it") from error
     with file:

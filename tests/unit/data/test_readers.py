@@ -18,6 +18,7 @@ from megatron_cocoa.data import stored
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.mixture import BLOCK, MixedOrder
 from megatron_cocoa.data.mmeb_train import SUBSETS, is_constant_target, without_instruction
+from megatron_cocoa.data.readers import jsonl_records
 from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content
 from megatron_cocoa.data.source_list import source_rows, stage_rows
@@ -416,3 +417,10 @@ def test_settings_of_sources_are_checked():
             DataSettings(sources=sources)
     with pytest.raises(ValueError, match="none of data.sources feeds stage bridge"):
         stage_rows("bridge", DataSettings(sources=(SourceSettings("a", "x", stages=("warmup",)),)), seed=0)
+
+
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    """Claim: the first line of a file that an editor has put its mark in front of is a row like the others."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a"}\n{"id": "b"}\n', encoding="utf-8-sig")
+    assert list(jsonl_records(path)) == [("rows:1", {"id": "a"}), ("rows:2", {"id": "b"})]
