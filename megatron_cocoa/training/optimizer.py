@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -63,6 +64,7 @@ def build_optimizer(
     return built, schedule
 
 
+@torch.no_grad()
 def round_from_master_weights(model: Model, optimizer: MegatronOptimizer) -> None:
     """Make parameters in FP8 of their master weights again; every rank calls it, after loading a checkpoint.
 

