@@ -33,7 +33,9 @@ def test_stages_that_are_complete_are_not_read_again(monkeypatch):
     monkeypatch.setattr(run, "build_loader", lambda context, stage: built.append(stage) or stage)
     monkeypatch.setattr(run, "check_microbatches", lambda context, stage: None)
     monkeypatch.setattr(run, "check_contrastive", lambda context: None)
-    context = SimpleNamespace(settings=TrainSettings(), weight_source=lambda _: SimpleNamespace(check=lambda: None))
+    monkeypatch.setattr(run, "check_model", lambda architecture, settings: None)
+    source = SimpleNamespace(check=lambda: None)
+    context = SimpleNamespace(architecture=None, settings=TrainSettings(), weight_source=lambda _: source)
     places = {"warmup": StagePlace(True, None), "bridge": StagePlace(True, None), "contrastive": StagePlace(False, 40)}
     assert run._checked_loaders(context, places) == {"contrastive": "contrastive"}
     assert built == ["contrastive"]
