@@ -35,20 +35,24 @@ def install() -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
 
 
-def exchange_apart(module: ModuleType) -> None:
+def gather_apart(module: ModuleType) -> None:
     """gloo coalesces tensors of several dtypes wrongly; weights in FP8 and in BF16 are gathered together."""
+    together, gather = module._coalescing_manager, module.dist_all_gather_func
+    start = module._ParamAndGradBucketGroup.start_param_sync
 
     @contextlib.contextmanager
-    def apart(group, async_ops: bool = False, **_):
-        yield SimpleNamespace(wait=lambda: None, append=lambda work: None)
+    def apart(*args, **kwargs):
+        yield SimpleNamespace(wait=lambda: None)
 
-    module._coalescing_manager = apart
-    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        setattr(module, name, _at_once(getattr(module, name)))
+    def start_param_sync(self, *args, **kwargs):
+        module._coalescing_manager = apart
+        module.dist_all_gather_func = lambda *of, **more: gather(*of, **{**more, "async_op": False})
+        try:
+            return start(self, *args, **kwargs)
+        finally:
+            module._coalescing_manager, module.dist_all_gather_func = together, gather
 
-
-def _at_once(function):
-    return lambda *args, **kwargs: function(*args, **{**kwargs, "async_op": False})
+    module._ParamAndGradBucketGroup.start_param_sync = start_param_sync
 
 
 def _dtype(found) -> torch.dtype:

@@ -43,13 +43,13 @@ REWRITTEN: dict[str, list[tuple[str, str]]] = {
 }
 
 
-def _exchange_apart(module: ModuleType) -> None:
+def _gather_apart(module: ModuleType) -> None:
     import stand_ins
 
-    stand_ins.exchange_apart(module)
+    stand_ins.gather_apart(module)
 
 
-AFTER: dict[str, Callable[[ModuleType], None]] = {"megatron.core.distributed.param_and_grad_buffer": _exchange_apart}
+AFTER: dict[str, Callable[[ModuleType], None]] = {"megatron.core.distributed.param_and_grad_buffer": _gather_apart}
 """Called with a module once it has run."""
 
 
