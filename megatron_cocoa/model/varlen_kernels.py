@@ -35,8 +35,8 @@ def _flash_attn(module: str, query: Tensor, key: Tensor, value: Tensor, call: Va
 
 
 def _torch_flash(query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, scale: float) -> Tensor:
-    # The operator below torch's varlen_attn, which wraps it and its gradient into operators written in Python: four
-    # times the host's time for the same kernels, and a scale only from torch 2.11 on. Dropout and debugging are off.
+    # The operator below torch's varlen_attn, which wraps it and its gradient into operators written in Python (more of
+    # the host's time than the call itself), and takes a scale only from torch 2.11 on. Dropout and debugging are off.
     window = (-1, 0) if call.causal else (-1, -1)
     out, *_ = torch.ops.aten._flash_attention_forward(
         query,
