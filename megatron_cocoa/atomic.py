@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 
+def unfinished(path: Path) -> Path:
+    """What a writer of ``path`` that was killed has left beside it."""
+    return path.with_name(f".{path.name}.incomplete")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write ``content`` beside ``path``, force it to disk, and only then give it that name, over an older file.
 
@@ -17,7 +22,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8", errors="surrogateescape")
-    work = path.with_name(f".{path.name}.incomplete")
+    work = unfinished(path)
     with work.open("wb") as file:
         file.write(content)
         file.flush()

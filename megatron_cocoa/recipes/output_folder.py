@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megatron_cocoa.atomic import unfinished
 from megatron_cocoa.checkpoint.store import INFO_FILE
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.settings import SETTINGS_FILE
@@ -25,6 +26,9 @@ JOB_FILE = ".job"
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 RUN_FILES = (SETTINGS_FILE, JOB_FILE, RESULTS_FILE, REPORT_FILE)
 """Files of the whole run; everything else belongs to a stage and lies in its folder."""
+PROBE = ".write-test"
+UNFINISHED = (PROBE, *(unfinished(Path(name)).name for name in (SETTINGS_FILE, RESULTS_FILE)))
+"""What a start leaves that a full disk or a signal ends while it writes."""
 
 STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
 ADAPTER_FOLDER = "adapter"
@@ -61,10 +65,13 @@ def check_output(settings: TrainSettings) -> None:
         output.mkdir(parents=True, exist_ok=True)
         if not was_trained:
             # A corrected command may resume: it must not be compared with the settings of the start that failed.
-            (output / SETTINGS_FILE).unlink(missing_ok=True)
-        probe = output / ".write-test"
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
+            for name in (SETTINGS_FILE, *UNFINISHED):
+                (output / name).unlink(missing_ok=True)
+        probe = output / PROBE
+        try:
+            probe.write_bytes(b"\0" * 65536)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
 
@@ -91,7 +98,7 @@ def _is_left_by_a_start(path: Path, output: Path) -> bool:
         return True
     parts = path.relative_to(output).parts
     if len(parts) == 1:
-        return parts[0] in (SETTINGS_FILE, JOB_FILE)
+        return parts[0] in (SETTINGS_FILE, JOB_FILE, *UNFINISHED)
     if len(parts) == 2 and parts[1] in (METRICS_FILE, VALIDATION_FILE):
         return path.stat().st_size == 0
     return parts[1:] == (WANDB_FILE,) or parts[1] in ("tensorboard", "wandb")
@@ -100,7 +107,7 @@ def _is_left_by_a_start(path: Path, output: Path) -> bool:
 def clear_output(settings: TrainSettings) -> None:
     """Remove what an earlier run wrote to the output folder, and nothing else."""
     output = Path(settings.output_dir)
-    for name in RUN_FILES:
+    for name in (*RUN_FILES, *UNFINISHED):
         (output / name).unlink(missing_ok=True)
     for folder in output.iterdir():
         if (folder / METRICS_FILE).is_file() or (folder / INFO_FILE).is_file():

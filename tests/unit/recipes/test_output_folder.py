@@ -1,6 +1,7 @@
 """Which output folders a run may take."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,21 @@ def test_a_start_that_took_no_step_holds_no_folder(output, given):
     check_output(settings)
     clear_output(settings)
     assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_disk_that_was_full_holds_no_folder(tmp_path, monkeypatch, given):
+    """Claim: once there is room again the same command starts, whatever a full disk or a kill has left half written."""
+    settings = TrainSettings(output_dir=str(tmp_path), **given)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(ValueError, match="cannot be written: .* free space"):
+            check_output(settings)
+    assert list(tmp_path.iterdir()) == []
+    for name in (".write-test", ".settings.yaml.incomplete"):
+        (tmp_path / name).write_text("half")
+    check_output(settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
