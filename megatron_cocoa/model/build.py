@@ -173,6 +173,9 @@ def freeze_pretrained(chunk: QwenVL, mask_token_id: int | None) -> None:
     for name, part in chunk.named_children():
         if name != "image_decoder":
             part.requires_grad_(False)
+            for parameter in part.parameters():
+                # Loaded while it trained: no master weight will ask for the values that wait for one.
+                forget_construction(parameter)
     if mask_token_id is not None:
         _train_one_row(chunk, mask_token_id)
 

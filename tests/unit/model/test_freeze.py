@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import FreezeSettings
-from megatron_cocoa.model.build import build_model
+from megatron_cocoa.model.build import build_model, freeze_pretrained
 from tests.parity import compare, reference
 from tests.parity.cases import Case
 
@@ -60,3 +60,12 @@ def test_tower_and_merger_freeze_apart(tiny):
             if switch == "vision" and "final_layernorm" in name:
                 inside = False
             assert parameter.requires_grad is not inside, (switch, name)
+
+
+def test_pretrained_weights_that_freeze_wait_for_no_optimizer(tiny):
+    """Claim: beside adapters, weights in FP8 give back the copies that their master weights would have started from."""
+    model = build_model(tiny.chunk.architecture, compare.settings_of(Case("unit")), with_image_decoder=False)
+    weight = model.chunks[0].language_model.decoder.layers[0].mlp.linear_fc1.weight
+    weight.get_high_precision_init_val = weight.clear_high_precision_init_val = lambda: None
+    freeze_pretrained(model.chunks[0], MASK_TOKEN)
+    assert not weight.requires_grad and not hasattr(weight, "get_high_precision_init_val")
