@@ -20,9 +20,6 @@ from megatron_cocoa.model.varlen import VarlenCall
 from megatron_cocoa.parallel import device
 
 UNFUSED = "NVTE_UNFUSED_ATTN"
-HOPPER = 9
-"""Major compute capability that flash-attn 3 is written for."""
-
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenCall, float], Tensor]
 
 
@@ -110,7 +107,7 @@ def _fused_kernels_alone() -> Iterator[None]:
 
 def flash_kernel() -> Kernel | None:
     """flash-attn 3 on a Hopper GPU, else flash-attn 2, where installed, else torch's own, else None."""
-    on_hopper = (device.compute_capability() or (0, 0))[0] == HOPPER
+    on_hopper = (device.compute_capability() or (0, 0))[0] == device.HOPPER
     if on_hopper and importlib.util.find_spec("flash_attn_interface") is not None:
         return functools.partial(_flash_attn, "flash_attn_interface")
     if importlib.util.find_spec("flash_attn") is not None:

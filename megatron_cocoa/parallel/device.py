@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+HOPPER = 9
+"""Major compute capability that flash-attn 3 is written for."""
+
 _CPU = torch.device("cpu")
 _active_mode: TorchFunctionMode | None = None
 
@@ -121,6 +124,8 @@ def optional_kernels() -> dict[str, str | None]:
     }
     for title, module in modules.items():
         present = has_gpu() and importlib.util.find_spec(module) is not None
+        if title == "flash-attn 3":
+            present = present and compute_capability()[0] == HOPPER
         found[title] = _version(module) if present else None
     return found
 

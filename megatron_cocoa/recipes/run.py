@@ -147,17 +147,12 @@ def say(*lines: str) -> None:
 def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePlace]) -> None:
     settings, parallel = context.settings, context.settings.parallel
     what = "Toy preset: a small random model on emoji pictures" if context.is_toy else f"Model {settings.model.path}"
-    attention = "torch's attention"
-    stand_ins = {
-        "Transformer Engine": "Megatron-Core local layers",
-        "apex": "torch AdamW",
-        "flash-attn 3": attention,
-        "flash-attn": attention,
-    }
-    kernels = [
-        f"{name} {version}" if version else f"no {name} ({stand_ins[name]} instead)"
-        for name, version in device.optional_kernels().items()
-    ]
+    found = {name: version for name, version in device.optional_kernels().items() if version}
+    stand_ins = {"Transformer Engine": "Megatron-Core local layers", "apex": "torch AdamW"}
+    if not found.keys() & {"flash-attn", "flash-attn 3"}:
+        stand_ins["flash-attn"] = "torch's attention"
+    kernels = [f"{name} {version}" for name, version in found.items()]
+    kernels += [f"no {name} ({instead} instead)" for name, instead in stand_ins.items() if name not in found]
     resumed = [
         f"{name} {'is complete' if place.is_complete else f'goes on after step {place.step}'}"
         for name, place in places.items()
