@@ -102,7 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             f"--{end}-image-tokens",
             type=int,
             metavar="N",
-            help=f"{what} merged units of a picture that keeps its shape, written into preprocessor_config.json "
+            help=f"{what} merged units of a picture that keeps its shape, written into the image processor's file "
             f"(default: the training's, else the model folder's own)",
         )
     embedding.add_argument(

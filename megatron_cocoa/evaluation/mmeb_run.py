@@ -93,7 +93,10 @@ def evaluate(
     on_first_rank(lambda: check_others(output, [task.name for task in tasks], identity))
     data = [read_task(data_path, task) for task in tasks]
     _check_pictures(data, image_root)
-    wanted = on_first_rank(lambda: {task.task.name: identity.of_task(_as_data(task, image_root)) for task in data})
+    # It looks at every picture's file, while the others wait.
+    wanted = on_first_rank(
+        lambda: {task.task.name: identity.of_task(_as_data(task, image_root)) for task in data}, is_long=True
+    )
     pending = on_first_rank(lambda: _pending(wanted, output, overwrite=overwrite))
     for task in data:
         if task.task.name not in pending:

@@ -49,7 +49,7 @@ vectors = CocoaEmbedder.from_pretrained(".").encode([{{"text": "a red house"}}, 
 ```
 {sentence_transformers}{golden}"""
 
-_NATIVE = "Pictures keep their shape within the pixel limits of `preprocessor_config.json`."
+_NATIVE = "Pictures keep their shape within the image processor's pixel limits."
 _SQUARE = (
     "Pictures are resized to {size} x {size} pixels, whatever their shape. The image processor of transformers cannot "
     "be told so (it keeps a picture's shape under any setting), hence the line in the code above."

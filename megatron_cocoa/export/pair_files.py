@@ -26,7 +26,7 @@ def read_pairs_file(path: str | Path) -> list[dict[str, Any]]:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
             # Not splitlines: a text may hold other ends of line, such as U+2028, as they are.
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 rows = [json.loads(line) for line in lines if line.strip()]
         else:
             raise ValueError(f"{path} is neither .parquet nor .jsonl")
