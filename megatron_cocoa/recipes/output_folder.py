@@ -27,7 +27,7 @@ RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 RUN_FILES = (SETTINGS_FILE, JOB_FILE, RESULTS_FILE, REPORT_FILE)
 """Files of the whole run; everything else belongs to a stage and lies in its folder."""
 PROBE = ".write-test"
-UNFINISHED = (PROBE, *(unfinished(Path(name)).name for name in (SETTINGS_FILE, RESULTS_FILE)))
+UNFINISHED = (PROBE, unfinished(Path(SETTINGS_FILE)).name)
 """What a start leaves that a full disk or a signal ends while it writes."""
 
 STAGE_CHECKPOINT, STEP_CHECKPOINTS = "checkpoint", "checkpoints"
