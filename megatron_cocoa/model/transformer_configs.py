@@ -124,7 +124,7 @@ def check_recompute(
         ValueError: with both numbers.
     """
     layers = architecture.text.num_hidden_layers
-    chunks = {n // parallel.num_chunks for n in _layers_per_stage(layers, parallel)}
+    chunks = {n // parallel.num_chunks for n in layers_per_stage(layers, parallel)}
     for name, counts in (("vision", {architecture.vision.depth}), ("language", chunks)):
         number = getattr(recompute, f"{name}_num_layers") or 1
         uneven = [n for n in sorted(counts) if n % number]
@@ -161,13 +161,13 @@ def _check_pipeline(layers: int, pp: int, parallel: ParallelSettings) -> None:
             f"for the first/last stage; {remedy}"
         )
     chunks = parallel.virtual_pipeline_model_parallel_size
-    per_stage = _layers_per_stage(layers, parallel)
+    per_stage = layers_per_stage(layers, parallel)
     if chunks and any(n % chunks for n in per_stage):
         raise ValueError(f"{per_stage} layers per stage are not divisible by {chunks} virtual stages")
 
 
-def _layers_per_stage(layers: int, parallel: ParallelSettings) -> list[int]:
-    """Language layers of the first and last pipeline stage, where they are set, and of each other one."""
+def layers_per_stage(layers: int, parallel: ParallelSettings) -> list[int]:
+    """Language layers of the first and last pipeline stage, where they are set, and last of each other one."""
     ends = (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
     fixed = [n for n in ends if n is not None]
     stages = parallel.pipeline_model_parallel_size - len(fixed)

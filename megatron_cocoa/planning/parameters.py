@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import FreezeSettings, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.model.language import padded_vocab_size
-from megatron_cocoa.model.transformer_configs import padded_vision_ffn
+from megatron_cocoa.model.transformer_configs import layers_per_stage, padded_vision_ffn
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def layers_of_stage(num_layers: int, parallel: ParallelSettings, pipeline_rank: 
         return first
     if pipeline_rank == size - 1 and last is not None:
         return last
-    fixed = [number for number in (first, last) if number is not None]
-    return (num_layers - sum(fixed)) // (size - len(fixed))
+    return layers_per_stage(num_layers, parallel)[-1]
 
 
 def rank_parameters(
