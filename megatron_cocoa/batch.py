@@ -45,6 +45,9 @@ class MaskKind(str, Enum):
         return self in (MaskKind.EOS_BRIDGED, MaskKind.EOS_BRIDGED_STRICT)
 
 
+_IN_HOST_MEMORY = ("text_positions", "unit_positions", "embedding_positions")
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch, packed. ``tokens`` is the pack's length, samples and tail together.
@@ -57,6 +60,13 @@ class PackedBatch:
     grid_thw:            ``(t, h, w)`` in patches of each image or video, in pack order.
     sample_ids:          names of the samples, for error messages and seeds.
 
+    Tensors that stay in host memory, because how many of their rows a context-parallel rank holds is a shape:
+
+    text_positions:      int64 ``(supervised,)``: row whose hidden state predicts the label (``i - 1`` for the
+                         masked token ``i``).
+    unit_positions:      int64 ``(masked_units,)``: row of each masked merged unit.
+    embedding_positions: int64 ``(embeddings,)``: rows whose final hidden state is an embedding (bridges).
+
     Tensors:
 
     input_ids:           int64 ``(tokens,)``.
@@ -65,14 +75,10 @@ class PackedBatch:
                          ``grid_thw`` (the layout of Hugging Face's image processor), or None without images.
     feature_positions:   int64 ``(merged_units,)``: row of each placeholder token, in the order in which the
                          tower emits merged units. ``merged_units == patches / spatial_merge_size**2``.
-    text_positions:      int64 ``(supervised,)``: row whose hidden state predicts the label (``i - 1`` for the
-                         masked token ``i``).
     text_labels:         int64 ``(supervised,)``: the original token id.
-    unit_positions:      int64 ``(masked_units,)``: row of each masked merged unit.
     unit_targets:        float ``(masked_units, spatial_merge_size**2 * patch_dim)``: its original pixels.
     unit_patches:        bool ``(masked_units, spatial_merge_size**2)``: which of its patches are masked, in the order
                          of its pixels; None where units are masked whole.
-    embedding_positions: int64 ``(embeddings,)``: rows whose final hidden state is an embedding (bridges).
     query_rows, target_rows: int64 ``(pairs,)``: which embeddings are queries, and which their targets.
     target_keys:         int64 ``(pairs,)``: equal for targets that are the same text and pictures.
     negative_rows:       int64 ``(pairs, hard_negatives)``: which embeddings are a pair's explicit negatives, -1
@@ -123,7 +129,10 @@ class PackedBatch:
         return replace(self, deferred=None, **made)
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> PackedBatch:
-        """Copy the tensors, deferred ones too, to ``device``; ``dtype`` casts the floats (pixels and targets)."""
+        """Copy the tensors, deferred ones too, to ``device``; ``dtype`` casts the floats (pixels and targets).
+
+        Those that stay in host memory stay there.
+        """
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype=dtype if tensor.is_floating_point() else None, non_blocking=True)
@@ -131,8 +140,8 @@ class PackedBatch:
         return self.materialized().mapped(move)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The batch with ``function`` applied to each tensor; deferred ones stay deferred."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The batch with ``function`` applied to each tensor that the device needs; deferred ones stay deferred."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _IN_HOST_MEMORY}
         return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, Tensor)})
 
     def validate(self, *, spatial_merge_size: int) -> None:

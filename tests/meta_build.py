@@ -50,11 +50,26 @@ def build_on_meta(
     architecture: QwenVLArchitecture, settings: TrainSettings, *, pipeline_rank: int, with_image_decoder: bool
 ) -> Model:
     """A pipeline rank's chunks as training builds them, on the meta device, with local layers."""
+    with model_on_meta(
+        architecture, settings, pipeline_rank=pipeline_rank, with_image_decoder=with_image_decoder
+    ) as model:
+        return model
+
+
+@contextlib.contextmanager
+def model_on_meta(
+    architecture: QwenVLArchitecture, settings: TrainSettings, *, pipeline_rank: int = 0, with_image_decoder: bool
+) -> Iterator[Model]:
+    """``build_on_meta``'s model within its world, where it can run."""
     settings = replace(settings, model=replace(settings.model, transformer_impl="local", fp8=None))
     meta = torch.device("meta")
-    with pytest.MonkeyPatch.context() as patch, fake_world(settings.parallel, pipeline_rank=pipeline_rank), meta:
+    with pytest.MonkeyPatch.context() as patch, fake_world(settings.parallel, pipeline_rank=pipeline_rank):
         # On a machine with a GPU Megatron would place its tensors there by name.
         patch.setattr(device, "has_gpu", lambda: False)
         # Megatron moves the copies of a tied matrix to the GPU before it makes them equal.
         patch.setattr(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor)
-        return build_model(architecture, settings, with_image_decoder=with_image_decoder, mask_token_id=7, target=meta)
+        with meta:
+            model = build_model(
+                architecture, settings, with_image_decoder=with_image_decoder, mask_token_id=7, target=meta
+            )
+        yield model

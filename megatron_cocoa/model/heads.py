@@ -24,6 +24,7 @@ from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.specs import BackendSpecProvider, block_spec
 from megatron_cocoa.model.transformer_configs import ModelConfigs, without_sequence_parallel
 from megatron_cocoa.parallel.collectives import sum_over
+from megatron_cocoa.parallel.device import upload
 
 
 class Selection(NamedTuple):
@@ -49,12 +50,19 @@ class LocalRows:
     def is_whole(self) -> bool:
         return self.last - self.first == self.tokens
 
-    def select(self, positions: Tensor) -> Selection:
-        """Which of the global rows ``positions``, int64 ``(entries,)``, lie in this share."""
+    def select(self, positions: Tensor, target: torch.device) -> Selection:
+        """Which of the global rows ``positions``, int64 ``(entries,)`` in host memory, lie in this share.
+
+        Found on the host, since a GPU that is asked how many they are finishes all queued work first.
+
+        Args:
+            target: device of the result.
+        """
         if self.is_whole:
-            return Selection(torch.arange(positions.shape[0], device=positions.device), positions)
+            return Selection(torch.arange(positions.shape[0], device=target), upload(positions, target))
         inside = ((positions >= self.first) & (positions < self.last)).nonzero().squeeze(1)
-        return Selection(inside, positions.index_select(0, inside) - self.first)
+        rows = positions.index_select(0, inside) - self.first
+        return Selection(upload(inside, target), upload(rows, target))
 
 
 def local_rows(tokens: int, group) -> LocalRows:
@@ -95,7 +103,8 @@ class HeadRows:
     @classmethod
     def of(cls, batch: PackedBatch, rows: LocalRows) -> HeadRows:
         every = (batch.text_positions, batch.unit_positions, batch.embedding_positions)
-        text, units, embeddings = (None if positions is None else rows.select(positions) for positions in every)
+        target = batch.input_ids.device
+        text, units, embeddings = (None if found is None else rows.select(found, target) for found in every)
         none = batch.input_ids.new_zeros(0)
         language = torch.cat([none if head is None else head.rows for head in (text, embeddings)])
         return cls(text, units, embeddings, language)

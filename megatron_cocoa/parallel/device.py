@@ -57,9 +57,10 @@ def is_on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def upload(array: np.ndarray, target: torch.device) -> torch.Tensor:
-    """``array`` on ``target``, without waiting for kernels that are queued on a GPU."""
-    return staged(torch.from_numpy(array), target).to(target, non_blocking=True)
+def upload(values: np.ndarray | torch.Tensor, target: torch.device) -> torch.Tensor:
+    """``values`` on ``target``, without waiting for kernels that are queued on a GPU."""
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    return staged(tensor, target).to(target, non_blocking=True)
 
 
 def staged(tensor: torch.Tensor, target: torch.device) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.objectives import PairEmbeddings
+from megatron_cocoa.parallel.device import upload
 
 
 def gather_pairs(
@@ -51,7 +52,7 @@ def _by_pair(embeddings: Tensor, batch: PackedBatch) -> Tensor:
     rows = torch.stack([batch.query_rows, batch.target_rows], dim=1)
     if batch.negative_rows is not None:
         rows = torch.cat([rows, batch.negative_rows], dim=1)
-    rows = rows.to(embeddings.device)
+    rows = upload(rows, embeddings.device)
     found = embeddings.float().index_select(0, rows.clamp_min(0).flatten()).unflatten(0, tuple(rows.shape))
     return torch.where((rows >= 0).unsqueeze(-1), found, 0.0)
 
@@ -70,7 +71,7 @@ def _gather_keys(batches: Sequence[PackedBatch], device: torch.device) -> Tensor
             hard = torch.stack([(batch.negative_rows >= 0).to(line), batch.negative_keys], dim=2)
             line = torch.cat([line, hard.flatten(1)], dim=1)
         lines.append(line)
-    return _gather(torch.cat(lines).to(device))
+    return _gather(upload(torch.cat(lines), device))
 
 
 def _gather(x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[Pac
     collected = run_microbatches(model, batches, _collect, forward_only=True, before_forward=tape.record)
     tape.end_of_recording()
     gradients: list[Tensor] = []
-    metrics: Metrics = {}
+    metrics: dict[str, Tensor] = {}
     if collected:
         gradients, metrics = _cached_gradients(objective, batches, collected, detailed)
 
@@ -99,7 +99,8 @@ def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[Pac
 
     run_microbatches(model, batches, surrogate, before_forward=tape.replay)
     tape.go_on()
-    return metrics
+    # Only now: reading them waits for the device, which would have nothing to do while the second pass is prepared.
+    return _floats(metrics)
 
 
 def _single_pass(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch], detailed: bool) -> Metrics:
@@ -128,7 +129,7 @@ def _cached_gradients(
     batches: Sequence[PackedBatch],
     collected: list[tuple[Tensor, Tensor | None]],
     detailed: bool,
-) -> tuple[list[Tensor], Metrics]:
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Gradient of the global loss for each micro-batch's embeddings, by one exchange over data parallel.
 
     The last entry is the learned scale's, where there is one. All are float32, so that the caller's cast to the
@@ -141,9 +142,11 @@ def _cached_gradients(
         pairs = gather_pairs(batches, leaves, scale)
         loss, metrics = objective.embedding_loss(pairs, detailed=detailed)
         gradients = torch.autograd.grad(loss, leaves if scale is None else [*leaves, scale])
-    return list(gradients), _floats({**metrics, "loss": loss.detach()})
+    return list(gradients), {**metrics, "loss": loss.detach()}
 
 
 def _floats(metrics: dict[str, Tensor]) -> Metrics:
     """By one copy to the host."""
+    if not metrics:
+        return {}
     return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist()))

@@ -80,7 +80,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 
 def test_a_batch_for_a_gpu_is_cast_and_staged_whole(monkeypatch):
-    """Claim: every tensor is pinned, deferred ones too where they are read, and pixels travel at half their size."""
+    """Claim: all that the device needs is pinned, also deferred tensors that are read; pixels travel at half their size."""
     pinned = []
     monkeypatch.setattr(schedule.device, "staged", lambda x, target: pinned.append(x) or x)
     whole = batch()
@@ -88,7 +88,8 @@ def test_a_batch_for_a_gpu_is_cast_and_staged_whole(monkeypatch):
     how = dict(dtype=torch.bfloat16, target=torch.device("cuda", 1))
     made = schedule._prepared(deferring, reads_floats=True, **how)
     assert made.deferred is None and torch.equal(made.pixel_values, whole.pixel_values.bfloat16())
-    assert len(pinned) == sum(isinstance(getattr(whole, f.name), torch.Tensor) for f in fields(whole))
+    tensors = {f.name for f in fields(whole) if isinstance(getattr(whole, f.name), torch.Tensor)}
+    assert len(pinned) == len(tensors - {"text_positions", "unit_positions", "embedding_positions"})
     assert {x.dtype for x in pinned} == {torch.bfloat16, torch.int64}
     assert schedule._prepared(deferring, reads_floats=False, **how).pixel_values is None
 
@@ -99,3 +100,10 @@ def test_moving_casts_floating_point_alone():
     assert moved.pixel_values.dtype == moved.unit_targets.dtype == torch.bfloat16
     assert moved.input_ids.dtype == moved.feature_positions.dtype == torch.int64
     assert moved.grid_thw == batch().grid_thw and moved.num_tokens == TOKENS and moved.num_patches == 8
+
+
+def test_rows_that_ranks_share_out_stay_on_the_host():
+    """Claim: a context-parallel rank counts its rows of each head without asking the device."""
+    moved = batch().to("meta")
+    assert moved.input_ids.is_meta and moved.text_labels.is_meta
+    assert not any(x.is_meta for x in (moved.text_positions, moved.unit_positions, moved.embedding_positions))
