@@ -130,10 +130,11 @@ def extra_state(first: dict, second: dict) -> dict:
 
 
 def _built(own: Path, degrees: dict):
-    """A model in training and its optimizer, after a step of no length."""
+    """A model of local layers in training and its optimizer, after a step of no length."""
     parallel = ParallelSettings(**degrees)
     topology.set_layout(parallel, seed=0)
     settings = tiny_settings(own, steps=STEPS, parallel=parallel)
+    settings = replace(settings, model=replace(settings.model, transformer_impl="local"))
     bare = build_with_weights(prepare_context(settings), checkpoint=None, with_image_decoder=False)
     model = wrap_data_parallel(bare, parallel)
     optimizer, _ = build_optimizer(model, settings.stage(STAGE), OPTIMIZER, parallel)

@@ -78,7 +78,6 @@ def tiny_settings(folder: Path, *, steps: int = 20, parallel: ParallelSettings |
             path=str(folder / "model"),
             random_weights=True,
             dtype="fp32",
-            transformer_impl="local",
             make_vocab_size_divisible_by=16,
         ),
         data=DataSettings(path=str(folder / "pairs"), max_length=128),

@@ -80,7 +80,7 @@ def test_parts_that_do_not_fit_are_refused(changes, message):
 
 
 def test_a_batch_for_a_gpu_is_cast_and_staged_whole(monkeypatch):
-    """Claim: all that the device needs is pinned, also deferred tensors that are read; pixels travel at half their size."""
+    """Claim: what the device needs is pinned, also deferred tensors that are read; pixels travel at half their size."""
     pinned = []
     monkeypatch.setattr(schedule.device, "staged", lambda x, target: pinned.append(x) or x)
     whole = batch()
