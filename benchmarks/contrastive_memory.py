@@ -55,7 +55,7 @@ def measure(size: int, micro_batch_size: int, pairs: int) -> dict[str, float]:
     from megatron_cocoa.parallel import device, topology
     from megatron_cocoa.recipes.context import prepare_context
     from megatron_cocoa.recipes.stages import build_loader, build_with_weights
-    from megatron_cocoa.settings import parse_settings
+    from megatron_cocoa.settings.parse import parse_settings
     from megatron_cocoa.training.data_parallel import wrap_data_parallel
     from megatron_cocoa.training.optimizer import build_optimizer
     from megatron_cocoa.training.step import forward_backward

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_cocoa.config import TrainSettings  # noqa: E402
-from megatron_cocoa.settings import parse_settings  # noqa: E402
+from megatron_cocoa.settings.parse import parse_settings  # noqa: E402
 
 H100_GIB = 79.6
 """What the driver reports of an H100 with 80 GB."""

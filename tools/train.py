@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_cocoa.settings import parse_settings  # noqa: E402
+from megatron_cocoa.settings.parse import parse_settings  # noqa: E402
 
 EXIT_BAD_INPUT = 2
 

@@ -1,6 +1,6 @@
 """Every setting of a run, as a tree of frozen dataclasses.
 
-The defaults are CoCoA's recipe as far as it is published (see each field). ``megatron_cocoa/settings.py`` overrides
+The defaults are CoCoA's recipe as far as it is published (see each field). ``megatron_cocoa.settings`` overrides
 them from presets, YAML files and the command line, and refuses unknown keys. Relations between fields are checked at
 construction, before any process group exists, so that a wrong number costs seconds.
 """

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_cocoa.checkpoint.import_hf import COMPANION_FOLDER
 from megatron_cocoa.checkpoint.store import read_info
-from megatron_cocoa.settings import SETTINGS_FILE
+from megatron_cocoa.settings.saved import SETTINGS_FILE
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -15,7 +15,7 @@ from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.output_folder import JOB_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
-from megatron_cocoa.settings import SETTINGS_FILE, settings_to_dict
+from megatron_cocoa.settings.saved import SETTINGS_FILE, settings_to_dict
 from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
 
 MAY_CHANGE = (

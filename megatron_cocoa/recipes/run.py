@@ -27,7 +27,7 @@ from megatron_cocoa.recipes.stages import (
     check_microbatches,
     run_stage,
 )
-from megatron_cocoa.settings import SETTINGS_FILE, save_settings
+from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.stopping import StopWatch
 
 BARE_WARNING = (

@@ -29,7 +29,7 @@ from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.output_folder import STAGE_CHECKPOINT, STEP_CHECKPOINTS, SUMMARY_FILE
 from megatron_cocoa.recipes.validation import HeldOutValidation
-from megatron_cocoa.settings import SETTINGS_FILE, save_settings
+from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import StageLog
 from megatron_cocoa.training.progress import Progress

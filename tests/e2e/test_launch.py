@@ -17,7 +17,7 @@ SECONDS = 120
 
 STAND_IN = '''
 import multiprocessing, os, sys
-from megatron_cocoa.settings import parse_settings
+from megatron_cocoa.settings.parse import parse_settings
 
 def child(queue):
     queue.put("child")

@@ -11,14 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cocoa.config import STAGES, ContrastiveSettings, TrainSettings, WarmupSettings
-from megatron_cocoa.settings import (
-    PRESETS_DIR,
-    SettingsError,
-    available_presets,
-    parse_settings,
-    save_settings,
-    settings_to_dict,
-)
+from megatron_cocoa.settings.errors import SettingsError
+from megatron_cocoa.settings.parse import parse_settings
+from megatron_cocoa.settings.presets import PRESETS_DIR, available_presets
+from megatron_cocoa.settings.saved import save_settings, settings_to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ["--model.path", "model", "--data.path", "data"]
@@ -327,7 +323,10 @@ def test_help_shows_the_chosen_presets_defaults(capsys):
 
 def test_parsing_does_not_import_torch():
     """Claim: a mistyped key fails at once, because nothing heavy is loaded to find it."""
-    code = "import sys; from megatron_cocoa.settings import parse_settings as p; p([]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from megatron_cocoa.settings.parse import parse_settings; parse_settings([]); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

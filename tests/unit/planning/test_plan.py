@@ -18,7 +18,7 @@ from megatron_cocoa.planning.published import published_architecture
 from megatron_cocoa.planning.schedule import in_flight
 from megatron_cocoa.planning.suggest import suggest
 from megatron_cocoa.planning.tables import GIB, as_options, document_tables
-from megatron_cocoa.settings import parse_settings
+from megatron_cocoa.settings.parse import parse_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 H100 = 79.6 * GIB

@@ -18,7 +18,8 @@ from megatron_cocoa.planning.parameters import layers_of_stage, rank_parameters
 from megatron_cocoa.planning.published import PUBLISHED_SIZES
 from megatron_cocoa.planning.published import published_architecture as planned_architecture
 from megatron_cocoa.planning.tables import GIB, PRESET_GPUS, preset_memory
-from megatron_cocoa.settings import available_presets, parse_settings
+from megatron_cocoa.settings.parse import parse_settings
+from megatron_cocoa.settings.presets import available_presets
 from tests.meta_build import build_on_meta
 from tests.unit.published import PUBLISHED, published_architecture
 

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output
-from megatron_cocoa.settings import save_settings
+from megatron_cocoa.settings.saved import save_settings
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes import resume
 from megatron_cocoa.recipes.output_folder import JOB_FILE
 from megatron_cocoa.recipes.resume import MAY_CHANGE, check_same_run
-from megatron_cocoa.settings import save_settings, settings_to_dict
+from megatron_cocoa.settings.saved import save_settings, settings_to_dict
 
 BEFORE = TrainSettings(stages=("warmup", "bridge"), data=DataSettings(sources=(SourceSettings("a", "/data/a"),)))
 
