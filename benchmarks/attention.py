@@ -29,6 +29,7 @@ from megatron_cocoa.batch import MaskKind  # noqa: E402
 from megatron_cocoa.model.attention import attend_function  # noqa: E402
 from megatron_cocoa.model.segments import compile_segments  # noqa: E402
 from megatron_cocoa.parallel import device  # noqa: E402
+from megatron_cocoa.parallel.device_memory import release_memory  # noqa: E402
 
 BRIDGE_AT = 0.7
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -127,7 +128,7 @@ def _fits(run: Callable[[], list[Tensor]]) -> bool:
     except torch.OutOfMemoryError:
         return False
     finally:
-        device.release_memory()
+        release_memory()
     return True
 
 

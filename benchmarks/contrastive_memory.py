@@ -52,7 +52,8 @@ def main() -> None:
 def measure(size: int, micro_batch_size: int, pairs: int) -> dict[str, float]:
     """Run the steps of one size in this process."""
     from megatron_cocoa.objectives import build_objective
-    from megatron_cocoa.parallel import device, topology
+    from megatron_cocoa.parallel import topology
+    from megatron_cocoa.parallel.device_memory import peak_memory_bytes, release_memory, reset_peak_memory
     from megatron_cocoa.recipes.context import prepare_context
     from megatron_cocoa.recipes.stages import build_loader, build_with_weights
     from megatron_cocoa.settings.parse import parse_settings
@@ -69,8 +70,8 @@ def measure(size: int, micro_batch_size: int, pairs: int) -> dict[str, float]:
     model.train()
     optimizer, schedule = build_optimizer(model, stage, settings.optimizer, settings.parallel)
     objective, loader = build_objective("contrastive", context.settings), build_loader(context, "contrastive")
-    device.release_memory()
-    resident = device.reset_peak_memory()
+    release_memory()
+    resident = reset_peak_memory()
     for _ in range(pairs // size):
         begun = time.perf_counter()
         batches = loader.next_step()
@@ -81,7 +82,7 @@ def measure(size: int, micro_batch_size: int, pairs: int) -> dict[str, float]:
         forward_backward(model, objective, batches)
         optimizer.step()
         seconds = time.perf_counter() - begun
-    above = device.peak_memory_bytes() - resident
+    above = peak_memory_bytes() - resident
     loader.close()
     topology.shutdown()
     return {"resident_bytes": resident, "peak_above_bytes": above, "seconds_per_step": round(seconds, 2)}

@@ -20,6 +20,7 @@ from megatron_cocoa.model.flops import Workload, step_flops
 from megatron_cocoa.model.fp8 import fp8_multiple
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.device_memory import allocation_retries, release_memory
 from megatron_cocoa.parallel.peak_flops import peak_flops
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.optimizer import build_optimizer
@@ -107,7 +108,7 @@ def measure_step(case: StepCase, depth: Depth) -> dict[str, object]:
     wander, or an allocator at its limit, say that something else than the kernels was measured.
     """
     found = _measure(case, depth)
-    device.release_memory()
+    release_memory()
     return found
 
 
@@ -137,9 +138,9 @@ def _measure(case: StepCase, depth: Depth) -> dict[str, object]:
 
     for _ in range(1 if case.tiny else WARM_UP):
         step()
-    retries = device.allocation_retries()
+    retries = allocation_retries()
     seconds = [_timed(step) for _ in range(1 if case.tiny else STEPS)]
-    retries = device.allocation_retries() - retries
+    retries = allocation_retries() - retries
     return {
         "seconds": statistics.median(seconds),
         "peak_bytes": peak_bytes(step),

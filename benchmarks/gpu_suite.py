@@ -35,6 +35,7 @@ from benchmarks.side_by_side import hardware, versions  # noqa: E402
 from megatron_cocoa.config import ParallelSettings  # noqa: E402
 from megatron_cocoa.model.attention import attend_function  # noqa: E402
 from megatron_cocoa.parallel import device, topology  # noqa: E402
+from megatron_cocoa.parallel.device_memory import release_memory  # noqa: E402
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FP8 = {"delayed": ("delayed", False), "delayed, tower too": ("delayed", True), "tensorwise": ("tensorwise", False)}
@@ -103,7 +104,7 @@ def run_sections(names: list[str], tiny: bool) -> Iterator[tuple[str, dict[str, 
         except (Exception, SystemExit) as error:
             result = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
         result["section_seconds"] = round(time.perf_counter() - begun, 1)
-        device.release_memory()
+        release_memory()
         yield name, result
 
 

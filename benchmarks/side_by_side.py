@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.device_memory import peak_memory_bytes, reset_peak_memory
 
 PACKAGES = (
     "torch",
@@ -103,9 +104,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
     gc.collect()
     if device.has_gpu():
         call()
-        standing = device.reset_peak_memory()
+        standing = reset_peak_memory()
         call()
-        return device.peak_memory_bytes() - standing
+        return peak_memory_bytes() - standing
     with LiveBytes() as live:
         call()
         gc.collect()

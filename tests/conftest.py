@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if torch.cuda.is_available():
         return
     if config.getoption("--rehearse"):
-        from megatron_cocoa.parallel.device import activate_cpu_route
+        from megatron_cocoa.parallel.cpu_route import activate_cpu_route
 
         activate_cpu_route()
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.random_states import random_state
 
 
 def dropout(x: Tensor, probability: float, *, is_sharded: bool) -> Tensor:
@@ -23,5 +23,5 @@ def dropout(x: Tensor, probability: float, *, is_sharded: bool) -> Tensor:
         probability: in [0, 1).
         is_sharded: whether tensor-parallel ranks hold different parts of ``x`` rather than equal copies.
     """
-    with device.random_state(differs_over_tensor_parallel=is_sharded):
+    with random_state(differs_over_tensor_parallel=is_sharded):
         return F.dropout(x, probability)

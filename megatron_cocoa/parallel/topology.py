@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.random_states import seed_everything
 
 FILE_TIMEOUT = datetime.timedelta(hours=2)
 """How long ranks wait for one that reads or writes files. A rank that has ended is noticed sooner."""
@@ -90,7 +91,7 @@ def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
     )
     _file_group = dist.new_group(backend="gloo", timeout=FILE_TIMEOUT)
-    device.seed_everything(seed)
+    seed_everything(seed)
 
 
 def file_group() -> dist.ProcessGroup:

@@ -20,6 +20,7 @@ from megatron_cocoa.evaluation.report_data import (
     RetrievalStrip,
 )
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.device_memory import peak_memory_bytes
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.curves import stage_curve
@@ -45,7 +46,7 @@ class Findings:
 
 def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, seconds: float) -> None:
     """Print the run's measurements, and write ``results.json`` and ``report.html``; on the first rank."""
-    peak = device.peak_memory_bytes() / 2**30
+    peak = peak_memory_bytes() / 2**30
     print(f"Whole run: {seconds:.0f} s, peak memory of the first rank {peak:.2f} GiB", flush=True)
     if not findings.recall:
         return

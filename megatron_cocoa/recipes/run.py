@@ -12,6 +12,7 @@ from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model, check_model
 from megatron_cocoa.parallel import device, topology
 from megatron_cocoa.parallel.collectives import on_first_rank
+from megatron_cocoa.parallel.device_memory import release_memory
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
@@ -217,7 +218,7 @@ class _Stages:
             )
         self.findings.stages.append(summary)
         say(describe(summary))
-        device.release_memory()
+        release_memory()
         return summary
 
     def _complete_stage(self, stage: str, name: str) -> StageSummary:
@@ -237,7 +238,7 @@ class _Stages:
         probe = self.probe.in_form(settings.stage(settings.stages[0]).embedding_form)
         self.findings.recall += probe.recall(model, label="untrained", kind="untrained")
         del model
-        device.release_memory()
+        release_memory()
 
     def _measure(self, name: str, model: Model) -> None:
         if self.probe is None:

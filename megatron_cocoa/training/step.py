@@ -22,7 +22,7 @@ from megatron_cocoa.model.schedule import run_microbatches
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import from_last_stage
-from megatron_cocoa.parallel.random_states import RandomStateTape
+from megatron_cocoa.parallel.random_state_tape import RandomStateTape
 from megatron_cocoa.training.gather import gather_pairs, number_of_copies
 
 Metrics = dict[str, float]

@@ -20,6 +20,8 @@ from megatron_cocoa.model.flops import Workload
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import on_first_rank
+from megatron_cocoa.parallel.device_memory import memory_bytes
+from megatron_cocoa.parallel.random_states import seed_everything
 from megatron_cocoa.training.agreement import all_equal, powers
 from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
 from megatron_cocoa.training.optimizer import build_optimizer, round_from_master_weights
@@ -193,7 +195,7 @@ class _StageTrainer:
         begun, progress = time.perf_counter(), self.progress
         # Dropout depends on the step and not on earlier draws, so no random state needs to be saved.
         place = parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
-        device.seed_everything(self.settings.seed, progress.step, *place)
+        seed_everything(self.settings.seed, progress.step, *place)
         batches = self.loader.next_step()
         waited = time.perf_counter() - begun
         for chunk in self.model.chunks:
@@ -216,7 +218,7 @@ class _StageTrainer:
             **self._speed(workload, seconds, is_cached=len(batches) > 1),
             "skipped_steps": progress.skipped,
             "skipped_samples": skipped_samples,
-            "memory_gib": device.memory_bytes() / 2**30,
+            "memory_gib": memory_bytes() / 2**30,
             "data_wait": waited,
             "seconds": seconds,
         }

@@ -17,8 +17,8 @@ from megatron_cocoa.config import ParallelSettings, RecomputeSettings
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.parallel.device import random_states, seed_everything, set_random_states
-from megatron_cocoa.parallel.random_states import RandomStateTape
+from megatron_cocoa.parallel.random_state_tape import RandomStateTape
+from megatron_cocoa.parallel.random_states import random_states, seed_everything, set_random_states
 from megatron_cocoa.training import step as training_step
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.gather import gather_pairs

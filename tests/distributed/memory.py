@@ -25,7 +25,8 @@ from megatron_cocoa.config import (
 )
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
-from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel.device_memory import release_memory
 from megatron_cocoa.planning.activations import CPU_KERNELS
 from megatron_cocoa.planning.memory import stage_memory
 from megatron_cocoa.planning.packs import PackShape, largest
@@ -172,7 +173,7 @@ def measured_step(
 
 
 def _measure(architecture, settings: TrainSettings, stage: str, batches: list[PackedBatch]) -> dict[str, int]:
-    device.release_memory()
+    release_memory()
     with pytest.MonkeyPatch.context() as patch, LiveBytes() as memory:
         patch.setattr(PackedBatch, "to", _copied)
         bare = build_model(architecture, settings, with_image_decoder=stage == "warmup", mask_token_id=7)
@@ -186,7 +187,7 @@ def _measure(architecture, settings: TrainSettings, stage: str, batches: list[Pa
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        device.release_memory()
+        release_memory()
         before = memory.live
         memory.reset_peak()
         forward_backward(model, objective, batches)

@@ -31,6 +31,9 @@ MAY_IMPORT = {
 }
 """For each file or folder of the package the others that it may import; every one may import itself."""
 
+NAME_CUDA = [PACKAGE / "parallel" / f"{name}.py" for name in ("cpu_route", "device", "device_memory", "random_states")]
+"""Everything that differs between CPU and GPU."""
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
@@ -127,12 +130,10 @@ def names_cuda(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", [*MODULES, *TOOLS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_device_file_names_cuda(path):
-    """Claim: everything that differs between CPU and GPU stands in parallel/device.py."""
-    if path == PACKAGE / "parallel" / "device.py":
-        return
+def test_only_the_files_of_the_device_name_cuda(path):
+    """Claim: everything that differs between CPU and GPU stands in four files of ``parallel``."""
     found = list(names_cuda(ast.parse(path.read_text(encoding="utf-8"))))
-    assert not found, f"{path.relative_to(ROOT)} names CUDA: {found}"
+    assert bool(found) == (path in NAME_CUDA), f"{path.relative_to(ROOT)} names CUDA: {found}"
 
 
 def test_the_checks_see_what_they_should():

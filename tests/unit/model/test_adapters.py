@@ -14,7 +14,7 @@ from megatron_cocoa.checkpoint.mapping import flat_spelling
 from megatron_cocoa.config import VISION_TARGETS, AdapterSettings, FreezeSettings, RecomputeSettings
 from megatron_cocoa.model import linear_adapter
 from megatron_cocoa.model.adapters import attach_adapters, merge_adapters, merged_adapters
-from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.random_states import seed_everything
 from tests.parity import adapters
 from tests.parity.compare import relative
 
@@ -200,7 +200,7 @@ def test_dropout_is_replayed_by_recompute(tiny):
         again = replace(case, model=adapters.bare_model(tiny, settings), settings=settings)
         attach_adapters(again.model, settings, mask_token_id=None)
         again.chunk.load_state_dict(case.chunk.state_dict())
-        device.seed_everything(5)
+        seed_everything(5)
         adapters.run_ours(again)
         found[how] = adapters.our_parts(again, lambda parameter: parameter.grad)
     for name, gradient in found["none"].items():
