@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_cocoa.config import EmbeddingForm, ImageSize, ParallelSettings
+from megatron_cocoa.config import EmbeddingForm, EmbeddingSettings, ImageSize, ParallelSettings
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
@@ -107,17 +107,9 @@ class CocoaEmbedder:
             raise ValueError(f"batch_tokens is {batch_tokens}, needs 1 or more")
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}, needs 0 or more")
+        settings = EmbeddingSettings(image_size, min_image_tokens, max_image_tokens, max_length, dtype, bridge_token)
         start_alone()
-        found = load_embedding_model(
-            path,
-            model_path=model_path,
-            dtype=dtype,
-            image_size=image_size,
-            min_image_tokens=min_image_tokens,
-            max_image_tokens=max_image_tokens,
-            max_length=max_length,
-            bridge_token=bridge_token,
-        )
+        found = load_embedding_model(path, settings, model_path=model_path)
         return cls(found.model, found.builder, found.options, batch_tokens, num_workers)
 
     @property

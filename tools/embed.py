@@ -20,11 +20,12 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_cocoa.config import parse_image_size  # noqa: E402
+from megatron_cocoa.config import EmbeddingSettings, parse_image_size  # noqa: E402
 
 EXIT_BAD_INPUT = 2
 
@@ -90,14 +91,15 @@ def _load(args: argparse.Namespace):
     return CocoaEmbedder.from_pretrained(
         args.model,
         model_path=args.model_path,
-        dtype=args.dtype,
-        image_size=args.image_size,
-        min_image_tokens=args.min_image_tokens,
-        max_image_tokens=args.max_image_tokens,
-        max_length=args.max_length,
         batch_tokens=args.batch_tokens,
         num_workers=args.num_workers,
+        **asdict(_settings(args)),
     )
+
+
+def _settings(args: argparse.Namespace) -> EmbeddingSettings:
+    names = ("image_size", "min_image_tokens", "max_image_tokens", "max_length", "dtype")
+    return EmbeddingSettings(**{name: getattr(args, name) for name in names})
 
 
 def _made_from(args: argparse.Namespace, fingerprint: str) -> dict:
@@ -108,16 +110,14 @@ def _made_from(args: argparse.Namespace, fingerprint: str) -> dict:
     if not model.is_dir():
         raise ValueError(f"{args.model} is not a folder: needed a Hugging Face folder or a Megatron checkpoint")
     files = sorted((file.name, file.stat().st_size, int(file.stat().st_mtime)) for file in model.iterdir())
-    limits = {name: getattr(args, name) for name in ("min_image_tokens", "max_image_tokens")}
-    sizes = picture_sizes(model, image_size=args.image_size, **limits)
-    options = ("model_path", "instruction", "dtype", "max_length")
+    sizes = picture_sizes(model, _settings(args))
+    options = ("model_path", "instruction", "dtype", "max_length", "min_image_tokens", "max_image_tokens")
     return {
         "corpus": str(Path(args.corpus).resolve()),
         "corpus_fingerprint": fingerprint,
         "model": str(model),
         "model_files": [list(entry) for entry in files],
         **{name: getattr(args, name) for name in options},
-        **limits,
         # The square also where it is the model's own: what is taken as that is not the same in all versions.
         "image_size": sizes.image_size or args.image_size,
     }

@@ -137,17 +137,7 @@ def _load(args: argparse.Namespace, settings, parallel, benchmark):
     from megatron_cocoa.recipes.embedding_model import load_embedding_model
 
     identity = identity_of(settings, model_path=args.model_path, processor_path=args.processor_path)
-    found = load_embedding_model(
-        args.model_path,
-        model_path=args.processor_path,
-        dtype=settings.dtype,
-        image_size=settings.image_size,
-        min_image_tokens=settings.min_image_tokens,
-        max_image_tokens=settings.max_image_tokens,
-        max_length=settings.max_length,
-        bridge_token=settings.bridge_token,
-        parallel=parallel,
-    )
+    found = load_embedding_model(args.model_path, settings, model_path=args.processor_path, parallel=parallel)
     encoder = ItemEncoder(
         model=found.model,
         builder=found.builder,

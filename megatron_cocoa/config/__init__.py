@@ -7,7 +7,13 @@ construction, before any process group exists, so that a wrong number costs seco
 
 from megatron_cocoa.config.adapter import LANGUAGE_TARGETS, VISION_TARGETS, AdapterSettings
 from megatron_cocoa.config.data import DataSettings, SourceSettings
-from megatron_cocoa.config.evaluation import NATIVE, EvaluationSettings, ImageSize, parse_image_size
+from megatron_cocoa.config.evaluation import (
+    NATIVE,
+    EmbeddingSettings,
+    EvaluationSettings,
+    ImageSize,
+    parse_image_size,
+)
 from megatron_cocoa.config.model import FreezeSettings, ModelSettings, Recompute, RecomputeSettings
 from megatron_cocoa.config.names import STAGES, TEMPERATURE_RANGE
 from megatron_cocoa.config.parallel import ParallelSettings
@@ -28,6 +34,7 @@ __all__ = [
     "ContrastiveSettings",
     "DataSettings",
     "EmbeddingForm",
+    "EmbeddingSettings",
     "EvaluationSettings",
     "FreezeSettings",
     "ImageSize",

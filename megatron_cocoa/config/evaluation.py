@@ -1,4 +1,4 @@
-"""How a benchmark is embedded."""
+"""How texts and pictures are embedded, and a benchmark of them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def parse_image_size(text: str) -> ImageSize:
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """How a benchmark's texts and pictures are embedded (``tools/evaluate_mmeb.py``); score files record all of it.
+class EmbeddingSettings:
+    """How a trained model embeds texts and pictures.
 
     Args:
         image_size: side in pixels of the square that every picture is resized to (CoCoA evaluates at 672; 336 and
@@ -38,9 +38,6 @@ class EvaluationSettings:
             ``max_position_embeddings``.
         dtype: of parameters and activations.
         bridge_token: carries the embedding; None for the run's or the export's own.
-        batch_size: items per pack. Scores do not depend on it beyond rounding.
-        num_workers: threads that decode pictures while the model works.
-        baselines: also embed each query without its picture, and without its text.
     """
 
     image_size: ImageSize | None = None
@@ -49,14 +46,29 @@ class EvaluationSettings:
     max_length: int | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     bridge_token: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "min_image_tokens", "max_image_tokens", "max_length"):
+            value = getattr(self, name)
+            require(not isinstance(value, int) or value >= 1, f"{name} is {value}, needs 1 or more")
+        require(self.dtype in ("fp32", "bf16"), f"dtype is {self.dtype!r}, needs fp32 or bf16")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(EmbeddingSettings):
+    """How a benchmark is embedded (``tools/evaluate_mmeb.py``); score files record all of it.
+
+    Args:
+        batch_size: items per pack. Scores do not depend on it beyond rounding.
+        num_workers: threads that decode pictures while the model works.
+        baselines: also embed each query without its picture, and without its text.
+    """
+
     batch_size: int = 32
     num_workers: int = 2
     baselines: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "min_image_tokens", "max_image_tokens", "max_length", "batch_size"):
-            value = getattr(self, name)
-            if name == "image_size" and value == NATIVE:
-                continue
-            require(value is None or value >= 1, f"{name} is {value}, needs 1 or more")
+        super().__post_init__()
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}, needs 1 or more")
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}, must not be negative")

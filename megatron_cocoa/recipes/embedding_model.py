@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import ImageSize, ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.config import EmbeddingSettings, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN
@@ -47,33 +47,26 @@ class EmbeddingModel:
 
 def load_embedding_model(
     path: str | Path,
+    settings: EmbeddingSettings,
     *,
     model_path: str | Path | None = None,
-    dtype: str = "fp32",
-    image_size: ImageSize | None = None,
-    min_image_tokens: int | None = None,
-    max_image_tokens: int | None = None,
-    max_length: int | None = None,
-    bridge_token: str | None = None,
     parallel: ParallelSettings = ParallelSettings(),
 ) -> EmbeddingModel:
     """Load a model at the layout for which process groups are initialised; every rank calls it.
 
     Args:
-        path, model_path, dtype, max_length, bridge_token: as for ``CocoaEmbedder.from_pretrained``.
-        image_size, min_image_tokens, max_image_tokens: likewise; see ``PictureSizes``.
+        path, model_path: as for ``CocoaEmbedder.from_pretrained``.
+        settings: how it embeds.
         parallel: that layout.
 
     Raises:
         ValueError: as ``CocoaEmbedder.from_pretrained``.
     """
     path = Path(path)
-    settings, info = _settings_for(path, model_path, dtype, bridge_token, parallel)
-    sizes = picture_sizes(
-        path, image_size=image_size, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
-    )
+    info = _info_of(path)
+    sizes = picture_sizes(path, settings)
     form = form_of_config(_config_of_export(path)) if info is None else info.embedding_form
-    context = prepare_context(settings)
+    context = prepare_context(TrainSettings(model=_model_settings(path, info, model_path, settings), parallel=parallel))
     if info is not None:
         _check_fit(path, info, context)
     model = build_with_weights(context, checkpoint=None, with_image_decoder=False)
@@ -83,7 +76,7 @@ def load_embedding_model(
         model_path=context.settings.model.path,
         bundle=context.bundle,
         vision=context.geometry,
-        max_length=max_length or context.hf_config["text_config"]["max_position_embeddings"],
+        max_length=settings.max_length or context.hf_config["text_config"]["max_position_embeddings"],
         pad_to_multiple_of=context.pad_to_multiple_of,
         needs_pixels=topology.is_pipeline_first_stage(),
         form=form,
@@ -92,27 +85,19 @@ def load_embedding_model(
     return EmbeddingModel(model, builder, options)
 
 
-def picture_sizes(
-    path: str | Path,
-    *,
-    image_size: ImageSize | None = None,
-    min_image_tokens: int | None = None,
-    max_image_tokens: int | None = None,
-) -> PictureSizes:
-    """How pictures are sized for a model, without loading it.
-
-    Args:
-        path: as for ``CocoaEmbedder.from_pretrained``.
-        image_size, min_image_tokens, max_image_tokens: asked for instead of the model's own.
+def picture_sizes(path: str | Path, asked: EmbeddingSettings) -> PictureSizes:
+    """How pictures are sized for a model, without loading it: as ``asked``, or as the model says where it asks nothing.
 
     Raises:
-        ValueError: if ``path`` is no model, or ``image_size`` is no size.
+        ValueError: if ``path`` is no model, or ``asked.image_size`` is no size.
     """
     path = Path(path)
     info = _info_of(path)
     own = PictureSizes.of_config(_config_of_export(path)) if info is None else PictureSizes.of_checkpoint(path, info)
     return own.overridden_by(
-        image_size=image_size, min_image_tokens=min_image_tokens, max_image_tokens=max_image_tokens
+        image_size=asked.image_size,
+        min_image_tokens=asked.min_image_tokens,
+        max_image_tokens=asked.max_image_tokens,
     )
 
 
@@ -128,12 +113,10 @@ def _info_of(path: Path) -> CheckpointInfo | None:
     )
 
 
-def _settings_for(
-    path: Path, model_path: str | Path | None, dtype: str, bridge_token: str | None, parallel: ParallelSettings
-) -> tuple[TrainSettings, CheckpointInfo | None]:
-    if dtype not in ("fp32", "bf16"):
-        raise ValueError(f"dtype is {dtype!r}, needs fp32 or bf16")
-    info = _info_of(path)
+def _model_settings(
+    path: Path, info: CheckpointInfo | None, model_path: str | Path | None, settings: EmbeddingSettings
+) -> ModelSettings:
+    """The model in ``path``, which is a checkpoint if there is ``info``, with the tokens that its folder names."""
     if info is not None:
         chosen, tokens = _folder_of_checkpoint(path, model_path)
         more: dict[str, Any] = {"load": str(path)} | tokens
@@ -144,9 +127,9 @@ def _settings_for(
         more = {"bridge_token": content[BRIDGE_KEY]} if BRIDGE_KEY in content else {}
         if chosen != path:
             raise ValueError(f"{path} is a Hugging Face folder, which brings its own tokenizer: leave model_path out")
-    if bridge_token is not None:
-        more["bridge_token"] = bridge_token
-    return TrainSettings(model=ModelSettings(path=str(chosen), dtype=dtype, **more), parallel=parallel), info
+    if settings.bridge_token is not None:
+        more["bridge_token"] = settings.bridge_token
+    return ModelSettings(path=str(chosen), dtype=settings.dtype, **more)
 
 
 def _config_of_export(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def sized(folder, *arguments: str) -> tuple[dict, tuple[int, ...]]:
     names = ("image_size", "min_image_tokens", "max_image_tokens")
     settings = EvaluationSettings(**{name: getattr(args, name) for name in names})
     start_alone()
-    found = load_embedding_model(folder, **{name: getattr(settings, name) for name in names})
+    found = load_embedding_model(folder, settings)
     identity = identity_of(settings, model_path=folder)(found.builder, found.options, Benchmark("tiny", ()))
     recorded = {name: identity.settings[name] for name in ("image_size", "pixel_limits")}
     return recorded, found.builder.pictures.prepare(WIDE).shape[1:]
