@@ -76,11 +76,6 @@ def fill_adapters(
             copy_shard(parameter, mapping, tensor.to(parameter.device), **place)
 
 
-def read_from(tensors: dict[str, Tensor]) -> Callable[[Mapping], Tensor]:
-    """For ``fill_adapters``: whole tensors by their Hugging Face names in the flat spelling."""
-    return lambda mapping: mapping.merge([tensors[name] for name in mapping.hf_names])
-
-
 @torch.no_grad()
 def gather_adapters(chunks: Sequence[nn.Module], mappings: Sequence[Mapping]) -> dict[str, Tensor] | None:
     """All adapter tensors by their Hugging Face names in the flat spelling, on rank 0's CPU; every rank calls it.

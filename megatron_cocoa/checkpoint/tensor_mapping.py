@@ -37,10 +37,6 @@ class Mapping:
         return self.layout.merged_shape(self.hf_shapes)
 
     @property
-    def shard_dim(self) -> int | None:
-        return self.sharding.dim
-
-    @property
     def layer(self) -> int | None:
         """Global layer number, None outside of layers."""
         match = _LAYER.search(self.megatron_name)

@@ -97,7 +97,7 @@ def bridge_batches(
     """Pack samples of stage ``bridge`` for evaluation.
 
     Args:
-        rows: block A is the query, block B the target's text (``read_bridge_pairs``).
+        rows: block A is the query, block B the target's text (``bridge_pairs_from``).
         builder, options: as ``embedding_batch``.
         batch_size: samples per pack.
         corruption: masks are those of epoch 0.

@@ -32,28 +32,6 @@ def read_captions(path: str | Path) -> RowSet:
     return captions_from(jsonl_records(path), str(path))
 
 
-def read_pairs(path: str | Path, *, with_negatives: bool = False) -> RowSet:
-    """Read ``contrastive.jsonl``: ``{"id", "qry", "qry_image_path", "pos_text", "pos_image_path"}``.
-
-    Args:
-        path: of the file. A column ``source``, optional, names the data set that a row comes from.
-        with_negatives: also read ``neg_text`` and ``neg_image_path``, each a string or a list of strings.
-
-    Raises:
-        ValueError: as ``read_captions``.
-    """
-    return pairs_from(jsonl_records(path), str(path), with_negatives=with_negatives)
-
-
-def read_bridge_pairs(path: str | Path) -> RowSet:
-    """Read ``bridge.jsonl`` (columns as ``read_pairs``) and keep what ``bridge_pairs_from`` keeps.
-
-    Raises:
-        ValueError: as ``read_captions``, or if no row is left.
-    """
-    return bridge_pairs_from(jsonl_records(path), str(path))
-
-
 def captions_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
     """Rows of stage ``warmup``: a picture and its caption.
 

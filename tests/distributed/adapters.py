@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.adapter_mapping import adapter_mappings, peft_name
-from megatron_cocoa.checkpoint.adapter_weights import fill_adapters, gather_adapters, read_from
+from megatron_cocoa.checkpoint.adapter_weights import gather_adapters
 from megatron_cocoa.checkpoint.mapping import nested_spelling
 from megatron_cocoa.checkpoint.random_weights import RandomWeights
 from megatron_cocoa.checkpoint.stacked import StackedTensors
@@ -81,7 +81,7 @@ def equality_with_peft(adapter: AdapterSettings, case: Case) -> dict[str, float 
     bare = build_model(QwenVLArchitecture.from_huggingface(config), settings, with_image_decoder=False)
     compare.copy_weights(bare, table, result.weights)
     attach_adapters(bare, settings, mask_token_id=None)
-    fill_adapters(bare.bare_chunks, mappings, read_from(result.values))
+    adapters.copy_adapters(bare, mappings, result.values)
     model = wrap_data_parallel(bare, settings.parallel)
     for chunk in model.chunks:
         chunk.zero_grad_buffer()

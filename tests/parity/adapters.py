@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.adapter_export import peft_config
 from megatron_cocoa.checkpoint.adapter_mapping import adapter_mappings, peft_name
-from megatron_cocoa.checkpoint.adapter_weights import fill_adapters, read_from
+from megatron_cocoa.checkpoint.adapter_weights import fill_adapters
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import NameTable, flat_spelling
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
@@ -67,9 +67,18 @@ def adapted(tiny, adapter: AdapterSettings, *, kind: MaskKind = MaskKind.BIDIREC
     values = randomize(model)
     ours = bare_model(tiny, settings)
     attach_adapters(ours, settings, mask_token_id=None)
-    fill_adapters(ours.bare_chunks, mappings, read_from(values))
+    copy_adapters(ours, mappings, values)
     encoded = tiny.encode(SAMPLES, kind)
     return Adapted(ours, model, settings, table, mappings, tiny.pack(encoded, kind), encoded, kind)
+
+
+def copy_adapters(model: Model, mappings: tuple[Mapping, ...], values: dict[str, torch.Tensor]) -> None:
+    """Fill the adapters with this rank's part of whole tensors, by their Hugging Face names in the flat spelling."""
+
+    def read(mapping: Mapping) -> torch.Tensor:
+        return mapping.merge([values[name] for name in mapping.hf_names])
+
+    fill_adapters(model.bare_chunks, mappings, read)
 
 
 def with_peft(huggingface, mappings: tuple[Mapping, ...], adapter: AdapterSettings):

@@ -59,8 +59,8 @@ def build_stage(table, *, layers: range, tp_size: int, first: bool, last: bool, 
         for fused, local in LOCAL_NORMS.items():
             name = name.replace(fused, local) if local_names else name
         shape = list(mapping.megatron_shape)
-        if mapping.shard_dim is not None:
-            shape[mapping.shard_dim] //= tp_size
+        if mapping.sharding.dim is not None:
+            shape[mapping.sharding.dim] //= tp_size
         add_parameter(root, name, tuple(shape), None if number is None else number + 1, dtype)
     if last:
         add_parameter(root, "image_decoder.layers.0.mlp.weight", (3,), None, dtype)

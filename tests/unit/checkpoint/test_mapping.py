@@ -61,8 +61,8 @@ def test_tensor_parallel_shards_reassemble(model_type, tp_size, tiny):
         whole = megatron[mapping.megatron_name]
         shards = [mapping.shard(whole, tp_rank=r, tp_size=tp_size) for r in range(tp_size)]
         local = list(whole.shape)
-        if mapping.shard_dim is not None:
-            local[mapping.shard_dim] //= tp_size
+        if mapping.sharding.dim is not None:
+            local[mapping.sharding.dim] //= tp_size
         assert all(list(s.shape) == local for s in shards), mapping.megatron_name
         assert same_bits(mapping.unshard(shards), whole)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.data.readers import jsonl_records
+from megatron_cocoa.data.rows import RowSet
+from megatron_cocoa.data.sources import bridge_pairs_from, pairs_from
 
 NUM_PICTURES = 24
 """Pictures of the ``data_folder`` fixture."""
@@ -20,6 +23,16 @@ def pair(row_id: str, **columns: str) -> dict:
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+def read_pairs(path: Path, *, with_negatives: bool = False) -> RowSet:
+    """The rows of stage ``contrastive`` in a JSONL file."""
+    return pairs_from(jsonl_records(path), str(path), with_negatives=with_negatives)
+
+
+def read_bridge_pairs(path: Path) -> RowSet:
+    """The rows of stage ``bridge`` in a JSONL file."""
+    return bridge_pairs_from(jsonl_records(path), str(path))
 
 
 def by_sample(batches: list[PackedBatch], *, merge: int = 2) -> dict[str, tuple]:

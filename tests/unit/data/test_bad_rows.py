@@ -19,8 +19,8 @@ from megatron_cocoa.data.row_parsing import pair_row
 from megatron_cocoa.data.rows import CaptionRow, Content
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.source_list import source_rows
-from megatron_cocoa.data.sources import read_bridge_pairs, read_captions, read_pairs
-from tests.unit.data.rows import pair, write_jsonl
+from megatron_cocoa.data.sources import read_captions
+from tests.unit.data.rows import pair, read_bridge_pairs, read_pairs, write_jsonl
 
 MARK = "<|image_1|>"
 GOOD_CAPTIONS = [{"id": f"g{i}", "image_path": "a.png", "caption": "a cat"} for i in range(40)]

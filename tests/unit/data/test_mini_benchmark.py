@@ -27,7 +27,7 @@ from megatron_cocoa.data.mini.rows import (
     write_jsonl,
     write_train,
 )
-from megatron_cocoa.data.sources import read_pairs
+from tests.unit.data.rows import read_pairs
 
 GROUPS = ("food & drink", "objects", "animals & nature")
 

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_cocoa.data.row_parsing import checked_negatives
 from megatron_cocoa.data.rows import Content, PairRow
-from megatron_cocoa.data.sources import read_bridge_pairs, read_captions, read_pairs
-from tests.unit.data.rows import pair, write_jsonl
+from megatron_cocoa.data.sources import read_captions
+from tests.unit.data.rows import pair, read_bridge_pairs, read_pairs, write_jsonl
 
 GOOD = [{"id": f"g{i}", "image_path": "a.png", "caption": "a cat"} for i in range(97)]
 
