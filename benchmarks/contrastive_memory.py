@@ -55,7 +55,8 @@ def measure(size: int, micro_batch_size: int, pairs: int) -> dict[str, float]:
     from megatron_cocoa.parallel import topology
     from megatron_cocoa.parallel.device_memory import peak_memory_bytes, release_memory, reset_peak_memory
     from megatron_cocoa.recipes.context import prepare_context
-    from megatron_cocoa.recipes.stages import build_loader, build_with_weights
+    from megatron_cocoa.recipes.initial_model import build_with_weights
+    from megatron_cocoa.recipes.stage_loader import build_loader
     from megatron_cocoa.settings.parse import parse_settings
     from megatron_cocoa.training.data_parallel import wrap_data_parallel
     from megatron_cocoa.training.optimizer import build_optimizer

@@ -24,7 +24,7 @@ from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext, prepare_context
-from megatron_cocoa.recipes.stages import build_with_weights
+from megatron_cocoa.recipes.initial_model import build_with_weights
 from megatron_cocoa.settings.saved import SETTINGS_FILE
 
 BRIDGE_KEY = "cocoa_bridge_token"

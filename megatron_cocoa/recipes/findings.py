@@ -26,7 +26,7 @@ from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.curves import stage_curve
 from megatron_cocoa.recipes.output_folder import REPORT_FILE, RESULTS_FILE
 from megatron_cocoa.recipes.retrieval import recall_as_json
-from megatron_cocoa.recipes.stages import StageSummary
+from megatron_cocoa.recipes.stage_summary import StageSummary
 from megatron_cocoa.settings.saved import SETTINGS_FILE
 
 PACKAGES = ("megatron-core", "torch", "transformers", "sentencepiece", "numpy")

@@ -17,17 +17,14 @@ from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
 from megatron_cocoa.recipes.findings import Findings, describe, write_results
+from megatron_cocoa.recipes.initial_model import build_with_weights
 from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output, holds_run
 from megatron_cocoa.recipes.resume import StagePlace, after_restart, check_same_run, find_places
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
-from megatron_cocoa.recipes.stages import (
-    StageSummary,
-    build_loader,
-    build_with_weights,
-    check_contrastive,
-    check_microbatches,
-    run_stage,
-)
+from megatron_cocoa.recipes.stage_checks import check_contrastive, check_microbatches
+from megatron_cocoa.recipes.stage_loader import build_loader
+from megatron_cocoa.recipes.stage_summary import StageSummary
+from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.stopping import StopWatch
 

@@ -5,34 +5,32 @@ The order of the stages, and what is measured between them, is in ``recipes/run.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_cocoa.checkpoint.initial import load_initial_weights
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.conversion.picture_sizes import SIZES
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
-from megatron_cocoa.model.build import Model, build_model
+from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import build_objective
-from megatron_cocoa.objectives.contrastive import check_matryoshka_dims
 from megatron_cocoa.parallel import device, topology
-from megatron_cocoa.parallel.replica import ReplicaLink
 from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
-from megatron_cocoa.recipes.output_folder import STAGE_CHECKPOINT, STEP_CHECKPOINTS, SUMMARY_FILE
+from megatron_cocoa.recipes.initial_model import build_with_weights, build_without_weights
+from megatron_cocoa.recipes.output_folder import STAGE_CHECKPOINT, STEP_CHECKPOINTS
+from megatron_cocoa.recipes.stage_checks import check_microbatches
+from megatron_cocoa.recipes.stage_loader import build_loader
+from megatron_cocoa.recipes.stage_summary import StageSummary
 from megatron_cocoa.recipes.validation import HeldOutValidation
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import StageLog
-from megatron_cocoa.training.progress import Progress
 from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.stopping import StopWatch
 from megatron_cocoa.training.throughput import SpeedMeter
@@ -40,76 +38,6 @@ from megatron_cocoa.training.trainer import StageKeeping, train_stage
 
 AfterStage = Callable[[str, Model], None]
 """Called with the name of a stage that has just been trained, while its model is in memory."""
-
-
-@dataclass(frozen=True)
-class StageSummary:
-    """How one stage of a run went.
-
-    name:       of its folder in the run's output: the stage's, or ``baseline`` for contrastive learning alone.
-    stage:      one of ``config.STAGES``.
-    checkpoint: its weights, for the next stage.
-    progress:   the trainer's counters.
-    statistics: of the loader on the first data-parallel rank, since the last start of the process.
-    stopped:    why the stage ended before its last step; None where it is complete.
-    """
-
-    name: str
-    stage: str
-    checkpoint: Path
-    progress: Progress
-    statistics: dict[str, float]
-    stopped: str | None = None
-
-    def save(self, folder: Path) -> None:
-        """Write what ``load`` needs. Call it before the weights are saved, so that a complete stage always has it."""
-        text = json.dumps({"progress": self.progress.as_dict(), "statistics": self.statistics}, indent=1)
-        (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path, stage: str) -> StageSummary:
-        """The summary of a stage that an earlier process has completed."""
-        values = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        progress = Progress.from_dict(values["progress"])
-        return cls(folder.name, stage, folder / STAGE_CHECKPOINT, progress, values["statistics"])
-
-
-def build_with_weights(
-    context: RunContext,
-    *,
-    checkpoint: Path | None,
-    with_image_decoder: bool,
-    learned_temperature: float | None = None,
-) -> Model:
-    """The model at the run's layout with its initial weights, not yet wrapped for training.
-
-    Args:
-        context: of the run.
-        checkpoint: weights of the previous stage; None takes those that the run starts from.
-        with_image_decoder: stage ``warmup`` needs it.
-        learned_temperature: see ``TrainSettings.learned_temperature``.
-
-    Raises:
-        ValueError: if the layout does not fit the model, or the weights are incomplete or of another model.
-    """
-    model = build_without_weights(
-        context, with_image_decoder=with_image_decoder, learned_temperature=learned_temperature
-    )
-    load_initial_weights(model.chunks, context.table, context.weight_source(checkpoint))
-    return model
-
-
-def build_without_weights(
-    context: RunContext, *, with_image_decoder: bool, learned_temperature: float | None = None
-) -> Model:
-    """The model at the run's layout, its weights not set and not yet wrapped for training."""
-    return build_model(
-        context.architecture,
-        context.settings,
-        with_image_decoder=with_image_decoder,
-        mask_token_id=context.bundle.mask_token_id,
-        learned_temperature=learned_temperature,
-    )
 
 
 def run_stage(
@@ -256,73 +184,3 @@ def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: C
         shutil.rmtree(folder / STEP_CHECKPOINTS, ignore_errors=True)
 
 
-def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader:
-    """The loader of a stage for this rank; with model parallelism one rank of each replica reads for the others.
-
-    Every rank calls it, for the stages in the same order. Raises as ``StageLoader``.
-    """
-    parallel = context.settings.parallel
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-
-    def make_reader(*, defers_all: bool = False) -> StageLoader:
-        return StageLoader(
-            stage,
-            context.settings,
-            bundle=context.bundle,
-            vision=context.geometry,
-            data_parallel_rank=topology.data_parallel_rank(),
-            data_parallel_size=topology.data_parallel_size(),
-            pad_to_multiple_of=context.pad_to_multiple_of,
-            packs_multiple_of=parallel.pipeline_model_parallel_size if interleaved else 1,
-            defers_all=defers_all,
-        )
-
-    if parallel.model_parallel_size == 1:
-        return make_reader()
-    return ReplicaLoader(
-        partial(make_reader, defers_all=True),
-        ReplicaLink(),
-        needs_pixels=topology.is_pipeline_first_stage(),
-        needs_unit_targets=topology.is_pipeline_last_stage(),
-        ahead=context.settings.data.num_workers > 0,
-    )
-
-
-def check_contrastive(context: RunContext) -> None:
-    """Refuse, before any stage trains, what the objective of stage ``contrastive`` would refuse at its first step.
-
-    Raises:
-        ValueError: if the model's embeddings are not as wide as asked for, a step has a single pair, or nothing trains.
-    """
-    settings = context.settings.contrastive
-    check_matryoshka_dims(settings.matryoshka_dims, context.architecture.text.hidden_size)
-    if settings.global_batch_size < 2:
-        raise ValueError("contrastive.global_batch_size is 1, needs 2 or more: each pair's negatives are the others")
-    frozen = context.settings.freeze
-    is_model_frozen = frozen.vision and frozen.merger and frozen.language and not context.settings.adapter.is_used
-    if is_model_frozen and not settings.learnable_temperature:
-        # Unlike in the other stages: there is no image decoder, and no text holds the mask token.
-        raise ValueError(
-            "freeze.vision, freeze.merger and freeze.language leave nothing to train in stage contrastive: set one of "
-            "them to false, or leave the stage out"
-        )
-
-
-def check_microbatches(context: RunContext, stage: str) -> None:
-    """Refuse batch sizes that the layout cannot run.
-
-    Raises:
-        ValueError: if the global batch does not divide, or an interleaved pipeline gets too few micro-batches.
-    """
-    parallel = context.settings.parallel
-    if context.settings.data.tokens_per_microbatch is not None:
-        # The number of packs is found when a step is planned, as a multiple of what an interleaved pipeline needs.
-        context.settings.stage(stage).samples_per_rank(topology.data_parallel_size())
-        return
-    number = context.settings.stage(stage).num_microbatches(topology.data_parallel_size())
-    stages = parallel.pipeline_model_parallel_size
-    if parallel.virtual_pipeline_model_parallel_size and number % stages:
-        raise ValueError(
-            f"stage {stage} has {number} micro-batches a rank: an interleaved pipeline of {stages} stages needs a "
-            f"multiple of {stages}; change {stage}.global_batch_size or {stage}.micro_batch_size"
-        )

@@ -27,7 +27,9 @@ from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.adapters import add_adapters
 from megatron_cocoa.recipes.context import RunContext, prepare_context
-from megatron_cocoa.recipes.stages import build_loader, build_with_weights, run_stage
+from megatron_cocoa.recipes.initial_model import build_with_weights
+from megatron_cocoa.recipes.stage_loader import build_loader
+from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.trainer import train_stage
 from tests.distributed.check import Check

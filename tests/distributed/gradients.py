@@ -18,7 +18,7 @@ from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import GlobalObjective, PairEmbeddings, build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext
-from megatron_cocoa.recipes.stages import build_with_weights
+from megatron_cocoa.recipes.initial_model import build_with_weights
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.step import forward_backward
 from tests.distributed.check import Check

@@ -13,7 +13,7 @@ from megatron_cocoa.evaluation.mmeb_run import evaluate
 from megatron_cocoa.evaluation.mmeb_tasks import read_benchmark
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import evaluation_parts, prepare_context
-from megatron_cocoa.recipes.stages import build_with_weights
+from megatron_cocoa.recipes.initial_model import build_with_weights
 from tests.distributed.check import Check
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders

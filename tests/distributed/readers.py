@@ -14,7 +14,7 @@ from megatron_cocoa.config import STAGES, ParallelSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext, prepare_context
-from megatron_cocoa.recipes.stages import build_loader
+from megatron_cocoa.recipes.stage_loader import build_loader
 from tests.distributed.check import Check
 from tests.distributed.tiny_run import tiny_settings, write_folders
 

@@ -17,7 +17,8 @@ from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import AdapterSettings, CheckpointSettings, OptimizerSettings, ParallelSettings
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
-from megatron_cocoa.recipes.stages import build_with_weights, run_stage
+from megatron_cocoa.recipes.initial_model import build_with_weights
+from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import read_metrics
 from megatron_cocoa.training.optimizer import build_optimizer

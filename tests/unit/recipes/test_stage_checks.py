@@ -8,7 +8,7 @@ import pytest
 from megatron_cocoa.config import ContrastiveSettings, FreezeSettings, TrainSettings
 from megatron_cocoa.recipes import run
 from megatron_cocoa.recipes.resume import StagePlace
-from megatron_cocoa.recipes.stages import check_contrastive
+from megatron_cocoa.recipes.stage_checks import check_contrastive
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""The loader of a stage on this rank."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron_cocoa.data.loader import StageLoader
+from megatron_cocoa.data.replica import ReplicaLoader
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel.replica import ReplicaLink
+from megatron_cocoa.recipes.context import RunContext
+
+
+def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader:
+    """The loader of a stage for this rank; with model parallelism one rank of each replica reads for the others.
+
+    Every rank calls it, for the stages in the same order. Raises as ``StageLoader``.
+    """
+    parallel = context.settings.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+
+    def make_reader(*, defers_all: bool = False) -> StageLoader:
+        return StageLoader(
+            stage,
+            context.settings,
+            bundle=context.bundle,
+            vision=context.geometry,
+            data_parallel_rank=topology.data_parallel_rank(),
+            data_parallel_size=topology.data_parallel_size(),
+            pad_to_multiple_of=context.pad_to_multiple_of,
+            packs_multiple_of=parallel.pipeline_model_parallel_size if interleaved else 1,
+            defers_all=defers_all,
+        )
+
+    if parallel.model_parallel_size == 1:
+        return make_reader()
+    return ReplicaLoader(
+        partial(make_reader, defers_all=True),
+        ReplicaLink(),
+        needs_pixels=topology.is_pipeline_first_stage(),
+        needs_unit_targets=topology.is_pipeline_last_stage(),
+        ahead=context.settings.data.num_workers > 0,
+    )
