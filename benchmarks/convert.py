@@ -221,7 +221,7 @@ def main() -> None:
 
 def same_weights(source: Path, back: Path) -> bool:
     """Whether the round trip gave every tensor back, bit for bit."""
-    from megatron_cocoa.checkpoint.convert import same_bits
+    from megatron_cocoa.checkpoint.bits import same_bits
     from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 
     with HuggingFaceReader(source) as first, HuggingFaceReader(back) as second:

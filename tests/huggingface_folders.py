@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from tests.parity.reference import tiny_config, tiny_huggingface
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_cocoa.checkpoint import convert
-from megatron_cocoa.checkpoint.convert import Layout, Sharding
+from megatron_cocoa.checkpoint.layouts import Layout, Same
 from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.sharding import Sharding
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.config import AdapterSettings
 
@@ -101,7 +101,7 @@ def _of_projection(mapping: Mapping, settings: AdapterSettings) -> Iterator[Mapp
     chosen = [(module, shape) for module, shape, kept in zip(modules, mapping.hf_shapes, targeted) if kept]
     is_row = mapping.sharding is Sharding.ROW
     # A row-parallel weight pads its columns, a column-parallel one its rows.
-    rows, columns = (convert.Same(), mapping.layout) if is_row else (mapping.layout, convert.Same())
+    rows, columns = (Same(), mapping.layout) if is_row else (mapping.layout, Same())
     by_row = Targeted(rows, tuple(shape[0] for shape in mapping.hf_shapes), targeted)
     row_sharding = Sharding.REPLICATED if is_row else mapping.sharding
 

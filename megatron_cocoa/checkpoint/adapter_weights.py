@@ -10,9 +10,9 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_cocoa.checkpoint.adapter_mapping import LORA_A, LORA_B
-from megatron_cocoa.checkpoint.convert import Sharding
 from megatron_cocoa.checkpoint.live import copy_shard, global_name
 from megatron_cocoa.checkpoint.random_weights import draw
+from megatron_cocoa.checkpoint.sharding import Sharding
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.config import AdapterSettings
 

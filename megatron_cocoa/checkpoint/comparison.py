@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.stacked import StackedTensors

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_cocoa.checkpoint.convert import VocabularyRows
 from megatron_cocoa.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
+from megatron_cocoa.checkpoint.layouts import VocabularyRows
 from megatron_cocoa.checkpoint.mapping import NameTable, nested_spelling
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.mapping import NameTable, flat_spelling
 from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX
 from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile

@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
-from megatron_cocoa.checkpoint.convert import Gated, Padded
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.layouts import Gated, Padded
 from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, global_name, load_huggingface_weights
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_cocoa.checkpoint.convert import set_mean_row
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
 from megatron_cocoa.checkpoint.mapping import EMBEDDING, OWN_PREFIXES, NameTable
+from megatron_cocoa.checkpoint.mean_row import set_mean_row
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.parallel.fp8_parameters import set_values
 

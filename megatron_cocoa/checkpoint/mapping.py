@@ -16,8 +16,17 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.checkpoint import convert
-from megatron_cocoa.checkpoint.convert import Layout, Sharding
+from megatron_cocoa.checkpoint.layouts import (
+    FlatKernel,
+    Gated,
+    GroupedQkv,
+    InterleavedQkv,
+    Layout,
+    Padded,
+    Same,
+    VocabularyRows,
+)
+from megatron_cocoa.checkpoint.sharding import Sharding
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -125,17 +134,15 @@ def _layouts(architecture: QwenVLArchitecture, padded_vocab: int, padded_vision_
     text, vision = architecture.text, architecture.vision
     groups, patch, v_ffn = text.num_key_value_heads, vision.patch_size, vision.intermediate_size
     return {
-        "same": convert.Same(),
-        "kernel": convert.FlatKernel(
-            (vision.hidden_size, vision.in_channels, vision.temporal_patch_size, patch, patch)
-        ),
-        "qkv": convert.GroupedQkv(groups, text.num_attention_heads // groups, text.head_dim),
-        "vision_qkv": convert.InterleavedQkv(vision.num_heads),
-        "gated": convert.Gated(text.intermediate_size, text.intermediate_size),
-        "vision_gated": convert.Gated(v_ffn, padded_vision_ffn),
-        "vision_ffn_rows": convert.Padded(0, v_ffn, padded_vision_ffn),
-        "vision_ffn_columns": convert.Padded(1, v_ffn, padded_vision_ffn),
-        "vocabulary": convert.VocabularyRows(text.vocab_size, padded_vocab),
+        "same": Same(),
+        "kernel": FlatKernel((vision.hidden_size, vision.in_channels, vision.temporal_patch_size, patch, patch)),
+        "qkv": GroupedQkv(groups, text.num_attention_heads // groups, text.head_dim),
+        "vision_qkv": InterleavedQkv(vision.num_heads),
+        "gated": Gated(text.intermediate_size, text.intermediate_size),
+        "vision_gated": Gated(v_ffn, padded_vision_ffn),
+        "vision_ffn_rows": Padded(0, v_ffn, padded_vision_ffn),
+        "vision_ffn_columns": Padded(1, v_ffn, padded_vision_ffn),
+        "vocabulary": VocabularyRows(text.vocab_size, padded_vocab),
     }
 
 

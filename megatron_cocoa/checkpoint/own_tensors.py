@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_cocoa.checkpoint.convert import VocabularyRows, same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
+from megatron_cocoa.checkpoint.layouts import VocabularyRows
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, OWN_PREFIXES, NameTable
 from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_cocoa.checkpoint.convert import Sharding, VocabularyRows
+from megatron_cocoa.checkpoint.layouts import VocabularyRows
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
+from megatron_cocoa.checkpoint.sharding import Sharding
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 

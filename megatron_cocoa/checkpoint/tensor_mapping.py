@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_cocoa.checkpoint import convert
-from megatron_cocoa.checkpoint.convert import Layout, Sharding
+from megatron_cocoa.checkpoint.layouts import Layout, VocabularyRows
+from megatron_cocoa.checkpoint.sharding import Sharding, shard, unshard
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -22,7 +22,7 @@ class Mapping:
         megatron_name: with the global layer number (``...decoder.layers.N...``).
         hf_names: flat spelling, in the order that ``merge`` takes.
         hf_shapes: shapes of those tensors.
-        layout, sharding: see ``convert``.
+        layout, sharding: see ``layouts`` and ``sharding``.
     """
 
     megatron_name: str
@@ -74,7 +74,7 @@ class Mapping:
             ValueError: on a wrong shape, or where padding that would be removed is not zero.
         """
         found, needed = tuple(tensor.shape), self.megatron_shape
-        rows_may_vary = isinstance(self.layout, convert.VocabularyRows) and found[:1] >= (self.layout.rows,)
+        rows_may_vary = isinstance(self.layout, VocabularyRows) and found[:1] >= (self.layout.rows,)
         if found != needed and not (rows_may_vary and found[1:] == needed[1:]):
             raise ValueError(f"{self.megatron_name} has shape {found}, needed {needed}")
         try:
@@ -89,13 +89,13 @@ class Mapping:
             ValueError: if ``tp_size`` does not divide it.
         """
         try:
-            return convert.shard(tensor, self.sharding, tp_rank=tp_rank, tp_size=tp_size)
+            return shard(tensor, self.sharding, tp_rank=tp_rank, tp_size=tp_size)
         except ValueError as error:
             raise ValueError(f"{self.megatron_name}: {error}") from error
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         """The unsharded tensor from the parts of all tensor-parallel ranks, in rank order."""
         try:
-            return convert.unshard(shards, self.sharding)
+            return unshard(shards, self.sharding)
         except ValueError as error:
             raise ValueError(f"{self.megatron_name}: {error}") from error

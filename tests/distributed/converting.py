@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint import store
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import NameTable

@@ -10,9 +10,9 @@ from megatron.core import parallel_state
 from torch.nn import functional as F
 
 from megatron_cocoa.batch import PackedBatch
-from megatron_cocoa.checkpoint import convert
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, NameTable
+from megatron_cocoa.checkpoint.sharding import Sharding, shard
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import GlobalObjective, PairEmbeddings, build_objective
@@ -100,7 +100,7 @@ def shard_of(table: NameTable, name: str, whole: torch.Tensor, like: torch.Tenso
     if name == "logit_scale":
         return whole
     if name.startswith("image_decoder.pixel_head."):
-        return convert.shard(whole, convert.Sharding.COLUMN, **ranks)
+        return shard(whole, Sharding.COLUMN, **ranks)
     mapping = table.megatron_to_hf(name.replace("image_decoder.", "language_model.", 1))
     if name == EMBEDDING:
         # Each layout pads the vocabulary to a multiple of its own; padded rows get no gradient.

@@ -74,7 +74,7 @@ import contextlib, io, json, sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, "tools")
 import convert_hf_to_mcore, convert_mcore_to_hf
-from megatron_cocoa.checkpoint.convert import GroupedQkv
+from megatron_cocoa.checkpoint.layouts import GroupedQkv
 tools = {"import": convert_hf_to_mcore.main, "export": convert_mcore_to_hf.main}
 merge, split = GroupedQkv.merge, GroupedQkv.split
 for case in json.load(sys.stdin):

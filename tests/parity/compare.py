@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind, ModelOutput, PackedBatch
-from megatron_cocoa.checkpoint import convert
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import NameTable, flat_spelling
+from megatron_cocoa.checkpoint.sharding import Sharding, shard
 from megatron_cocoa.config import (
     FreezeSettings,
     ModelSettings,
@@ -83,7 +83,7 @@ def local_shard(table: NameTable, name: str, tensors: dict[str, torch.Tensor]) -
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
     )
     if name.startswith("image_decoder.pixel_head."):
-        return convert.shard(tensors[name], convert.Sharding.COLUMN, **ranks)
+        return shard(tensors[name], Sharding.COLUMN, **ranks)
     own = table.is_own(name)
     mapping = table.megatron_to_hf(name.replace("image_decoder.", "language_model.", 1) if own else name)
     whole = mapping.merge([tensors[("image_decoder." if own else "") + hf] for hf in mapping.hf_names])

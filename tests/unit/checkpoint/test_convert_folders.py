@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint import placement, torch_dist_writer
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.comparison import compare_weights
-from megatron_cocoa.checkpoint.convert import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import read_info

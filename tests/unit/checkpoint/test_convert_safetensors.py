@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.live import global_name, load_huggingface_weights
 from megatron_cocoa.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, NameTable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.mapping import (
     EMBEDDING,
     OUTPUT_LAYER,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cocoa.checkpoint.convert import same_bits
+from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader

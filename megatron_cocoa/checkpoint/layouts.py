@@ -2,7 +2,6 @@
 
 A *layout* says how the tensors that Hugging Face keeps apart become one Megatron tensor and come apart again. Every
 layout only moves values (and adds zeros that it later checks and removes), so a round trip is bit-exact in any dtype.
-A *sharding* says which part of a whole Megatron tensor a tensor-parallel rank holds.
 
 Weights and biases share each layout: all regrouping happens in dimension 0, and a bias has only that one.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 import torch
@@ -203,94 +201,3 @@ def remove_zero_padding(tensor: Tensor, dim: int, width: int) -> Tensor:
             f"needed all zero: removing it would change the model"
         )
     return tensor.narrow(dim, 0, width)
-
-
-def set_mean_row(table: Tensor, *, row: int, used_rows: int) -> Tensor:
-    """A copy of an embedding table whose row ``row`` is the mean of its other rows among the first ``used_rows``.
-
-    Args:
-        table: ``(rows, hidden)``, unsharded, any float dtype; the mean is taken in float32.
-        row: row to set, typically the first unused one, which becomes the mask token's.
-        used_rows: rows that the tokenizer uses.
-
-    Raises:
-        ValueError: if ``row`` or ``used_rows`` lies outside of the table, or no other row is used.
-    """
-    if not 0 <= row < table.shape[0]:
-        raise ValueError(
-            f"token id {row} needs a row of its own, the padded embedding table has {table.shape[0]}: choose a "
-            f"token the table has room for, or raise make_vocab_size_divisible_by"
-        )
-    others = used_rows - (row < used_rows)
-    if not 0 < others or used_rows > table.shape[0]:
-        raise ValueError(f"used_rows is {used_rows}, needed 1 to {table.shape[0]} and more than row {row} alone")
-    total = table[:used_rows].sum(dim=0, dtype=torch.float32)
-    if row < used_rows:
-        total = total - table[row].float()
-    table = table.clone()
-    table[row] = (total / others).to(table.dtype)
-    return table
-
-
-class Sharding(Enum):
-    """How tensor parallelism divides a whole Megatron tensor among its ranks.
-
-    ``COLUMN``: contiguous blocks of dimension 0, output features. The fused qkv is no exception: Megatron-Core cuts it
-    so even where there are fewer KV heads than ranks, and gathers activations inside attention.
-    ``GATED_COLUMN``: gate and up are cut separately, a rank holds ``[its gate; its up]``.
-    ``ROW``: contiguous blocks of dimension 1, input features.
-    """
-
-    REPLICATED = "replicated"
-    COLUMN = "column"
-    GATED_COLUMN = "gated column"
-    ROW = "row"
-
-    @property
-    def dim(self) -> int | None:
-        """The dimension that is cut, None for replicated tensors."""
-        return {Sharding.REPLICATED: None, Sharding.ROW: 1}.get(self, 0)
-
-
-def shard(tensor: Tensor, sharding: Sharding, *, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of an unsharded tensor that rank ``tp_rank`` of ``tp_size`` holds; may be a view.
-
-    Raises:
-        ValueError: if the dimension does not divide, with the numbers.
-    """
-    if not 0 <= tp_rank < tp_size:
-        raise ValueError(f"tensor parallel rank {tp_rank} does not exist among {tp_size}")
-    if sharding is Sharding.REPLICATED:
-        return tensor
-    blocks = tp_size * (2 if sharding is Sharding.GATED_COLUMN else 1)
-    if tensor.shape[sharding.dim] % blocks:
-        what = "halves of gate and up" if sharding is Sharding.GATED_COLUMN else "entries"
-        size = tensor.shape[sharding.dim] * tp_size // blocks
-        raise ValueError(f"{size} {what} in dimension {sharding.dim} are not divisible by {tp_size} ranks")
-    if sharding is Sharding.GATED_COLUMN:
-        return torch.cat([half.chunk(tp_size)[tp_rank] for half in tensor.chunk(2)])
-    return tensor.chunk(tp_size, dim=sharding.dim)[tp_rank]
-
-
-def unshard(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
-    """The unsharded tensor from all ranks' parts, in rank order: the inverse of ``shard``.
-
-    Raises:
-        ValueError: if copies of a replicated tensor differ, which means that the ranks have drifted apart.
-    """
-    if sharding is Sharding.REPLICATED:
-        different = [rank for rank, copy in enumerate(shards) if not same_bits(copy, shards[0])]
-        if different:
-            raise ValueError(f"a replicated tensor differs between rank 0 and rank(s) {different}: needed equal copies")
-        return shards[0]
-    if sharding is Sharding.GATED_COLUMN:
-        halves = [local.chunk(2) for local in shards]
-        return torch.cat([half[part] for part in (0, 1) for half in halves])
-    return torch.cat(list(shards), dim=sharding.dim)
-
-
-def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have equal dtype, shape and bits (NaN equals itself, +0 differs from -0)."""
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    return torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cocoa.checkpoint import convert
-from megatron_cocoa.checkpoint.convert import Sharding
+from megatron_cocoa.checkpoint.bits import same_bits
+from megatron_cocoa.checkpoint.layouts import FlatKernel, Gated, GroupedQkv, InterleavedQkv, Padded, VocabularyRows
+from megatron_cocoa.checkpoint.mean_row import set_mean_row
+from megatron_cocoa.checkpoint.sharding import Sharding, shard, unshard
 
 FAST = settings(max_examples=40, deadline=None)
 
@@ -25,7 +27,7 @@ def test_grouped_qkv_projects_as_three_projections(groups, per_group, head_dim, 
     columns = () if bias else (width,)
     rows = (groups * per_group * head_dim, groups * head_dim, groups * head_dim)
     parts = [random(r, *columns) for r in rows]
-    layout = convert.GroupedQkv(groups, per_group, head_dim)
+    layout = GroupedQkv(groups, per_group, head_dim)
     fused = layout.merge(parts)
     assert fused.shape == layout.merged_shape([tuple(p.shape) for p in parts])
     x = torch.ones(tokens) if bias else random(tokens, width)
@@ -48,7 +50,7 @@ def test_tower_qkv_projects_as_before(heads, head_dim, bias):
     """Per-head [q, k, v] of the regrouped projection equals Hugging Face's reshape(tokens, 3, heads, d)."""
     tokens, width = 4, 3
     weight = random(3 * heads * head_dim, *(() if bias else (width,)))
-    layout = convert.InterleavedQkv(heads)
+    layout = InterleavedQkv(heads)
     x = torch.ones(tokens) if bias else random(tokens, width)
 
     def project(w):
@@ -67,7 +69,7 @@ def test_flat_kernel_equals_the_convolution():
     kernel = random(5, 3, 2, 4, 4)
     pixels = random(7, 3 * 2 * 4 * 4)
     needed = torch.nn.functional.conv3d(pixels.view(7, 3, 2, 4, 4), kernel, stride=(2, 4, 4)).view(7, 5)
-    layout = convert.FlatKernel(tuple(kernel.shape))
+    layout = FlatKernel(tuple(kernel.shape))
     # Sums of 96 products of order 1 in another order: float32 keeps about 1e-6 of the largest partial sum.
     torch.testing.assert_close(pixels @ layout.merge([kernel]).T, needed, rtol=1e-5, atol=1e-5)
     assert torch.equal(layout.split(layout.merge([kernel]))[0], kernel)
@@ -79,8 +81,8 @@ def test_padded_gated_mlp_computes_the_same(ffn, extra):
     """Zero-padding gate, up and the columns of the next projection leaves the gated MLP's output unchanged."""
     gate, up, down, x = random(ffn, 4), random(ffn, 4), random(4, ffn), random(3, 4)
     gate_bias, up_bias = random(ffn), random(ffn) + 1
-    fc1 = convert.Gated(ffn, ffn + extra)
-    fc2 = convert.Padded(1, ffn, ffn + extra)
+    fc1 = Gated(ffn, ffn + extra)
+    fc2 = Padded(1, ffn, ffn + extra)
 
     def mlp(weight, bias, out):
         g, u = (x @ weight.T + bias).chunk(2, dim=-1)
@@ -98,11 +100,11 @@ def test_padded_gated_mlp_computes_the_same(ffn, extra):
 @pytest.mark.parametrize(
     "layout, shape, entry",
     [
-        (convert.Gated(3, 5), (10, 2), (4, 1)),
-        (convert.Gated(3, 5), (10, 2), (9, 0)),
-        (convert.Gated(3, 5), (10,), (8,)),
-        (convert.Padded(0, 3, 5), (5, 2), (3, 0)),
-        (convert.Padded(1, 3, 5), (2, 5), (1, 4)),
+        (Gated(3, 5), (10, 2), (4, 1)),
+        (Gated(3, 5), (10, 2), (9, 0)),
+        (Gated(3, 5), (10,), (8,)),
+        (Padded(0, 3, 5), (5, 2), (3, 0)),
+        (Padded(1, 3, 5), (2, 5), (1, 4)),
     ],
 )
 def test_padding_that_is_not_zero_is_not_removed(layout, shape, entry):
@@ -117,7 +119,7 @@ def test_padding_that_is_not_zero_is_not_removed(layout, shape, entry):
 def test_vocabulary_padding_is_dropped_whatever_it_holds():
     """Vocabulary padding depends on the layout that wrote it, so any number of rows comes off."""
     table = random(6, 2)
-    layout = convert.VocabularyRows(4, 8)
+    layout = VocabularyRows(4, 8)
     assert torch.equal(layout.split(table)[0], table[:4])
     assert torch.equal(layout.merge([table[:4]])[4:], torch.zeros(4, 2))
 
@@ -132,15 +134,15 @@ def test_vocabulary_padding_is_dropped_whatever_it_holds():
 def test_unshard_undoes_shard(sharding, tp_size, per_rank, dtype):
     """All ranks' parts together are the tensor, bit for bit."""
     tensor = random(2 * tp_size * per_rank, tp_size * per_rank).to(dtype)
-    shards = [convert.shard(tensor, sharding, tp_rank=r, tp_size=tp_size) for r in range(tp_size)]
+    shards = [shard(tensor, sharding, tp_rank=r, tp_size=tp_size) for r in range(tp_size)]
     assert len({s.shape for s in shards}) == 1
-    assert convert.same_bits(convert.unshard(shards, sharding), tensor)
+    assert same_bits(unshard(shards, sharding), tensor)
 
 
 def test_gated_shard_holds_matching_rows_of_gate_and_up():
     """Rank r holds rows of gate and the same rows of up: the product is local."""
     tensor = torch.arange(8)
-    assert convert.shard(tensor, Sharding.GATED_COLUMN, tp_rank=1, tp_size=2).tolist() == [2, 3, 6, 7]
+    assert shard(tensor, Sharding.GATED_COLUMN, tp_rank=1, tp_size=2).tolist() == [2, 3, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -154,13 +156,13 @@ def test_gated_shard_holds_matching_rows_of_gate_and_up():
 def test_indivisible_dimension_is_refused(sharding, shape, message):
     """torch.chunk would give uneven parts without a word."""
     with pytest.raises(ValueError, match=message):
-        convert.shard(torch.zeros(shape), sharding, tp_rank=0, tp_size=4)
+        shard(torch.zeros(shape), sharding, tp_rank=0, tp_size=4)
 
 
 def test_replicas_that_drifted_apart_are_refused():
     """Taking rank 0's copy would hide that the ranks no longer hold one model."""
     with pytest.raises(ValueError, match=r"rank\(s\) \[1\]"):
-        convert.unshard([torch.zeros(2), torch.tensor([0.0, 1e-9])], Sharding.REPLICATED)
+        unshard([torch.zeros(2), torch.tensor([0.0, 1e-9])], Sharding.REPLICATED)
 
 
 @pytest.mark.parametrize("row", [2, 5])
@@ -168,7 +170,7 @@ def test_mean_row_is_the_mean_of_the_other_used_rows(row):
     """The mask token starts from the mean of the table, and the table given is not written to."""
     table = random(6, 3)
     before = table.clone()
-    found = convert.set_mean_row(table, row=row, used_rows=4)
+    found = set_mean_row(table, row=row, used_rows=4)
     others = [i for i in range(4) if i != row]
     # Mean of at most four numbers of order 1 in float32, summed in another order.
     torch.testing.assert_close(found[row], table[others].mean(0), rtol=1e-6, atol=1e-6)
@@ -183,4 +185,4 @@ def test_mean_row_is_the_mean_of_the_other_used_rows(row):
 def test_mean_row_outside_of_the_table_is_refused(row, used, message):
     """The table is never resized silently."""
     with pytest.raises(ValueError, match=message):
-        convert.set_mean_row(random(6, 3), row=row, used_rows=used)
+        set_mean_row(random(6, 3), row=row, used_rows=used)
