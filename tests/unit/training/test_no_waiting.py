@@ -17,6 +17,8 @@ from megatron_cocoa.config import ContrastiveSettings, ModelSettings, ParallelSe
 from megatron_cocoa.model import varlen, varlen_kernels
 from megatron_cocoa.objectives.registry import build_objective
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.cpu_route import activate_cpu_route
+from megatron_cocoa.parallel.random_states import seed_everything
 from megatron_cocoa.training import step
 from tests.meta_build import model_on_meta
 from tests.parity import reference
@@ -71,7 +73,7 @@ def events(monkeypatch) -> list[str]:
     """What the host reads from the device, and the micro-batches that run, in their order."""
     if torch.cuda.is_available():
         pytest.skip("runs Megatron's random states on the CPU route, which a GPU forbids")
-    device.activate_cpu_route()
+    activate_cpu_route()
     happened: list[str] = []
 
     def read(tensor):
@@ -94,7 +96,7 @@ def test_the_device_is_read_before_and_after_a_step_alone(events, monkeypatch, l
         contrastive=ContrastiveSettings(mask_equal_targets=True, symmetric=False),
     )
     with model_on_meta(architecture, settings, with_image_decoder=stage == "warmup") as model:
-        device.seed_everything(1)
+        seed_everything(1)
         monkeypatch.setattr(device, "device", lambda: torch.device("meta"))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
         model.chunks[0].register_forward_pre_hook(lambda *_: events.append(RUN))
