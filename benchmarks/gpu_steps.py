@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.side_by_side import peak_bytes, wait
+from benchmarks.side_by_side import kernel_seconds, peak_bytes, wait
 from benchmarks.train.examples import ExampleMaker
 from benchmarks.train.ours import pack
 from benchmarks.train.shapes import model_config
@@ -104,8 +104,9 @@ def with_tail(batch: PackedBatch, extra: int) -> PackedBatch:
 def measure_step(case: StepCase, depth: Depth) -> dict[str, object]:
     """Median seconds of an optimizer step, and its peak bytes above weights, gradients and optimizer state.
 
-    Each step's own seconds stand beside them, and how often the allocator had to start over in those steps: times that
-    wander, or an allocator at its limit, say that something else than the kernels was measured.
+    Beside them stand each step's own seconds, those of the kernels in one more step, and how often the allocator had to
+    start over: times that wander or are far above the kernels', or an allocator at its limit, say that something else
+    than the kernels was measured.
     """
     found = _measure(case, depth)
     release_memory()
@@ -146,6 +147,7 @@ def _measure(case: StepCase, depth: Depth) -> dict[str, object]:
         "peak_bytes": peak_bytes(step),
         "each": [round(value, 4) for value in seconds],
         "allocation_retries": retries,
+        "kernel_seconds": kernel_seconds(step),
     }
 
 

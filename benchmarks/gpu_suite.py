@@ -135,9 +135,11 @@ def _step_line(name: str, label: str, row: dict) -> str:
     mfu = "no peak known" if row["mfu"] is None else f"MFU {row['mfu']:.1%}"
     memory = row["extrapolated_peak_bytes"] / 2**30
     times = f", {row['times_bf16']}x BF16" if "times_bf16" in row else ""
+    busy = [p["kernel_seconds"] / p["seconds"] for p in row["measured"] if p["kernel_seconds"] is not None]
+    kernels = f", kernels run {min(busy):.0%} to {max(busy):.0%} of the time" if busy else ""
     return (
         f"{name} {label}: {row['extrapolated_seconds']:.4g} s a step and {memory:.1f} GiB of activations extrapolated "
-        f"to {row['layers']} and {row['vision_layers']} layers, {mfu}{times}"
+        f"to {row['layers']} and {row['vision_layers']} layers, {mfu}{times}{kernels}"
     )
 
 

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from megatron_cocoa.parallel import device
-from megatron_cocoa.parallel.device_memory import peak_memory_bytes, reset_peak_memory
+from megatron_cocoa.parallel.device_memory import memory_in_use, peak_memory_bytes, reset_peak_memory
 
 PACKAGES = (
     "torch",
@@ -93,6 +93,20 @@ def wait() -> None:
         torch.accelerator.synchronize()
 
 
+def kernel_seconds(call: Callable[[], object]) -> float | None:
+    """What the GPU's kernels and copies take in one call, by torch's profiler; None without a GPU.
+
+    Where a call takes much longer than this, the GPU waits for the host.
+    """
+    if not device.has_gpu():
+        return None
+    wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        wait()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Bytes that ``call`` holds at its height beyond what stood before it and what it leaves behind.
 
@@ -128,13 +142,18 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, object]:
-    """Cores and threads used, processor, memory, the GPU's name or None, and how busy the machine is right now."""
+    """Cores and threads used, processor, memory, the GPU's name or None, and how busy the machine is right now.
+
+    A GPU on which much memory is taken before anything has run is shared with another process, which takes time, too.
+    """
+    in_use = memory_in_use()
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": device.device_name(),
+        "gpu_memory_in_use_gib": None if in_use is None else round(in_use / 2**30, 2),
         "load_average": round(os.getloadavg()[0], 2),
     }
 

@@ -43,6 +43,14 @@ def reset_peak_memory() -> int:
     return _process_memory("VmRSS")
 
 
+def memory_in_use() -> int | None:
+    """Bytes that are taken on this rank's GPU, by whatever process; a context alone takes 0.5 GiB. None without."""
+    if not device.has_gpu():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def allocation_retries() -> int:
     """How often torch's allocator had to free its cached GPU memory and try again; 0 without a GPU."""
     return torch.cuda.memory_stats().get("num_alloc_retries", 0) if device.has_gpu() else 0

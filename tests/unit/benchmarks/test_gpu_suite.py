@@ -30,6 +30,7 @@ def test_the_suite_runs_in_tiny_mode_and_claims_nothing(tmp_path):
     row = found["results"]["step_3b"]["fp32"]
     assert row["mfu"] is None and row["useful_flops"] > 0
     assert [(len(point["each"]), point["allocation_retries"]) for point in row["measured"]] == [(1, 0)] * 3
+    assert row["measured"][0]["kernel_seconds"] is None and found["hardware"]["gpu_memory_in_use_gib"] is None
     assert "absent" in found["results"]["step_3b"]["delayed"]
     assert [row["n"] for row in found["results"]["attention"]["results"]] == [32, 48]
     assert "no number below says anything about a GPU" in done.stdout
@@ -63,3 +64,12 @@ def test_whole_models_cost_is_that_of_their_layers():
     wanted = cost(Depth(found["layers"], found["vision_layers"]))
     assert found["extrapolated_seconds"] == pytest.approx(wanted)
     assert found["extrapolated_peak_bytes"] == pytest.approx(7 * wanted)
+
+
+def test_the_table_shows_how_busy_the_kernels_were():
+    """Claim: a step that the host holds up is seen in the table, and without a GPU nothing is said of it."""
+    row = {"extrapolated_seconds": 4.0, "extrapolated_peak_bytes": 2**30, "layers": 36, "vision_layers": 32, "mfu": 0.4}
+    points = [{"seconds": 2.0, "kernel_seconds": 0.9}, {"seconds": 1.0, "kernel_seconds": 0.98}]
+    assert "kernels run 45% to 98% of the time" in gpu_suite.table({"step_3b": {"bf16": {**row, "measured": points}}})
+    points = [{"seconds": 2.0, "kernel_seconds": None}]
+    assert "kernels" not in gpu_suite.table({"step_3b": {"fp32": {**row, "measured": points}}})
