@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import ModelSettings, ParallelSettings, Recompute
-from megatron_cocoa.model.transformer_configs import padded_vision_ffn
+from megatron_cocoa.model.layout_checks import padded_vision_ffn
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import FreezeSettings, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.model.language import padded_vocab_size
-from megatron_cocoa.model.transformer_configs import layers_per_stage, padded_vision_ffn
+from megatron_cocoa.model.layout_checks import layers_per_stage, padded_vision_ffn
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def rank_parameters(
     """Parameters of a rank of pipeline stage ``pipeline_rank`` at the layout of ``settings``.
 
     Tensor- and context-parallel ranks of a stage hold equally many. The layout must be one that the model accepts
-    (``transformer_configs.check_layout``).
+    (``layout_checks.check_layout``).
     """
     parallel, freeze = settings.parallel, settings.freeze
     is_first, is_last = pipeline_rank == 0, pipeline_rank == parallel.pipeline_model_parallel_size - 1

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import STAGES, TrainSettings
-from megatron_cocoa.model.transformer_configs import check_layout, check_recompute
+from megatron_cocoa.model.layout_checks import check_layout, check_recompute
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
 from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
 from megatron_cocoa.planning.published import published_architecture

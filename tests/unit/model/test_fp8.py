@@ -19,9 +19,10 @@ from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSett
 from megatron_cocoa.model import fp8, sdpa, varlen, varlen_kernels
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.fp8 import check_capability, fp8_multiple, pad_rows
+from megatron_cocoa.model.layout_checks import check_layout
 from megatron_cocoa.model.segments import SegmentTable
 from megatron_cocoa.model.specs import build_provider
-from megatron_cocoa.model.transformer_configs import build_configs, check_layout
+from megatron_cocoa.model.transformer_configs import build_configs
 from megatron_cocoa.parallel import fp8_parameters
 from tests.unit.published import published_architecture
 

@@ -12,9 +12,9 @@ from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSett
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.build import check_model
 from megatron_cocoa.model.heads import local_rows
+from megatron_cocoa.model.layout_checks import check_layout
 from megatron_cocoa.model.segments import SegmentTable
 from megatron_cocoa.model.specs import resolve_implementation
-from megatron_cocoa.model.transformer_configs import check_layout
 from tests.parity import reference
 
 ARCHITECTURE = QwenVLArchitecture.from_huggingface(reference.tiny_config("qwen2_5_vl"))

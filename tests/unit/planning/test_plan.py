@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cocoa.config import ParallelSettings
-from megatron_cocoa.model.transformer_configs import check_layout
+from megatron_cocoa.model.layout_checks import check_layout
 from megatron_cocoa.planning.activations import CPU_KERNELS, GPU_KERNELS, language_shape, layer_memory
 from megatron_cocoa.planning.memory import HEADROOM, stage_memory
 from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
