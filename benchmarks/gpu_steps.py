@@ -16,8 +16,9 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import ModelSettings, TrainSettings
 from megatron_cocoa.model.build import build_model
-from megatron_cocoa.model.flops import Workload, step_flops
+from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.fp8 import fp8_multiple
+from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.device_memory import allocation_retries, release_memory

@@ -14,8 +14,8 @@ from megatron_cocoa.checkpoint.initial import WeightSource, load_initial_weights
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.model.build import build_model
-from megatron_cocoa.model.flops import Workload
 from megatron_cocoa.model.language import padded_vocab_size
+from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.training.data_parallel import wrap_data_parallel

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.train.examples import Example
-from megatron_cocoa.model.flops import Workload
+from megatron_cocoa.model.workload import Workload
 
 IGNORED = -100
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import ParallelSettings, RecomputeSettings, TrainSettings
-from megatron_cocoa.model.flops import Workload, step_flops
+from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.layout_checks import check_layout
+from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
 from megatron_cocoa.planning.packs import PackShape, expected_microbatches, expected_pack
 

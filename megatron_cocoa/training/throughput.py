@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import FreezeSettings, TrainSettings
-from megatron_cocoa.model.flops import Workload, step_flops
+from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.specs import repeats_whole_mlps
+from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.parallel.peak_flops import peak_flops
 
 

@@ -16,7 +16,7 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.config import StageSettings, TrainSettings
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.model.flops import Workload
+from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import on_first_rank

@@ -11,8 +11,9 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import FreezeSettings, RecomputeSettings
 from megatron_cocoa.model import sdpa_plan
-from megatron_cocoa.model.flops import Workload, grid_pairs, step_flops
+from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.vision_layout import build_layout
+from megatron_cocoa.model.workload import Workload, grid_pairs
 from tests.parity import reference
 from tests.unit.published import published_architecture
 

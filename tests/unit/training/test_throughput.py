@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_cocoa.config import AdapterSettings, FreezeSettings, ModelSettings, RecomputeSettings, TrainSettings
-from megatron_cocoa.model.flops import Workload, step_flops
+from megatron_cocoa.model.flops import step_flops
+from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.training.throughput import SpeedMeter
 from tests.unit.published import published_architecture
 
