@@ -51,7 +51,8 @@ def write_export(folder: Path, *, layers: int) -> Path:
 
     from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
     from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder
-    from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
+    from megatron_cocoa.export.embedder_options import EmbedderOptions
+    from megatron_cocoa.export.folder import export_embedder
 
     tokenizer, _ = train_tokenizer([" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))], num_pieces=380)
     sizes = ToyModelSizes(

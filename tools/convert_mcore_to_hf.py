@@ -133,8 +133,9 @@ def convert(args: argparse.Namespace) -> bool:
 
 def _export(args: argparse.Namespace, conversion: dict):
     from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
+    from megatron_cocoa.export.embedder_options import EmbedderOptions
     from megatron_cocoa.export.export_info import read_export_info
-    from megatron_cocoa.export.folder import EmbedderOptions, default_format, export_embedder
+    from megatron_cocoa.export.folder import default_format, export_embedder
 
     chosen = default_format(args.mcore_path) if args.format == "auto" else args.format
     if chosen == "plain":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,14 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, read_info
-from megatron_cocoa.config import NATIVE, EmbeddingForm, ImageSize
+from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
 from megatron_cocoa.data.preprocess import processor_file
 from megatron_cocoa.embedder import CocoaEmbedder
+from megatron_cocoa.export.embedder_options import EmbedderOptions
 from megatron_cocoa.export.export_info import (
     DEFAULT_BRIDGE,
     ExportInfo,
@@ -33,60 +34,6 @@ from megatron_cocoa.export.model_card import model_card
 from megatron_cocoa.export.sentence_transformers_files import write_modules
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class EmbedderOptions:
-    """How an exported embedding model takes its inputs.
-
-    Args:
-        format: ``hf``, or ``sentence-transformers`` for the same folder with that library's modules.
-        bridge_token: token that carries the embedding; None for the run's, else ``<|im_end|>``.
-        image_size: side in pixels of the square that pictures are resized to, or ``native``, which keeps their shape;
-            None for what the checkpoint's training did, where ``format`` can express it and no limits are given.
-        min_image_tokens, max_image_tokens: merged units of a picture that keeps its shape, written as pixel limits
-            where every library reads them (``write_image_limits``); None for those of the training, and where it had
-            none, for those of the model's own folder.
-        golden: compute ``golden.json``, in fp32 by this project's model, which takes the memory of one such model.
-
-    Raises:
-        ValueError: for an unknown format, a fixed picture size in one that cannot express it, or limits beside it.
-    """
-
-    format: Literal["hf", "sentence-transformers"] = "hf"
-    bridge_token: str | None = None
-    image_size: ImageSize | None = None
-    golden: bool = True
-    min_image_tokens: int | None = None
-    max_image_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.format not in ("hf", "sentence-transformers"):
-            raise ValueError(f"format is {self.format!r}, needs hf or sentence-transformers")
-        is_square = self.image_size not in (None, NATIVE)
-        if is_square and self.format == "sentence-transformers":
-            raise ValueError(
-                f"image_size {self.image_size} cannot be exported for sentence-transformers: it prepares pictures with "
-                f"transformers' Qwen2VLImageProcessor, which keeps a picture's shape under every setting "
-                f"(shortest_edge and longest_edge bound the area), and a folder may carry no code. Leave the size out "
-                f"and resize pictures before encode, or export with --format hf"
-            )
-        limits = self.min_image_tokens, self.max_image_tokens
-        if is_square and limits != (None, None):
-            raise ValueError(
-                f"image_size {self.image_size} fixes the size of every picture: min_image_tokens and max_image_tokens "
-                f"{limits} would have no effect; leave out the one or the others"
-            )
-
-    def sizes(self, own: PictureSizes) -> PictureSizes:
-        """How the exported model sizes pictures, for a checkpoint with sizes of its own."""
-        asked = self.image_size
-        # Refused above where it is asked for; where the training did it, the export says what it cannot do.
-        if asked is None and self.format == "sentence-transformers":
-            asked = NATIVE
-        return own.overridden_by(
-            image_size=asked, min_image_tokens=self.min_image_tokens, max_image_tokens=self.max_image_tokens
-        )
 
 
 def default_format(mcore_path: str | Path) -> Literal["plain", "hf"]:
@@ -151,24 +98,21 @@ def _missing(companions: Path | None) -> list[str]:
 def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: list[str]) -> list[str]:
     """Make the model folder an embedding model, and say what it lacks."""
     info = read_info(source) if (source / INFO_FILE).is_file() else None
-    settings = run_settings(source)
-    bridge_token = options.bridge_token or (settings.get("model") or {}).get("bridge_token") or DEFAULT_BRIDGE
-    stage = "" if info is None else info.stage
     own = PictureSizes() if info is None else PictureSizes.of_checkpoint(source, info)
+    form = EmbeddingForm() if info is None else info.embedding_form
     sizes = options.sizes(own)
+    saved_model = run_settings(source).get("model") or {}
+    bridge_token = options.bridge_token or saved_model.get("bridge_token") or DEFAULT_BRIDGE
     _check_image_size(sizes.image_size, folder)
+    _check_form(form, options, source)
+    if not missing and info is not None:
+        _check_bridge(folder, bridge_token, info.bridge_token_id)
+
     if sizes.image_size is None:
         write_image_limits(folder, min_tokens=sizes.min_image_tokens, max_tokens=sizes.max_image_tokens)
-    form = EmbeddingForm() if info is None else info.embedding_form
-    if form.image_placeholder == "bare" and options.format == "sentence-transformers":
-        raise ValueError(
-            f"{source} was trained with contrastive.image_placeholder bare, which cannot be exported for "
-            f"sentence-transformers: with it transformers gives pictures positions in rows and columns, bare ones have "
-            f"none. Export with --format hf"
-        )
     config = make_embedding_config(folder, ExportInfo(bridge_token, sizes.image_size, form))
-    _remove_chat_template(folder)
     hidden_size = config["text_config"]["hidden_size"]
+    _remove_chat_template(folder)
     with_modules = options.format == "sentence-transformers"
     if with_modules:
         write_modules(folder, hidden_size=hidden_size, bridge_token=bridge_token)
@@ -184,14 +128,22 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
         form=form,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    if not missing and info is not None:
-        _check_bridge(folder, bridge_token, info.bridge_token_id)
     if with_golden:
         _golden(folder)
+
     lines = _lines(options, missing)
     if own.image_size not in (None, sizes.image_size):
-        lines.append(_departure(options, stage, own.image_size, sizes.image_size))
+        lines.append(_departure(options, "" if info is None else info.stage, own.image_size, sizes.image_size))
     return lines
+
+
+def _check_form(form: EmbeddingForm, options: EmbedderOptions, source: Path) -> None:
+    if form.image_placeholder == "bare" and options.format == "sentence-transformers":
+        raise ValueError(
+            f"{source} was trained with contrastive.image_placeholder bare, which cannot be exported for "
+            f"sentence-transformers: with it transformers gives pictures positions in rows and columns, bare ones have "
+            f"none. Export with --format hf"
+        )
 
 
 def _remove_chat_template(folder: Path) -> None:

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
-from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
+from megatron_cocoa.export.embedder_options import EmbedderOptions
+from megatron_cocoa.export.folder import export_embedder
 from tests.distributed.tiny_run import write_folders
 from tests.parity.reference import cast_parameters
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.export.check_golden import check_golden, main
-from megatron_cocoa.export.folder import EmbedderOptions, export_embedder
+from megatron_cocoa.export.embedder_options import EmbedderOptions
+from megatron_cocoa.export.folder import export_embedder
 from megatron_cocoa.parallel import device
 from tests.unit.exported_folders import Folders, write_exported
 

@@ -14,7 +14,7 @@ from megatron_cocoa.config import EvaluationSettings
 from megatron_cocoa.embedder import start_alone
 from megatron_cocoa.evaluation.mmeb_identity import identity_of
 from megatron_cocoa.evaluation.mmeb_tasks import Benchmark
-from megatron_cocoa.export.folder import EmbedderOptions
+from megatron_cocoa.export.embedder_options import EmbedderOptions
 from megatron_cocoa.recipes.embedding_model import load_embedding_model
 from tests.unit.exported_folders import Folders, write_exported
 from tools.evaluate_mmeb import parse
