@@ -102,41 +102,19 @@ def prepare(plan: Preparation, *, progress: bool = True) -> dict:
 
 
 def _write(plan: Preparation, scratch: Path, progress: bool) -> dict:
-    inputs = []
-    flipped = 0
+    """Write rows, rejected rows and the manifest into ``scratch``; returns the manifest."""
+    names = (f"{plan.stage}.jsonl", f"{plan.stage}.rejected.jsonl")
     with ExitStack() as stack:
-        names = (f"{plan.stage}.jsonl", f"{plan.stage}.rejected.jsonl")
         files = [stack.enter_context((scratch / name).open("w", encoding="utf-8")) for name in names]
         work = _Work(plan, scratch, *files)
-        for source in plan.sources:
-            before, reasons = work.counts["rows"], Counter(work.reasons)
-            found = source_rows(
-                source, plan.stage, seed=plan.seed, with_negatives=plan.with_negatives, on_drop=work.reject
-            )
-            flipped += found.flipped
-            if "over_max_rows" in found.dropped:
-                work.reasons["over_max_rows"] += found.dropped["over_max_rows"]
-            for row in tqdm(found.rows, desc=source.name, unit="row", disable=not progress):
-                _write_row(row, work)
-            inputs.append(
-                {
-                    "name": source.name,
-                    "path": str(source.path),
-                    "format": source.format,
-                    "split": source.split,
-                    "bytes": _size(Path(source.path)),
-                    "rows": work.counts["rows"] - before,
-                    "flipped": found.flipped,
-                    "rejected": dict(work.reasons - reasons),
-                }
-            )
+        inputs = [_write_source(source, plan, work, progress) for source in plan.sources]
     if not work.counts["rows"]:
         first = f", the first one {work.first_rejected}" if work.first_rejected else ""
         raise ValueError(f"no row is left for stage {plan.stage}: all were rejected ({dict(work.reasons)}){first}")
     manifest = {
         "stage": plan.stage,
         "rows": work.counts["rows"],
-        "flipped": flipped,
+        "flipped": sum(source["flipped"] for source in inputs),
         "rejected": dict(work.reasons),
         "pictures": {"distinct": len(work.pictures), "check": plan.check, "copied_bytes": work.counts["copied_bytes"]},
         "seed": plan.seed,
@@ -148,6 +126,26 @@ def _write(plan: Preparation, scratch: Path, progress: bool) -> dict:
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     (scratch / f"{plan.stage}.manifest.json").write_text(text, encoding="utf-8")
     return manifest
+
+
+def _write_source(source: SourceSettings, plan: Preparation, work: _Work, progress: bool) -> dict:
+    """Write the rows of one source; returns its entry in the manifest."""
+    before, reasons = work.counts["rows"], Counter(work.reasons)
+    found = source_rows(source, plan.stage, seed=plan.seed, with_negatives=plan.with_negatives, on_drop=work.reject)
+    if "over_max_rows" in found.dropped:
+        work.reasons["over_max_rows"] += found.dropped["over_max_rows"]
+    for row in tqdm(found.rows, desc=source.name, unit="row", disable=not progress):
+        _write_row(row, work)
+    return {
+        "name": source.name,
+        "path": str(source.path),
+        "format": source.format,
+        "split": source.split,
+        "bytes": _size(Path(source.path)),
+        "rows": work.counts["rows"] - before,
+        "flipped": found.flipped,
+        "rejected": dict(work.reasons - reasons),
+    }
 
 
 def _write_row(row: CaptionRow | PairRow, work: _Work) -> None:
