@@ -17,7 +17,7 @@ from megatron_cocoa.data.order import MAX_SUBSTITUTES
 from megatron_cocoa.data.preprocess import PictureLoader, check_image_size, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.sources import MAX_BAD_SHARE
-from megatron_cocoa.data.stages import STAGE_DATA, StageData
+from megatron_cocoa.data.stages import StageData, stage_data
 from megatron_cocoa.data.step_plan import StepPlanner, StepShape
 from megatron_cocoa.data.tokenizer import TokenizerBundle
 
@@ -39,6 +39,7 @@ class StageLoader:
         needs_pixels, needs_unit_targets, pad_to_multiple_of: see ``PackOptions``.
         packs_multiple_of: where packs are filled to a budget, a rank's number of them is a multiple of this.
         defers_all: the first pack of a step holds 8-bit pictures, too, as the others do.
+        data: of ``stage_data``; None reads it.
 
     Raises:
         ValueError: for a missing path or file, unusable rows, or batch sizes that do not divide.
@@ -58,6 +59,7 @@ class StageLoader:
         pad_to_multiple_of: int = 1,
         packs_multiple_of: int = 1,
         defers_all: bool = False,
+        data: StageData | None = None,
     ) -> None:
         self._stage_settings = settings.stage(stage)
         budget = settings.data.tokens_per_microbatch
@@ -72,11 +74,7 @@ class StageLoader:
         )
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank is {data_parallel_rank}, needs to lie in [0, {data_parallel_size})")
-        if settings.model.path is None or (settings.data.path is None and not settings.data.sources):
-            raise ValueError(
-                "data.path (or data.sources) and model.path must both be set: rows come from one, sizes from the other"
-            )
-        self._data: StageData = STAGE_DATA[stage](settings)
+        self._data = stage_data(stage, settings) if data is None else data
         self._order = self._data.order()
         self._identity = _identity(stage, settings, self._data) | self._order.identity
         pictures = self._picture_loader(settings, vision)

@@ -26,19 +26,20 @@ class RowStore(Sequence):
     """Rows in order; ``append`` until all are there, then look at them like a list's.
 
     A row is made anew each time it is asked for. What many rows share (sources, concepts, folders of pictures) is held
-    once.
+    once. Pickled, a store is two arrays and what rows share: ranks of a host map the arrays (``parallel/host.py``).
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self._buffer = bytearray()
+        self._buffer: bytearray | memoryview = bytearray()
         self._ends = _Numbers()
         self._shared: list[object] = []
-        self._place: dict[object, int] = {}
+        self._place: dict[object, int] | None = {}
         for row in rows:
             self.append(row)
 
     def append(self, row: Row) -> None:
-        """Add a row at the end."""
+        """Add a row at the end; not to a store that was unpickled."""
+        assert self._place is not None
         if isinstance(row, PairRow):
             negatives = tuple(map(self._packed, row.negatives))
             fields: tuple = (
@@ -89,6 +90,13 @@ class RowStore(Sequence):
 
     __hash__ = None
 
+    def __getstate__(self) -> dict:
+        return {"buffer": np.asarray(self._buffer, dtype=np.uint8), "ends": self._ends.values, "shared": self._shared}
+
+    def __setstate__(self, state: dict) -> None:
+        self._buffer, self._ends, self._shared = memoryview(state["buffer"]), _Numbers(state["ends"]), state["shared"]
+        self._place = None
+
     def _at(self, index: int) -> Row:
         start = self._ends[index - 1] if index else 0
         fields = marshal.loads(memoryview(self._buffer)[start : self._ends[index]])
@@ -126,16 +134,19 @@ class RowStore(Sequence):
         return StoredPicture(root, path, kind, tuple(place), column)
 
 
+_NONE = np.zeros(0, dtype=np.int64)
+
+
 class _Numbers:
     """Ascending numbers in an array that grows by doubling; int64, eight bytes each and no objects."""
 
-    def __init__(self) -> None:
-        self._values = np.zeros(16, dtype=np.int64)
-        self._size = 0
+    def __init__(self, values: np.ndarray = _NONE) -> None:
+        self._values = values
+        self._size = values.size
 
     def append(self, value: int) -> None:
         if self._size == self._values.size:
-            self._values = np.concatenate([self._values, np.zeros_like(self._values)])
+            self._values = np.concatenate([self._values, np.zeros(max(16, self._size), dtype=np.int64)])
         self._values[self._size] = value
         self._size += 1
 
@@ -144,6 +155,10 @@ class _Numbers:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def values(self) -> np.ndarray:
+        return self._values[: self._size]
 
     @property
     def nbytes(self) -> int:

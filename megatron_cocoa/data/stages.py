@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -104,7 +104,10 @@ class BridgeData:
 
 
 class ContrastiveData:
-    """Stage 3: ``contrastive.jsonl``, two samples a pair and its hard negatives, nothing masked."""
+    """Stage 3: ``contrastive.jsonl``, two samples a pair and its hard negatives, nothing masked.
+
+    What all rows must be looked at for, ten seconds for a million, is found here, where one rank of a host does so.
+    """
 
     def __init__(self, settings: TrainSettings) -> None:
         stage = settings.contrastive
@@ -122,33 +125,24 @@ class ContrastiveData:
                 f"stage contrastive has {found} pairs, contrastive.global_batch_size is {self.batch_size}: a pair "
                 f"that occurs twice in a step is its own negative; lower global_batch_size"
             )
-        if self.num_hard_negatives and not any(row.negatives for row in self.row_set.rows):
-            raise ValueError(
-                f"contrastive.num_hard_negatives is {self.num_hard_negatives}, but no row of the stage has a hard "
-                f"negative (columns neg_text, neg_image_path): set it to 0, or mine negatives"
+        self._statistics = self._count_negatives() if self.num_hard_negatives else {}
+        # A pair and the same pair turned round: in one step, the text of one is a negative for itself in the other.
+        self._groups = self._of_each_row(_pair_key)
+        self._sources: dict[str, int] = {}
+        if self.per_source:
+            self._source_of_row = self._of_each_row(
+                lambda row: self._sources.setdefault(row.source, len(self._sources))
             )
 
     def order(self) -> Order:
-        rows = self.row_set.rows
-        # A pair and the same pair turned round: in one step, the text of one is a negative for itself in the other.
-        groups = np.fromiter(map(_pair_key, rows), dtype=np.int64, count=len(rows))
+        shared = dict(seed=self.seed, stage="contrastive", groups=self._groups, batch_size=self.batch_size)
         if not self.per_source:
-            return stream_of(
-                self.row_set, seed=self.seed, stage="contrastive", groups=groups, batch_size=self.batch_size
-            )
-        sources = [row.source for row in rows]
-        return SourceOrder(sources, batch_size=self.batch_size, seed=self.seed, stage="contrastive", groups=groups)
+            return stream_of(self.row_set, **shared)
+        names = list(self._sources)
+        return SourceOrder([names[number] for number in self._source_of_row.tolist()], **shared)
 
     def statistics(self) -> dict[str, int]:
-        if not self.num_hard_negatives:
-            return {}
-        return {"rows_with_fewer_hard_negatives": self._rows_with_fewer}
-
-    @cached_property
-    def _rows_with_fewer(self) -> int:
-        # Counted once: a replica's reader hands its statistics over with every step, and looking at a million rows
-        # takes ten seconds.
-        return sum(len(row.negatives) < self.num_hard_negatives for row in self.row_set.rows)
+        return self._statistics
 
     def measure(self, row: PairRow, builder: SampleBuilder, *, epoch: int) -> list[SampleSize]:
         sizes = [builder.measure(content) for content in (row.query, row.target, *self._negatives(row, epoch))]
@@ -158,6 +152,19 @@ class ContrastiveData:
 
     def prepare(self, row: PairRow, builder: SampleBuilder, *, epoch: int, step: int) -> list[PreparedSample]:
         return builder.pair(row, self._negatives(row, epoch))
+
+    def _of_each_row(self, number: Callable[[PairRow], int]) -> np.ndarray:
+        rows = self.row_set.rows
+        return np.fromiter(map(number, rows), dtype=np.int64, count=len(rows))
+
+    def _count_negatives(self) -> dict[str, int]:
+        found = self._of_each_row(lambda row: len(row.negatives))
+        if not found.any():
+            raise ValueError(
+                f"contrastive.num_hard_negatives is {self.num_hard_negatives}, but no row of the stage has a hard "
+                f"negative (columns neg_text, neg_image_path): set it to 0, or mine negatives"
+            )
+        return {"rows_with_fewer_hard_negatives": int((found < self.num_hard_negatives).sum())}
 
     def _negatives(self, row: PairRow, epoch: int) -> list[Content]:
         """At most as many as asked for: all of a row that has no more, else a draw of this epoch."""
@@ -178,3 +185,16 @@ def _pair_key(row: PairRow) -> int:
 
 
 STAGE_DATA: dict[str, type] = {"warmup": WarmupData, "bridge": BridgeData, "contrastive": ContrastiveData}
+
+
+def stage_data(stage: str, settings: TrainSettings) -> StageData:
+    """Read everything that a stage trains on; picklable.
+
+    Raises:
+        ValueError: for paths that are not set, as ``source_list.stage_rows``, or for rows that the stage cannot use.
+    """
+    if settings.model.path is None or (settings.data.path is None and not settings.data.sources):
+        raise ValueError(
+            "data.path (or data.sources) and model.path must both be set: rows come from one, sizes from the other"
+        )
+    return STAGE_DATA[stage](settings)

@@ -12,6 +12,7 @@ MODULES = (
     "tests.distributed.collectives",
     "tests.distributed.converting",
     "tests.distributed.faults",
+    "tests.distributed.hosts",
     "tests.distributed.mask_kinds",
     "tests.distributed.memory",
     "tests.distributed.mmeb",

@@ -6,11 +6,13 @@ import functools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from megatron_cocoa.config import STAGES, ParallelSettings
+from megatron_cocoa.data import stages
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext, prepare_context
@@ -81,6 +83,24 @@ def one_reader(workers: int, **parallel) -> dict:
     }
 
 
+def rows_read(**parallel) -> dict:
+    """How often each rank has read rows, what each says of them, and whether they lie in memory that is shared."""
+    settings = ParallelSettings(**parallel)
+    topology.set_layout(settings, seed=0)
+    with tempfile.TemporaryDirectory() as folder, patch.object(stages, "stage_rows", wraps=stages.stage_rows) as read:
+        context = _context(Path(folder), settings, 0)
+        loaders = [build_loader(context, stage) for stage in STAGES]
+        found = {
+            "read": read.call_count,
+            "states": [loader.state_dict() for loader in loaders],
+            "mapped": sum("memfd:once_per_host" in line for line in Path("/proc/self/maps").open()),
+        }
+        dist.barrier()
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    return {name: [found[name] for found in gathered] for name in found}
+
+
 def an_error_reaches_all(**parallel) -> dict:
     """What each rank says where the data is missing at the start, and where it goes missing during the run."""
     settings = ParallelSettings(**parallel)
@@ -117,12 +137,20 @@ LAYOUTS: dict[str, tuple[int, int, dict]] = {
     "reader-cp2": (2, 0, _degrees(cp=2)),
     "reader-tp2-pp2": (4, 1, _degrees(tp=2, pp=2)),
     "reader-tp2-dp2": (4, 0, _degrees(tp=2)),
+    "reader-dp2": (2, 1, _degrees()),
 }
 
 ERRORS: dict[str, tuple[int, dict]] = {
     "reader-error-pp2": (2, _degrees(pp=2)),
+    "reader-error-dp2": (2, _degrees()),
     "reader-error-tp2-cp2": (4, _degrees(tp=2, cp=2)),
 }
+
+SHARED: dict[str, tuple[dict, list[int]]] = {
+    "rows-dp4": (_degrees(), [0, 1, 2, 3]),
+    "rows-pp2-dp2": (_degrees(pp=2), [0, 1]),
+}
+"""With four ranks: the degrees, and the ranks that read for their replica."""
 
 CHECKS = {
     **{
@@ -133,4 +161,5 @@ CHECKS = {
         name: Check(size, functools.partial(an_error_reaches_all, **degrees))
         for name, (size, degrees) in ERRORS.items()
     },
+    **{name: Check(4, functools.partial(rows_read, **degrees)) for name, (degrees, _) in SHARED.items()},
 }

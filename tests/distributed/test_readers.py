@@ -2,8 +2,9 @@
 
 import pytest
 
+from megatron_cocoa.config import STAGES
 from tests.distributed.launch import result_of
-from tests.distributed.readers import ERRORS, LAYOUTS
+from tests.distributed.readers import ERRORS, LAYOUTS, SHARED
 
 
 @pytest.mark.parametrize("check", LAYOUTS)
@@ -32,3 +33,12 @@ def test_what_goes_wrong_in_the_reader_is_raised_on_every_rank(request, check):
     for later, start in said:
         assert "unusable pictures" in later or "could not be used" in later
         assert "bridge.jsonl cannot be read" in start
+
+
+@pytest.mark.parametrize("check", SHARED)
+def test_rows_are_read_once_a_host(request, check):
+    """Claim: of the readers of a host one reads the rows of each stage, and all of them map these and say the same."""
+    found, readers = result_of(request, check), SHARED[check][1]
+    assert sorted(found["read"]) == [0, 0, 0, len(STAGES)]
+    assert all(state == found["states"][0] for state in found["states"])
+    assert [rank for rank, mapped in enumerate(found["mapped"]) if mapped] == readers

@@ -1,0 +1,46 @@
+"""One rank of a host makes what all of its ranks hold, on real ranks (gloo on CPU)."""
+
+import pytest
+
+from tests.distributed.hosts import CASES
+from tests.distributed.launch import result_of
+
+MAKERS = {
+    "host-all": [0, 0, 0, 0],
+    "host-two": [0, 1, 1, 0],
+    "host-lone": [0, 1],
+    "host-some-want": [None, 1, None, 1],
+    "host-blind": [0, 0, 2, 0],
+}
+
+
+@pytest.mark.parametrize("check", MAKERS)
+def test_one_rank_of_a_host_makes_what_all_get(request, check):
+    """Claim: every rank that wants it gets the value, of the first of its host's, or its own where it sees no other."""
+    found, makers = result_of(request, check), MAKERS[check]
+    assert found["of"] == makers and all(found["equal"]) and not any(found["said"])
+    assert found["calls"] == [int(rank in makers) for rank in range(len(makers))]
+
+
+def test_the_ranks_of_a_host_map_the_same_memory(request):
+    """Claim: arrays are shared and not copied, and cannot be changed under another rank's eyes."""
+    found = result_of(request, "host-all")
+    assert len({tuple(name) for name in found["shared"]}) == 1 and found["shared"][0]
+    assert not any(found["writeable"])
+    two = result_of(request, "host-two")["shared"]
+    assert two[0] == two[3] != two[1] == two[2]
+    assert result_of(request, "host-lone")["shared"] == [[], []]
+
+
+@pytest.mark.parametrize("check", CASES)
+def test_nothing_is_left(request, check):
+    """Claim: once the value is gone no rank maps the memory or holds its file, after an error too."""
+    assert not any(result_of(request, check)["left"])
+
+
+@pytest.mark.parametrize("check, rank", [("host-fails", 2), ("host-blind-fails", 2)])
+def test_what_goes_wrong_on_one_host_is_raised_on_all(request, check, rank):
+    """Claim: an error of a rank that makes the value is the same error on every rank of every host; nobody waits."""
+    found = result_of(request, check)
+    assert found["said"] == [f"rank {rank} finds no rows"] * 4
+    assert found["of"] == [None] * 4
