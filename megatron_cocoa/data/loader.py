@@ -62,18 +62,9 @@ class StageLoader:
         data: StageData | None = None,
     ) -> None:
         self._stage_settings = settings.stage(stage)
-        budget = settings.data.tokens_per_microbatch
-        share = self._stage_settings.samples_per_rank(data_parallel_size)
-        shape = StepShape(
-            global_batch_size=self._stage_settings.global_batch_size,
-            rank=data_parallel_rank,
-            num_ranks=data_parallel_size,
-            samples_per_pack=self._stage_settings.samples_per_microbatch(data_parallel_size) if not budget else share,
-            budget=budget,
-            packs_multiple_of=packs_multiple_of,
-        )
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank is {data_parallel_rank}, needs to lie in [0, {data_parallel_size})")
+        shape = self._step_shape(settings, data_parallel_rank, data_parallel_size, packs_multiple_of)
         self._data = stage_data(stage, settings) if data is None else data
         self._order = self._data.order()
         self._identity = _identity(stage, settings, self._data) | self._order.identity
@@ -81,13 +72,7 @@ class StageLoader:
         self._planner = StepPlanner(
             self._data,
             self._order,
-            builder=SampleBuilder(
-                bundle=bundle,
-                vision=vision,
-                pictures=pictures,
-                max_length=settings.data.max_length,
-                image_placeholder=self._stage_settings.embedding_form.image_placeholder,
-            ),
+            builder=self._sample_builder(settings, bundle, pictures, vision),
             options=PackOptions(
                 pictures=pictures,
                 vision=vision,
@@ -206,6 +191,29 @@ class StageLoader:
         packs, self._packs = self._packs, None
         if packs is not None:
             packs.close()
+
+    def _step_shape(self, settings: TrainSettings, rank: int, num_ranks: int, packs_multiple_of: int) -> StepShape:
+        stage, budget = self._stage_settings, settings.data.tokens_per_microbatch
+        share = stage.samples_per_rank(num_ranks)
+        return StepShape(
+            global_batch_size=stage.global_batch_size,
+            rank=rank,
+            num_ranks=num_ranks,
+            samples_per_pack=share if budget else stage.samples_per_microbatch(num_ranks),
+            budget=budget,
+            packs_multiple_of=packs_multiple_of,
+        )
+
+    def _sample_builder(
+        self, settings: TrainSettings, bundle: TokenizerBundle, pictures: PictureLoader, vision: VisionGeometry
+    ) -> SampleBuilder:
+        return SampleBuilder(
+            bundle=bundle,
+            vision=vision,
+            pictures=pictures,
+            max_length=settings.data.max_length,
+            image_placeholder=self._stage_settings.embedding_form.image_placeholder,
+        )
 
     def _picture_loader(self, settings: TrainSettings, vision: VisionGeometry) -> PictureLoader:
         # ``PictureLoader`` checks it as well, but cannot name the setting.
