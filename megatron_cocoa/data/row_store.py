@@ -34,8 +34,7 @@ class RowStore(Sequence):
         self._ends = _Numbers()
         self._shared: list[object] = []
         self._place: dict[object, int] | None = {}
-        for row in rows:
-            self.append(row)
+        self.extend(rows)
 
     def append(self, row: Row) -> None:
         """Add a row at the end; not to a store that was unpickled."""
@@ -51,9 +50,10 @@ class RowStore(Sequence):
         self._buffer += marshal.dumps(fields, _FORMAT)
         self._ends.append(len(self._buffer))
 
-    def chosen(self, places: Iterable[int]) -> RowStore:
-        """The rows at ``places``, in that order."""
-        return RowStore(self[place] for place in places)
+    def extend(self, rows: Iterable[Row]) -> None:
+        """Add rows at the end, each as it comes."""
+        for row in rows:
+            self.append(row)
 
     @property
     def nbytes(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,11 @@ from megatron_cocoa.data.mmeb_train import SPLITS
 from megatron_cocoa.data.readers import Record, jsonl_records, parquet_records, saved_dataset_records
 from megatron_cocoa.data.row_store import RowStore
 from megatron_cocoa.data.rows import RowSet
-from megatron_cocoa.data.sources import OnDrop, bridge_pairs_from, captions_from, pairs_from
+from megatron_cocoa.data.sources import OnDrop, Parser, Tally, bridge_pairs_from, captions_from, pairs_from, read_rows
 from megatron_cocoa.data.stored import StoredPicture
 from megatron_cocoa.data.webdataset import shard_records
 
-_PARSERS: dict[str, Callable[..., RowSet]] = {
+_PARSERS: dict[str, Parser] = {
     "warmup": captions_from,
     "bridge": bridge_pairs_from,
     "contrastive": pairs_from,
@@ -42,23 +41,24 @@ def stage_rows(stage: str, data: DataSettings, *, seed: int, with_negatives: boo
     """
     if not data.sources:
         path = Path(data.path) / f"{stage}.jsonl"
-        return _parser(stage, with_negatives)(jsonl_records(path), str(path))
+        return read_rows(_parser(stage, with_negatives), jsonl_records(path), str(path))
     sources = [source for source in data.sources if stage in source.stages]
     if not sources:
         raise ValueError(f"none of data.sources feeds stage {stage}: add it to the `stages` of one, or leave it out")
-    row_sets = [source_rows(source, stage, seed=seed, with_negatives=with_negatives) for source in sources]
-    dropped: Counter[str] = Counter()
-    for source, row_set in zip(sources, row_sets):
-        dropped.update({f"{source.name}/{reason}": number for reason, number in row_set.dropped.items()})
-    return RowSet(
-        rows=RowStore(row for row_set in row_sets for row in row_set.rows),
-        dropped=dict(dropped),
-        flipped=sum(row_set.flipped for row_set in row_sets),
-        parts=tuple((source.name, len(found.rows), source.weight) for source, found in zip(sources, row_sets)),
-    )
+    # One store for all: rows may be gigabytes, and would else be there twice when they are joined.
+    rows, flipped = RowStore(), 0
+    dropped: dict[str, int] = {}
+    parts: list[tuple[str, int, float | None]] = []
+    for source in sources:
+        before = len(rows)
+        found = source_rows(source, stage, seed=seed, with_negatives=with_negatives, rows=rows)
+        parts.append((source.name, len(rows) - before, source.weight))
+        dropped |= {f"{source.name}/{reason}": number for reason, number in found.dropped.items()}
+        flipped += found.flipped
+    return RowSet(rows, dropped, flipped, tuple(parts))
 
 
-def _parser(stage: str, with_negatives: bool) -> Callable[..., RowSet]:
+def _parser(stage: str, with_negatives: bool) -> Parser:
     parser = _PARSERS[stage]
     return partial(parser, with_negatives=True) if with_negatives and stage == "contrastive" else parser
 
@@ -70,6 +70,7 @@ def source_rows(
     seed: int,
     with_negatives: bool = False,
     on_drop: OnDrop | None = None,
+    rows: RowStore | None = None,
 ) -> RowSet:
     """The rows of one source for ``stage``; row names begin with the source's, and ``source`` is its name by default.
 
@@ -79,25 +80,32 @@ def source_rows(
         seed: draws ``max_rows``.
         with_negatives: as in ``stage_rows``.
         on_drop: called with the name of each row that is left out for what it is, and the reason.
+        rows: a store to add them to, which the result then holds; None begins one.
 
     Raises:
         ValueError: as ``stage_rows``.
     """
-    name = f"source {source.name} ({source.path})"
 
     def dropped(row_id: str, reason: str) -> None:
         if on_drop is not None:
             on_drop(f"{source.name}/{row_id}", reason)
 
-    found = _parser(stage, with_negatives)(source_records(source, stage), name, on_drop=dropped)
-    rows = RowStore(
-        replace(row, row_id=f"{source.name}/{row.row_id}", source=row.source or source.name) for row in found.rows
+    tally = Tally(dropped)
+    parsed = _parser(stage, with_negatives)(
+        source_records(source, stage), f"source {source.name} ({source.path})", tally
     )
-    if source.max_rows is None or len(rows) <= source.max_rows:
-        return replace(found, rows=rows)
-    drawn = seeded_generator(seed, stage, source.name, "max_rows").permutation(len(rows))[: source.max_rows]
-    dropped = found.dropped | {"over_max_rows": len(rows) - source.max_rows}
-    return replace(found, rows=rows.chosen(sorted(drawn.tolist())), dropped=dropped)
+    named = (replace(row, row_id=f"{source.name}/{row.row_id}", source=row.source or source.name) for row in parsed)
+    rows = RowStore() if rows is None else rows
+    if source.max_rows is None:
+        rows.extend(named)
+        return RowSet(rows, dict(tally.dropped), tally.flipped)
+    found = RowStore(named)
+    drawn = range(len(found))
+    if len(found) > source.max_rows:
+        drawn = seeded_generator(seed, stage, source.name, "max_rows").permutation(len(found))[: source.max_rows]
+        tally.dropped["over_max_rows"] = len(found) - source.max_rows
+    rows.extend(found[place] for place in sorted(drawn))
+    return RowSet(rows, dict(tally.dropped), tally.flipped)
 
 
 def source_records(source: SourceSettings, stage: str) -> Iterator[Record]:

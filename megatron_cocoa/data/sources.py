@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_cocoa.data.mmeb_train import is_constant_target, without_instruction
 from megatron_cocoa.data.readers import BadRow, Record, jsonl_records
@@ -17,10 +18,37 @@ from megatron_cocoa.data.row_parsing import caption_or_pair, pair_row, plain
 from megatron_cocoa.data.row_store import RowStore
 from megatron_cocoa.data.rows import CaptionRow, Content, PairRow, RowSet
 
+Row = TypeVar("Row")
 OnDrop = Callable[[str, str], None]
 
 MAX_BAD_SHARE = 0.05
 """A file with more malformed rows than this is refused: it is probably not the file that was meant."""
+
+
+class Tally:
+    """What becomes of records that give no row, or another one than they say.
+
+    Args:
+        on_drop: called with the name of each row that is left out, and the reason.
+
+    Attributes:
+        dropped: rows left out on purpose or as malformed, by reason.
+        flipped: text-to-image rows that were turned round.
+    """
+
+    def __init__(self, on_drop: OnDrop | None = None) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.flipped = 0
+        self._on_drop = on_drop
+
+    def drop(self, row_id: str, reason: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] += 1
+        if self._on_drop is not None:
+            self._on_drop(row_id, reason)
+
+
+Parser = Callable[[Iterable[Record], str, Tally], Iterator[CaptionRow] | Iterator[PairRow]]
 
 
 def read_captions(path: str | Path) -> RowSet:
@@ -29,10 +57,21 @@ def read_captions(path: str | Path) -> RowSet:
     Raises:
         ValueError: if the file is missing or empty, or more than ``MAX_BAD_SHARE`` of its rows are malformed.
     """
-    return captions_from(jsonl_records(path), str(path))
+    return read_rows(captions_from, jsonl_records(path), str(path))
 
 
-def captions_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
+def read_rows(parser: Parser, records: Iterable[Record], name: str) -> RowSet:
+    """All rows that ``parser``, one of the three below, makes of ``records``.
+
+    Raises:
+        ValueError: as ``parser``.
+    """
+    tally = Tally()
+    rows = RowStore(parser(records, name, tally))
+    return RowSet(rows, dict(tally.dropped), tally.flipped)
+
+
+def captions_from(records: Iterable[Record], name: str, tally: Tally) -> Iterator[CaptionRow]:
     """Rows of stage ``warmup``: a picture and its caption.
 
     A record with MMEB-train's columns serves, too, where one side is a single picture and the other is text alone: the
@@ -41,51 +80,38 @@ def captions_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | Non
     Args:
         records: default names and records, malformed ones among them.
         name: of the source, for messages.
-        on_drop: called with the name of each row that is left out, and the reason.
+        tally: counts what is left out.
 
     Raises:
-        ValueError: if no row is left, or more than ``MAX_BAD_SHARE`` are malformed.
+        ValueError: after the last row, if there was none, or more than ``MAX_BAD_SHARE`` of the records are malformed.
     """
-    rows, flipped = RowStore(), 0
-    dropped = _Dropped(on_drop)
-    parsed = _parse(records, name, caption_or_pair, dropped)
-    for row in parsed.rows:
-        if isinstance(row, CaptionRow):
-            rows.append(row)
-            continue
-        query, target = row.query, row.target
-        if len(query.images) + len(target.images) != 1:
-            dropped.add(row.row_id, "several_pictures" if query.images else "no_picture")
-            continue
-        flip = bool(target.images)
-        picture, words = (target, query) if flip else (query, target)
-        caption = without_instruction(plain(words.text))
-        if is_constant_target(caption):
-            dropped.add(row.row_id, "constant_target")
-            continue
-        flipped += flip
-        rows.append(CaptionRow(row.row_id, picture.image_path, caption, source=row.source))
-    if not rows:
-        raise ValueError(f"{name} has no row of one picture and its text: all were dropped ({dict(dropped)})")
-    return RowSet(rows, dict(dropped), flipped)
+    found = False
+    for row in _parsed(records, name, caption_or_pair, tally):
+        if isinstance(row, PairRow):
+            row = _as_caption(row, tally)
+        if row is not None:
+            found = True
+            yield row
+    if not found:
+        raise ValueError(f"{name} has no row of one picture and its text: all were dropped ({dict(tally.dropped)})")
 
 
 def pairs_from(
-    records: Iterable[Record], name: str, *, with_negatives: bool = False, on_drop: OnDrop | None = None
-) -> RowSet:
+    records: Iterable[Record], name: str, tally: Tally, *, with_negatives: bool = False
+) -> Iterator[PairRow]:
     """Rows of stage ``contrastive``. A record of a picture and a caption becomes picture to caption.
 
     Args:
-        records, name, on_drop: as in ``captions_from``.
+        records, name, tally: as in ``captions_from``.
         with_negatives: also read ``neg_text`` and ``neg_image_path``; else they are ignored.
 
     Raises:
         ValueError: as ``captions_from``.
     """
-    return _parse(records, name, functools.partial(pair_row, with_negatives=with_negatives), _Dropped(on_drop))
+    return _parsed(records, name, functools.partial(pair_row, with_negatives=with_negatives), tally)
 
 
-def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop | None = None) -> RowSet:
+def bridge_pairs_from(records: Iterable[Record], name: str, tally: Tally) -> Iterator[PairRow]:
     """Rows of stage ``bridge``: of the pairs those that can be reconstructed, block B being plain text.
 
     Text-to-image rows are flipped: the picture and its prompt become block A, the query block B, without the
@@ -95,56 +121,59 @@ def bridge_pairs_from(records: Iterable[Record], name: str, *, on_drop: OnDrop |
     Raises:
         ValueError: as ``captions_from``.
     """
-    dropped = _Dropped(on_drop)
-    pairs = _parse(records, name, pair_row, dropped)
-    kept = RowStore()
-    flipped = 0
-    for pair in pairs.rows:
+    found = False
+    for pair in _parsed(records, name, pair_row, tally):
         if pair.query.images and pair.target.images:
-            dropped.add(pair.row_id, "image_to_image")
+            tally.drop(pair.row_id, "image_to_image")
             continue
         flip = bool(pair.target.images)
         block_a, block_b = (pair.target, pair.query) if flip else (pair.query, pair.target)
         text = plain(block_b.text)
         text = without_instruction(text) if flip else text
         if is_constant_target(text):
-            dropped.add(pair.row_id, "constant_target")
+            tally.drop(pair.row_id, "constant_target")
             continue
-        flipped += flip
-        kept.append(PairRow(pair.row_id, block_a, Content(text), source=pair.source))
-    if not kept:
-        raise ValueError(f"{name} has no row whose target carries text: all were dropped ({dict(dropped)})")
-    return RowSet(kept, dict(dropped), flipped)
+        tally.flipped += flip
+        found = True
+        yield PairRow(pair.row_id, block_a, Content(text), source=pair.source)
+    if not found:
+        raise ValueError(f"{name} has no row whose target carries text: all were dropped ({dict(tally.dropped)})")
 
 
-class _Dropped(Counter):
-    """Rows left out, by reason."""
+def _as_caption(pair: PairRow, tally: Tally) -> CaptionRow | None:
+    query, target = pair.query, pair.target
+    if len(query.images) + len(target.images) != 1:
+        tally.drop(pair.row_id, "several_pictures" if query.images else "no_picture")
+        return None
+    flip = bool(target.images)
+    picture, words = (target, query) if flip else (query, target)
+    caption = without_instruction(plain(words.text))
+    if is_constant_target(caption):
+        tally.drop(pair.row_id, "constant_target")
+        return None
+    tally.flipped += flip
+    return CaptionRow(pair.row_id, picture.image_path, caption, source=pair.source)
 
-    def __init__(self, on_drop: OnDrop | None) -> None:
-        super().__init__()
-        self._on_drop = on_drop
 
-    def add(self, row_id: str, reason: str) -> None:
-        self[reason] += 1
-        if self._on_drop is not None:
-            self._on_drop(row_id, reason)
-
-
-def _parse(records: Iterable[Record], name: str, parse: Callable[[dict, str], object], bad: _Dropped) -> RowSet:
-    rows = RowStore()
-    first_bad = ""
+def _parsed(records: Iterable[Record], name: str, parse: Callable[[dict, str], Row], tally: Tally) -> Iterator[Row]:
+    """Each record's row; refuses the source behind the last one if too many have none."""
+    number, malformed, first_bad = 0, Counter(), ""
     for default_id, record in records:
         try:
             if isinstance(record, BadRow):
                 raise record
-            rows.append(parse(record, default_id))
+            row = parse(record, default_id)
         except BadRow as error:
             first_bad = first_bad or f"{default_id}: {error}"
-            bad.add(default_id, str(error))
-    total = len(rows) + bad.total()
-    if not rows or bad.total() > MAX_BAD_SHARE * total:
+            malformed[str(error)] += 1
+            tally.drop(default_id, str(error))
+        else:
+            number += 1
+            yield row
+    total = number + malformed.total()
+    if not number or malformed.total() > MAX_BAD_SHARE * total:
         raise ValueError(
-            f"{name}: {bad.total()} of {total} rows are malformed ({dict(bad)}; first: {first_bad or 'none'}), at most "
-            f"{MAX_BAD_SHARE:.0%} may be, and one row at least must be left: see docs/data.md for the columns"
+            f"{name}: {malformed.total()} of {total} rows are malformed ({dict(malformed)}; first: "
+            f"{first_bad or 'none'}), at most {MAX_BAD_SHARE:.0%} may be, and one row at least must be left: see "
+            f"docs/data.md for the columns"
         )
-    return RowSet(rows, dict(bad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.data.readers import jsonl_records
 from megatron_cocoa.data.rows import RowSet
-from megatron_cocoa.data.sources import bridge_pairs_from, pairs_from
+from megatron_cocoa.data.sources import bridge_pairs_from, pairs_from, read_rows
 
 NUM_PICTURES = 24
 """Pictures of the ``data_folder`` fixture."""
@@ -27,12 +28,12 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 def read_pairs(path: Path, *, with_negatives: bool = False) -> RowSet:
     """The rows of stage ``contrastive`` in a JSONL file."""
-    return pairs_from(jsonl_records(path), str(path), with_negatives=with_negatives)
+    return read_rows(functools.partial(pairs_from, with_negatives=with_negatives), jsonl_records(path), str(path))
 
 
 def read_bridge_pairs(path: Path) -> RowSet:
     """The rows of stage ``bridge`` in a JSONL file."""
-    return bridge_pairs_from(jsonl_records(path), str(path))
+    return read_rows(bridge_pairs_from, jsonl_records(path), str(path))
 
 
 def by_sample(batches: list[PackedBatch], *, merge: int = 2) -> dict[str, tuple]:

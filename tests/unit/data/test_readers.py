@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -401,6 +402,23 @@ def test_sources_without_weights_make_one_epoch_of_all_rows(make, data_folder, t
     names = [name for _ in range(4) for batch in loader.next_step() for name in batch.sample_ids]
     expected = [f"a/row-{i}" for i in range(NUM_PICTURES)] + [f"b/{i}" for i in range(8)]
     assert sorted(names) == sorted(expected) and loader.statistics()["rows"] == 32
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_rows_of_sources_are_in_memory_once(tmp_path, number):
+    """Claim: neither naming a source's rows nor joining sources takes a second copy of them."""
+    caption = "x" * 2000
+    rows = [{"id": f"{i}", "image_path": f"{i}.jpg", "caption": f"{caption} {i}"} for i in range(1000)]
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", rows) for i in range(number)]
+    data = DataSettings(sources=tuple(SourceSettings(f"s{i}", str(file)) for i, file in enumerate(files)))
+    stage_rows("warmup", data, seed=0)
+    tracemalloc.start()
+    found = stage_rows("warmup", data, seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A buffer that grows has up to an eighth to spare.
+    assert found.parts[-1] == (f"s{number - 1}", 1000, None) and len(found.rows) == 1000 * number
+    assert peak < 1.25 * found.rows.nbytes
 
 
 def test_settings_of_sources_are_checked():

@@ -29,7 +29,6 @@ def test_rows_come_back_as_they_were():
     assert [store[i] for i in range(len(ROWS))] == ROWS
     assert store[-1] == ROWS[-1] and store[1:4] == ROWS[1:4] and store[::2] == ROWS[::2]
     assert [type(row.image_path) for row in store[:2]] == [str, StoredPicture]
-    assert store.chosen([3, 0]) == [ROWS[3], ROWS[0]]
     assert RowStore() == [] and not RowStore() and store != ROWS[:-1] and store != ROWS[::-1]
     for place in (5, -6):
         with pytest.raises(IndexError, match=f"row {place} of 5"):
