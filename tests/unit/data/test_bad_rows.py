@@ -209,6 +209,17 @@ def _tar_without_an_end(folder):
     (folder / "s.tar").write_bytes(data[: 4 * 512])
 
 
+def _damaged_header(folder):
+    data = bytearray(tar_of({f"{i}.txt": b"x" * 512 for i in range(4)}, folder / "s.tar"))
+    data[2 * 1024 + 130] ^= 1
+    (folder / "s.tar").write_bytes(data)
+
+
+def _joined_tars(folder):
+    data = tar_of({"0.txt": b"x", "0.png": b"x"}, folder / "s.tar")
+    (folder / "s.tar").write_bytes(2 * data)
+
+
 def _escaping_state(folder):
     arrow(folder)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../other.arrow"}]}))
@@ -240,6 +251,8 @@ STOPS = {
     "arrow-two-splits": ("hf-datasets", _two_splits, "has the splits train, test"),
     "tar-cut": ("webdataset", _cut_tar, "is not a whole, uncompressed tar|cut short"),
     "tar-no-end": ("webdataset", _tar_without_an_end, "cut short|not a whole"),
+    "tar-damaged": ("webdataset", _damaged_header, "up to byte 2048 alone: it is damaged"),
+    "tar-joined": ("webdataset", _joined_tars, "several archives were joined"),
     "tar-compressed": ("webdataset", _shard({"0.txt": b"x"}, mode="w:gz"), "is not a whole, uncompressed tar file"),
     "tar-text": ("webdataset", lambda f: (f / "s.tar").write_text("no tar" * 200), "is not a whole, uncompressed tar"),
     "tar-none": ("webdataset", lambda f: None, "holds no .tar files"),

@@ -24,6 +24,7 @@ from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content
 from megatron_cocoa.data.source_list import source_rows, stage_rows
 from megatron_cocoa.data.stored import open_picture
+from megatron_cocoa.data.webdataset import shard_records
 from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, pair, write_jsonl
 
 MMEB_QUERY = "<|image_1|>\nFind an image caption describing the given everyday image.\n"
@@ -297,6 +298,27 @@ def test_a_shards_json_may_describe_its_only_picture(tmp_path, members, columns)
         (row,) = source_rows(source, stage, seed=0).rows
         picture, text = (row.image_path, row.caption) if stage == "warmup" else (row.query.image_path, row.target.text)
         assert text == "a cat" and open_picture(picture, tmp_path).read() == b"x"
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_found_in_every_form_of_tar(tmp_path, form):
+    """Claim: names that a header holds in one or two parts or not at all, and folders between them, lose no sample."""
+    keys = ["0", "a/b.c/1", "café/ñ", "x" * 90, f"{'y' * 80}/{'z' * 80}"]
+    keys += [] if form == tarfile.USTAR_FORMAT else ["w" * 300]
+    with tarfile.open(tmp_path / "s.tar", "w", format=form) as archive:
+        for number, key in enumerate(keys):
+            folder = tarfile.TarInfo(f"folder{number}")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            for kind, content in (("jpg", b"picture" * 200 * number), ("txt", f"caption {number}".encode())):
+                member = tarfile.TarInfo(f"{key}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    found = dict(shard_records(tmp_path))
+    assert list(found) == [f"s/{key}" for key in keys]
+    for number, record in enumerate(found.values()):
+        assert record["caption"] == f"caption {number}"
+        assert open_picture(record["image_path"], tmp_path).read() == b"picture" * 200 * number
 
 
 def test_max_rows_draws_the_same_rows_each_time(tmp_path, data_folder):
