@@ -19,6 +19,7 @@ from megatron_cocoa.config.checks import nearest_multiples
 from megatron_cocoa.data.decode import MAX_SOURCE_PIXELS, PictureError, accept_picture, picture_size, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.patches import PatchCutter
+from megatron_cocoa.data.size_cache import SizeCache
 from megatron_cocoa.data.stored import PictureRef, open_picture
 
 CACHE_BYTES = 256 * 2**20
@@ -82,7 +83,7 @@ class PictureLoader:
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._cache: OrderedDict[PictureRef, np.ndarray] = OrderedDict()
-        self._sizes: dict[PictureRef, tuple[int, int]] = {}
+        self._sizes = SizeCache(_CACHED_SIZES)
         self._lock = threading.Lock()
         self.num_decoded = 0
         self.cutter = PatchCutter.of_processor(processor, vision)
@@ -146,8 +147,7 @@ class PictureLoader:
         if found is None:
             source = open_picture(image_path, self._root)
             found = picture_size(source, name=str(image_path), max_pixels=self._max_source_pixels)
-            if len(self._sizes) < _CACHED_SIZES:
-                self._sizes[image_path] = found
+            self._sizes.put(image_path, found)
         height, width = self._target_size(*found)
         return 1, height // size, width // size
 
