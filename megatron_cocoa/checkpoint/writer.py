@@ -1,8 +1,8 @@
 """Writing a distributed checkpoint so that its name stands for a complete one, at once or in the background.
 
-Megatron's ``dist_checkpointing`` plans the write on all ranks and leaves the bytes to processes that it forks. What
-it writes stands beside its place, and takes its name when every rank is done and ``cocoa.json`` lies in it: a folder
-that carries the final name is complete. A write that fails on any rank fails on all of them, with the cause.
+Megatron's ``dist_checkpointing`` plans the write on all ranks and leaves the bytes to a process that each rank forks.
+What it writes stands beside its place, and takes its name when every rank is done and ``cocoa.json`` lies in it: a
+folder that carries the final name is complete. A write that fails on any rank fails on all of them, with the cause.
 
 The name beside its place is new for each write. A forked writer outlives a rank that is killed by some moments, and the
 run that goes on may write the checkpoint of the same step then: in one folder the two would cut each other's files.
@@ -17,7 +17,11 @@ import inspect
 import json
 import os
 import shutil
+import signal
+import socket
 import uuid
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_cocoa.checkpoint.bucket_threads import by_threads
 from megatron_cocoa.checkpoint.helper_process import start_results_queue
 from megatron_cocoa.checkpoint.placement import force_to_disk, sync_folder
 from megatron_cocoa.parallel import topology
@@ -51,6 +56,7 @@ class CheckpointWriter:
     def __init__(self, *, asynchronous: bool = False) -> None:
         # A persistent worker process dies at once on megatron-core 0.16.1 and leaves its parent waiting.
         self._queue = AsyncCallsQueue(persistent=False) if asynchronous else None
+        self._process: BaseProcess | None = None
 
     def write(
         self, path: Path, state: ShardedStateDict, *, content_metadata: dict[str, Any], info: dict[str, Any]
@@ -76,13 +82,14 @@ class CheckpointWriter:
                 state, str(work), async_sharded_save=True, content_metadata=content_metadata, **_async_strategy()
             ),
         )
-        finish = functools.partial(_finish, path, work, request.finalize_fns, info)
-        request = request._replace(finalize_fns=[])
+        finish = functools.partial(self._finish, path, work, request.finalize_fns, info)
+        request = by_threads(request)._replace(finalize_fns=[])
         if self._queue is None:
             _guarded(path, work, lambda: _put_on_disk(request))
             finish()
         else:
             self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
+            self._process = self._queue.async_calls[-1].async_caller.process
 
     def poll(self) -> bool:
         """Complete a write that is done on all ranks; whether one was.
@@ -100,6 +107,17 @@ class CheckpointWriter:
         """
         if self._queue is not None:
             self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _finish(self, path: Path, work: Path, megatron_steps: list, info: dict[str, Any]) -> None:
+        """Megatron's own last steps (its index of what was written), then ours: description and name."""
+        dist.barrier(group=topology.file_group())
+        process, self._process = self._process, None
+        _guarded(path, work, lambda: _check_ended_well(process))
+        # What Megatron writes here it writes on the first rank, whose failure the others would not see.
+        _guarded(path, work, lambda: _check_room(work, INDEX_BYTES))
+        for step in megatron_steps:
+            _guarded(path, work, step)
+        on_first_rank(lambda: _rename(path, work, info), f"cannot complete the checkpoint {path}", is_long=True)
 
 
 def is_complete(path: Path) -> bool:
@@ -134,7 +152,11 @@ def _put_on_disk(request: AsyncRequest) -> None:
         request.async_fn(*arguments, **request.async_fn_kwargs)
 
 
-def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
+class _WriterEnded(Exception):
+    """The process that wrote a rank's part has ended without having written it."""
+
+
+def _guarded(path: Path, work: Path, action: Callable[[], Any]) -> Any:
     """Run a part of a write on every rank; if it fails on one, all raise and the incomplete folder goes.
 
     Raises:
@@ -143,9 +165,13 @@ def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
     reason = result = None
     try:
         result = action()
-    except (OSError, RuntimeError, CheckpointException) as error:
-        # torch's CheckpointException is no Exception, and carries each rank's cause.
-        reason = f"{type(error).__name__}: {error}"
+    except _WriterEnded as error:
+        reason = str(error)
+    except (OSError, EOFError, RuntimeError, CheckpointException) as error:
+        # torch's CheckpointException is no Exception, and carries each rank's cause. Without its process, the queue of
+        # results raises EOFError.
+        cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        reason = f"free space on its disk, or name another output_dir. Cause: {cause}"
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, reason, group=topology.file_group())
     first = next((r for r in reasons if r is not None), None)
@@ -153,20 +179,24 @@ def _guarded(path: Path, work: Path, action) -> AsyncRequest | None:
         return result
     if dist.get_rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
-    raise ValueError(
-        f"the checkpoint {path} could not be written, nothing was kept of it; free space on its disk, or name "
-        f"another output_dir. Cause: {first.strip().splitlines()[-1]}"
-    )
+    raise ValueError(f"the checkpoint {path} could not be written, nothing was kept of it; {first}")
 
 
-def _finish(path: Path, work: Path, megatron_steps: list, info: dict[str, Any]) -> None:
-    """Megatron's own last steps (its index of what was written), then ours: description and name."""
-    dist.barrier(group=topology.file_group())
-    # What Megatron writes here it writes on the first rank, whose failure the others would not see.
-    _guarded(path, work, lambda: _check_room(work, INDEX_BYTES))
-    for step in megatron_steps:
-        _guarded(path, work, step)
-    on_first_rank(lambda: _rename(path, work, info), f"cannot complete the checkpoint {path}", is_long=True)
+def _check_ended_well(process: BaseProcess | None) -> None:
+    """Say how the process ended that wrote this rank's part in the background, unless it ended well.
+
+    Raises:
+        _WriterEnded: naming rank and host, since a look at their memory comes next.
+    """
+    if process is None or not process.exitcode:
+        return
+    place = f"the process that wrote the part of rank {dist.get_rank()} on host {socket.gethostname()}"
+    if process.exitcode < 0:
+        raise _WriterEnded(
+            f"{place} was ended by {signal.Signals(-process.exitcode).name}. The kernel does so where a host runs out "
+            f"of memory: give it more, set data.num_workers lower, or checkpoint.asynchronous to false"
+        )
+    raise _WriterEnded(f"{place} ended with status {process.exitcode}: its error stands above, in the log of that rank")
 
 
 def _rename(path: Path, work: Path, info: dict[str, Any]) -> None:

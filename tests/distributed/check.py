@@ -19,6 +19,7 @@ MODULES = (
     "tests.distributed.readers",
     "tests.distributed.resuming",
     "tests.distributed.training",
+    "tests.distributed.writers",
     "tests.distributed.gradients",
     "tests.distributed.caching",
     "tests.distributed.temperature",
