@@ -6,18 +6,22 @@ Usually started through examples/pretrain_cocoa.sh; see --help for every setting
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_cocoa.settings.parse import parse_settings  # noqa: E402
 
-EXIT_BAD_INPUT = 2
+EXIT_FAULT, EXIT_BAD_INPUT = 1, 2
 
 
 def _tell_launcher(message: str) -> None:
@@ -56,8 +60,28 @@ def main() -> int:
             print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
         _tell_launcher(str(error))
         return EXIT_BAD_INPUT
+    except Exception as error:
+        traceback.print_exc()
+        _tell_launcher(f"{type(error).__name__}: {error}")
+        return EXIT_FAULT
     return 0
 
 
+def _end_at_once(status: int) -> NoReturn:
+    """End without what Python and libraries do at an orderly end, in which a rank may wait for ever.
+
+    Python would join workers that are deaf to its signal, and a background write that nobody will complete; NCCL would
+    wait for collectives that the other ranks never join. Until the rank has ended, its launcher ends no other.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    # Where a rank was, when NCCL's watchdog ends it (SIGABRT) or somebody asks one that hangs (SIGUSR2).
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)
+    ended_with = main()
+    if ended_with:
+        _end_at_once(ended_with)

@@ -1,8 +1,10 @@
 """The launch script as users type it: its three forms, and mistakes that must end at once in one clear message."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +35,26 @@ if __name__ == "__main__":
     rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     print(f"rank {rank} of {size}: {settings.stages[0]} {answer}\\n", end="", flush=True)
 '''
+
+FAULT = """
+import multiprocessing, os, runpy, signal, sys, time, types
+
+def deaf(parent):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while os.getppid() == parent:
+        time.sleep(0.1)
+
+def run(*args, **kwargs):
+    multiprocessing.get_context("fork").Process(target=deaf, args=(os.getpid(),), daemon=True).start()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    raise RuntimeError("a GPU is lost")
+
+sys.modules["megatron_cocoa.recipes.run"] = types.SimpleNamespace(run=run)
+launch = types.SimpleNamespace(from_environment=lambda: None)
+sys.modules["megatron_cocoa.parallel.topology"] = types.SimpleNamespace(LaunchInfo=launch)
+sys.argv = ["tools/train.py"]
+runpy.run_path("tools/train.py", run_name="__main__")
+"""
 
 
 def launch(
@@ -114,3 +136,21 @@ def test_a_mistake_ends_in_one_message(tmp_path, ranks, arguments, message):
     assert said.count(message) == 1, text
     assert message in root_cause and "To enable traceback" not in root_cause, text
     assert "tools/train.py\", line" not in text, "the message must not come with our own stack"
+
+
+def test_a_rank_with_a_fault_ends_although_its_workers_do_not(tmp_path):
+    """Claim: a worker that is deaf to signals, as those that read data are, keeps no rank that has failed from ending.
+
+    Its launcher ends the other ranks only then. The error is printed and handed to torchrun; where the rank was is told
+    to whoever sends SIGUSR2.
+    """
+    log, told = tmp_path / "log", tmp_path / "error.json"
+    with log.open("w") as stream:
+        done = subprocess.run(
+            [sys.executable, "-c", FAULT], cwd=ROOT, env=environment(TORCHELASTIC_ERROR_FILE=str(told)), stdout=stream,
+            stderr=subprocess.STDOUT, timeout=60,
+        )  # fmt: skip
+    text = log.read_text()
+    assert done.returncode == 1 and "RuntimeError: a GPU is lost" in text, text
+    assert json.loads(told.read_text())["message"]["message"] == "RuntimeError: a GPU is lost"
+    assert re.search(r"most recent call first\):\n.* in run$", text, flags=re.MULTILINE), text
