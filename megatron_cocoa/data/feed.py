@@ -7,8 +7,10 @@ its position alone, there is no state in a worker that a checkpoint would have t
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import count
 
@@ -79,11 +81,32 @@ def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) 
     )
     plans = DataLoader(_Plans(planner), sampler=steps, num_workers=1, **shared)
     packs = DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared)
-    for made in packs:
-        if isinstance(made, _Failure):
-            raise ValueError(made.message)
-        plan, batch, counts = made
-        yield plan, _arrays_as_tensors(batch), counts
+    with lost_workers_explained():
+        for made in packs:
+            if isinstance(made, _Failure):
+                raise ValueError(made.message)
+            plan, batch, counts = made
+            yield plan, _arrays_as_tensors(batch), counts
+
+
+@contextmanager
+def lost_workers_explained() -> Iterator[None]:
+    """Say what a worker's death means, which torch reports in the main thread wherever that is, not in ``next`` alone.
+
+    Raises:
+        ValueError: in the place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        found = str(error).strip().rstrip(".")
+        # Its traceback would keep torch's iterators, and so the other workers, beyond the end of the rank's threads.
+        raise ValueError(
+            f"a process that reads data on host {socket.gethostname()} was lost: {found}. The kernel ends one where a "
+            f"host runs out of memory: give it more, or set data.num_workers lower, and go on from the last checkpoint"
+        ) from None
 
 
 def _outlive_stop_signals(worker: int) -> None:

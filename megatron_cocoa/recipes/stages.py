@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.conversion.picture_sizes import SIZES
+from megatron_cocoa.data.feed import lost_workers_explained
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model
@@ -80,17 +81,18 @@ def run_stage(
     info = _describe_checkpoint(context, stage)
     log = _open_log(settings, folder, stage_settings.steps, done=resume_step or 0)
     try:
-        result = train_stage(
-            model,
-            build_objective(stage, settings),
-            loader,
-            stage=stage_settings,
-            settings=settings,
-            log=log,
-            keeping=_keeping(settings, folder, info, resume_step, stop),
-            validation=_validation(context, stage),
-            meter=meter,
-        )
+        with lost_workers_explained():
+            result = train_stage(
+                model,
+                build_objective(stage, settings),
+                loader,
+                stage=stage_settings,
+                settings=settings,
+                log=log,
+                keeping=_keeping(settings, folder, info, resume_step, stop),
+                validation=_validation(context, stage),
+                meter=meter,
+            )
     finally:
         log.close()
         loader.close()

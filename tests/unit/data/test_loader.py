@@ -12,6 +12,7 @@ import torch
 
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import STAGES, DataSettings, SourceSettings
+from megatron_cocoa.data.feed import lost_workers_explained
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.order import SampleOrder
 from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples
@@ -282,6 +283,23 @@ def test_errors_of_the_worker_processes_surface(make, settings, data_folder, tmp
         for _ in range(NUM_PICTURES):
             loader.next_step()
     loader.close()
+
+
+def test_a_worker_that_was_killed_is_an_error_that_says_what_to_change(make, settings):
+    """Claim: wherever torch reports the death, it ends in one message for users, and no other worker stays."""
+    loader = make("warmup", changed=replace(settings, data=replace(settings.data, num_workers=1)))
+    before = set(multiprocessing.active_children())
+    loader.next_step()
+    started = [process for process in multiprocessing.active_children() if process not in before]
+    with pytest.raises(ValueError, match="reads data on host .* was lost: DataLoader worker .*data.num_workers lower"):
+        with lost_workers_explained():
+            started[0].kill()
+            for _ in range(NUM_PICTURES):
+                loader.next_step()
+    loader.close()
+    for process in started:
+        process.join(30)
+    assert not any(process.is_alive() for process in started)
 
 
 def test_too_many_broken_pictures_end_the_run(make, settings, broken_folder):
