@@ -39,13 +39,17 @@ if __name__ == "__main__":
 FAULT = """
 import multiprocessing, os, runpy, signal, sys, time, types
 
-def deaf(parent):
+def deaf(parent, is_deaf):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    is_deaf.set()
     while os.getppid() == parent:
         time.sleep(0.1)
 
 def run(*args, **kwargs):
-    multiprocessing.get_context("fork").Process(target=deaf, args=(os.getpid(),), daemon=True).start()
+    context = multiprocessing.get_context("fork")
+    is_deaf = context.Event()
+    context.Process(target=deaf, args=(os.getpid(), is_deaf), daemon=True).start()
+    is_deaf.wait()
     os.kill(os.getpid(), signal.SIGUSR2)
     raise RuntimeError("a GPU is lost")
 
