@@ -170,7 +170,11 @@ def read_info(path: str | Path) -> CheckpointInfo:
         ValueError: if the folder is no complete checkpoint of this project.
     """
     folder = Path(path)
-    if not is_complete(folder):
+    try:
+        is_whole = is_complete(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be read: {error}") from error
+    if not is_whole:
         state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {state}: needed a folder with {INDEX_FILE} and {INFO_FILE}")
     try:

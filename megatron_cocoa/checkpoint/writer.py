@@ -121,11 +121,16 @@ class CheckpointWriter:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a folder holds both what Megatron writes last and our description, and both can be read."""
+    """Whether a folder holds both what Megatron writes last and our description, and both are whole.
+
+    Raises:
+        OSError: where that is not to be seen, as on a shared file system that fails for a while. Taken for none, a
+            complete checkpoint would be trained again, and written over.
+    """
     try:
         for name in (INFO_FILE, INDEX_FILE):
             json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     return True
 

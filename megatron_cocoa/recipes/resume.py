@@ -9,8 +9,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_cocoa.checkpoint.store import read_info
-from megatron_cocoa.checkpoint.writer import restore_replaced
+from megatron_cocoa.checkpoint.writer import is_complete, restore_replaced
 from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
@@ -60,6 +59,9 @@ def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
     """How far the stage in each folder of ``names`` has come; every rank calls it and gets what the first rank sees.
 
     Removes what an interrupted process left half-written.
+
+    Raises:
+        ValueError: where the first rank cannot see it.
     """
     failure = f"cannot resume the run in {output}"
     return on_first_rank(lambda: {name: _place(output / name) for name in names}, failure, is_long=True)
@@ -69,12 +71,7 @@ def _place(folder: Path) -> StagePlace:
     restore_replaced(folder / STAGE_CHECKPOINT)
     remove_leftovers(folder / STEP_CHECKPOINTS)
     steps = complete_steps(folder / STEP_CHECKPOINTS)
-    try:
-        read_info(folder / STAGE_CHECKPOINT)
-        is_complete = True
-    except ValueError:
-        is_complete = False
-    return StagePlace(is_complete, steps[-1] if steps else None)
+    return StagePlace(is_complete(folder / STAGE_CHECKPOINT), steps[-1] if steps else None)
 
 
 def check_same_run(settings: TrainSettings, output: Path) -> None:

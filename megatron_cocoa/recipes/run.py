@@ -75,8 +75,10 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
             f"Stopped in stage {last.name} after step {last.progress.step} of {settings.stage(last.stage).steps} "
             f"({stopped}). The same command with --resume true goes on from there"
         )
-    elif launch.rank == 0:
-        write_results(context, launch, findings, time.perf_counter() - started)
+    else:
+        seconds = time.perf_counter() - started
+        failure = f"all stages are complete, but their report cannot be written to {context.output}"
+        on_first_rank(lambda: write_results(context, launch, findings, seconds), failure, is_long=True)
     # Not after an error: other ranks may wait in a collective, which an orderly end would wait for too.
     topology.shutdown()
 
@@ -91,8 +93,7 @@ def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
     holds = on_first_rank(lambda: holds_run(context.output), f"cannot look into {context.output}")
     if not (context.settings.resume and holds):
         return None
-    if topology.is_first_rank():
-        check_same_run(context.settings, context.output)
+    on_first_rank(lambda: check_same_run(context.settings, context.output))
     return find_places(context.output, [*context.settings.stages, BASELINE])
 
 

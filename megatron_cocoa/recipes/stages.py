@@ -21,6 +21,7 @@ from megatron_cocoa.data.replica import ReplicaLoader
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device, topology
+from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.recipes.adapters import add_adapters, hand_over_adapters
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.initial_model import build_with_weights, build_without_weights
@@ -177,9 +178,12 @@ def _validation(context: RunContext, stage: str) -> HeldOutValidation | None:
 def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: CheckpointInfo) -> None:
     """Save a complete stage's summary and settings and then its weights, which mark it as complete."""
     folder = summary.checkpoint.parent
-    if topology.is_first_rank():
+
+    def describe() -> None:
         summary.save(folder)
         save_settings(context.settings, folder / SETTINGS_FILE)
+
+    on_first_rank(describe, f"cannot write to {folder}, free space on its disk and resume the run", is_long=True)
     save_checkpoint(summary.checkpoint, model.bare_chunks, info)
     if topology.is_first_rank():
         # Nobody resumes a stage that is complete, and optimizer states are three quarters of what a run stores.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -71,7 +72,10 @@ class StageCheckpoints:
         return load_checkpoint(self.folder / f"step-{step:08d}", model.bare_chunks, optimizer=optimizer)
 
     def _remove_old(self) -> None:
-        if topology.is_first_rank():
+        if not topology.is_first_rank():
+            return
+        # A file system that fails for a while ends no run here: the next time will do.
+        with contextlib.suppress(OSError):
             for step in complete_steps(self.folder)[: -self.keep]:
                 path = self.folder / f"step-{step:08d}"
                 discard(path, path)
@@ -83,7 +87,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints below ``folder``, oldest first."""
+    """Steps of the complete checkpoints below ``folder``, oldest first.
+
+    Raises:
+        OSError: as ``is_complete``.
+    """
     found = []
     for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
         name = _NAME.fullmatch(path.name)

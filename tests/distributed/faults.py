@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -17,10 +20,15 @@ from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
 from megatron_cocoa.recipes.initial_model import build_with_weights
+from megatron_cocoa.recipes.run import _find_places
 from megatron_cocoa.recipes.stage_loader import build_loader
+from megatron_cocoa.recipes.stage_summary import StageSummary
+from megatron_cocoa.recipes.stages import run_stage
+from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.trainer import train_stage
 from tests.distributed.check import Check
+from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 from tests.distributed.training import _degrees
 
@@ -138,6 +146,36 @@ def misread(stage: str, step: int, **degrees) -> dict:
     return _gathered(("steps", "messages"), (len(weights.changed), error))
 
 
+def alone(fault: str) -> dict:
+    """What every rank is told of a fault that the first rank alone comes upon.
+
+    Args:
+        fault: ``other settings`` of the run that is to be resumed, or ``full disk`` when a stage is complete.
+    """
+    topology.set_layout(ParallelSettings(), seed=0)
+    message = ""
+    with rank_folders() as (own, shared), pytest.MonkeyPatch.context() as patch:
+        write_folders(own)
+        settings = replace(tiny_settings(own, steps=2), output_dir=str(shared / "out"), resume=True)
+        if topology.is_first_rank():
+            (shared / "out").mkdir()
+            save_settings(replace(settings, seed=7), shared / "out" / SETTINGS_FILE)
+        dist.barrier()
+        patch.setattr(StageSummary, "save", _full_disk)
+        try:
+            if fault == "other settings":
+                _find_places(prepare_context(settings))
+            else:
+                run_stage(prepare_context(settings), "bridge", checkpoint=None)
+        except ValueError as error:
+            message = str(error)
+    return _gathered(("messages",), (message,))
+
+
+def _full_disk(*args) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 LAYOUTS = {"single": (1, _degrees()), "dp2": (2, _degrees()), "pp2": (2, _degrees(pp=2)), "tp2": (2, _degrees(tp=2))}
 ONCE = {
     f"poisoned-once-{stage}-{name}": (stage, *LAYOUTS[name])
@@ -151,7 +189,13 @@ MISREAD = {
     "misread-nobody-dp2": ("contrastive", 2, _degrees()),
 }
 
+ALONE = {
+    "alone-other-settings": ("other settings", "cannot be resumed under other settings: seed was 7, is 1234"),
+    "alone-full-disk": ("full disk", "cannot write to .*bridge, free space on its disk and resume the run.*No space"),
+}
+
 CHECKS = {
+    **{name: Check(2, functools.partial(alone, fault)) for name, (fault, _) in ALONE.items()},
     **{
         n: Check(size, functools.partial(misread, stage, 0 if "nobody" in n else 3, **deg))
         for n, (stage, size, deg) in MISREAD.items()

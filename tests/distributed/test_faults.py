@@ -1,8 +1,10 @@
 """A step that one rank's data have spoiled is skipped on all ranks together, counted, and in the end named."""
 
+import re
+
 import pytest
 
-from tests.distributed.faults import ALWAYS, IN_A_ROW, MISREAD, ONCE, STEPS
+from tests.distributed.faults import ALONE, ALWAYS, IN_A_ROW, MISREAD, ONCE, STEPS
 from tests.distributed.launch import result_of
 
 
@@ -36,3 +38,10 @@ def test_ranks_that_plan_a_step_in_different_ways_all_end_the_run(request, check
         assert (message, steps) == ("", STEPS)
     else:
         assert steps == 2 and "the data-parallel ranks do not agree on the samples of step 3" in message
+
+
+@pytest.mark.parametrize("check", ALONE)
+def test_a_fault_of_the_first_rank_alone_ends_all_ranks_with_its_message(request, check):
+    """Claim: where one rank looks or writes for all, the others do not wait for it in their next exchange."""
+    (message,) = set(result_of(request, check)["messages"])
+    assert re.search(ALONE[check][1], message)

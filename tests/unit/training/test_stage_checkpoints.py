@@ -1,7 +1,13 @@
 """Which checkpoints of a stage count as complete."""
 
+import errno
+import os
+
+import pytest
+
 from megatron_cocoa.checkpoint.writer import discard
-from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
+from megatron_cocoa.recipes.resume import find_places
+from megatron_cocoa.training.stage_checkpoints import StageCheckpoints, complete_steps, remove_leftovers
 
 
 def make(folder, name, *files):
@@ -42,3 +48,24 @@ def test_leftovers_go_and_checkpoints_stay(tmp_path):
     make(tmp_path, "step-00000120.0a1b2c3d.incomplete", "half")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
+
+
+def test_a_checkpoint_that_cannot_be_seen_is_not_taken_for_none(tmp_path, monkeypatch):
+    """Claim: while a file system fails, no run starts a stage anew over its checkpoints, nor goes back to older ones.
+
+    A run that is under way, and only looks for old ones to remove, goes on.
+    """
+    steps = tmp_path / "warmup" / "checkpoints"
+    make(steps, "step-00000100", "metadata.json", "cocoa.json")
+
+    def fails(path, encoding):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_text", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            complete_steps(steps)
+        with pytest.raises(ValueError, match="cannot resume the run in .*: .*Input/output error"):
+            find_places(tmp_path, ["warmup"])
+        StageCheckpoints(steps, keep=1, asynchronous=False).wait()
+    assert complete_steps(steps) == [100]
