@@ -80,7 +80,7 @@ def run_stage(
     meter = _speed_meter(context, *add_adapters(context, bare, name))
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
-    log = _open_log(settings, folder, stage_settings.steps, done=resume_step or 0)
+    log = _open_log(settings, folder, stage_settings.steps, done=resume_step or 0, stop=stop)
     try:
         with lost_workers_explained():
             result = train_stage(
@@ -118,7 +118,7 @@ def _initial_model(context: RunContext, stage: str, checkpoint: Path | None, *, 
     return build_with_weights(context, checkpoint=checkpoint, **parts)
 
 
-def _open_log(settings: TrainSettings, folder: Path, steps: int, *, done: int) -> StageLog:
+def _open_log(settings: TrainSettings, folder: Path, steps: int, *, done: int, stop: StopWatch | None) -> StageLog:
     return StageLog(
         folder,
         stage=folder.name,
@@ -127,6 +127,8 @@ def _open_log(settings: TrainSettings, folder: Path, steps: int, *, done: int) -
         interval=settings.log_interval,
         done=done,
         wandb_project=settings.wandb_project,
+        # Written by one rank alone: the others hear of it when all ask whether to stop.
+        on_failure=None if stop is None else stop.fail,
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -26,12 +29,15 @@ class StageLog:
         stage: its name, which prefixes every TensorBoard tag.
         steps: how many are expected.
         is_writer: whether this rank writes.
-        interval: steps between two updates of the progress bar's numbers.
+        interval: steps between two updates of the progress bar's numbers. Where nobody watches, as in the log of a
+            batch system, this is a line instead of a bar.
         done: steps that an earlier process has done; lines after them, of steps that were lost, are removed.
         wandb_project: also log to this Weights & Biases project.
+        on_failure: told why the files cannot be written, after which nothing is written any more; None raises it.
 
     Raises:
-        ValueError: if ``wandb_project`` is given and the package is absent.
+        ValueError: if ``wandb_project`` is given and the package is absent; without ``on_failure`` also from every
+            method, if a file cannot be written.
     """
 
     def __init__(
@@ -44,43 +50,65 @@ class StageLog:
         interval: int,
         done: int = 0,
         wandb_project: str | None = None,
+        on_failure: Callable[[str], None] | None = None,
     ):
         self.stage, self.interval, self.is_writer, self.done = stage, interval, is_writer, done
-        if not is_writer:
-            return
+        self.folder, self.on_failure = folder, on_failure
+        self._opened = contextlib.ExitStack()
+        if is_writer:
+            with self._failing_once():
+                self._open(folder, steps, wandb_project)
+
+    def _open(self, folder: Path, steps: int, wandb_project: str | None) -> None:
+        done = self.done
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, VALIDATION_FILE):
             _cut_after(folder / name, done)
         # By the line: a checkpoint counts on those of the steps before it.
-        self.lines = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+        self.lines = self._opened.enter_context((folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1))
         self.validations = folder / VALIDATION_FILE
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-        self.bar = tqdm(total=steps, initial=done, desc=stage, unit="step", mininterval=1.0)
-        self.wandb = None if wandb_project is None else _start_wandb(wandb_project, folder, stage, done=done)
+        self._opened.callback(self.events.close)
+        self.wandb = None
+        if wandb_project is not None:
+            self.wandb = _start_wandb(wandb_project, folder, self.stage, done=done)
+            self._opened.callback(self.wandb.finish)
+        # A bar is one line without an end, which tools that work by the line would hold back or keep whole.
+        self.is_watched = sys.stderr.isatty()
+        # The delay keeps tqdm from writing by itself, also at the end.
+        how = dict(mininterval=1.0) if self.is_watched else dict(delay=sys.maxsize)
+        self.bar = tqdm(total=steps, initial=done, desc=self.stage, unit="step", **how)
+        self._opened.callback(self.bar.close)
+        if not self.is_watched:
+            self._say(str(self.bar))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Record one step, counted from 1. ``metrics`` are floats by name."""
         if not self.is_writer:
             return
-        self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._record(step, metrics)
+        with self._failing_once():
+            self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._record(step, metrics)
         self.bar.update()
-        if step % self.interval == 0:
+        if step % self.interval == 0 or (step == self.bar.total and not self.is_watched):
             shown = {k: v for k, v in metrics.items() if k not in _NOT_IN_BAR and not (k == "skipped_steps" and not v)}
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+            if not self.is_watched:
+                self._say(str(self.bar))
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Record what a validation after ``step`` found."""
         if not self.is_writer:
             return
-        if step == self.done:
-            # A stop put it off, and an earlier process that went on from there may have made up for it.
-            _cut_after(self.validations, step - 1)
-        with self.validations.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._record(step, {f"validation/{name}": value for name, value in metrics.items()})
+        with self._failing_once():
+            if step == self.done:
+                # A stop put it off, and an earlier process that went on from there may have made up for it.
+                _cut_after(self.validations, step - 1)
+            with self.validations.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._record(step, {f"validation/{name}": value for name, value in metrics.items()})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        self.bar.write(f"{self.stage}, step {step}: {shown}")
+        self._say(f"{self.stage}, step {step}: {shown}")
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -89,13 +117,29 @@ class StageLog:
             tagged = {f"{self.stage}/{name}": value for name, value in metrics.items()}
             self.wandb.log({f"{self.stage}/step": step, **tagged})
 
+    def _say(self, text: str) -> None:
+        if self.is_watched:
+            self.bar.write(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _failing_once(self) -> Iterator[None]:
+        """Let the writing of files end at the first error, and tell it."""
+        try:
+            yield
+        except OSError as error:
+            if not self.is_writer:
+                return
+            self.is_writer = False
+            message = f"the log of stage {self.stage} cannot be written to {self.folder} ({error})"
+            if self.on_failure is None:
+                raise ValueError(message) from error
+            self.on_failure(f"{message}: free space on its disk and resume the run from its last checkpoint")
+
     def close(self) -> None:
-        if self.is_writer:
-            self.bar.close()
-            self.lines.close()
-            self.events.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+        with self._failing_once():
+            self._opened.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -16,8 +16,9 @@ from megatron_cocoa.parallel.stop_signals import STOP_SIGNALS
 class StopWatch:
     """Lets all ranks decide together, at the end of a step, whether to stop.
 
-    A signal may reach one rank only, and clocks differ: so each step asks whether any rank wants to stop. Use it as a
-    context manager, which sets the signal handlers and restores the previous ones.
+    A signal may reach one rank only, and clocks differ: so each step asks whether any rank wants to stop, or has failed
+    in something that it does alone. Use it as a context manager, which sets the signal handlers and restores the
+    previous ones.
 
     Args:
         budget_seconds: stop after this time; None for no limit.
@@ -27,6 +28,7 @@ class StopWatch:
     def __init__(self, *, budget_seconds: float | None = None, spent_seconds: float = 0.0) -> None:
         self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds - spent_seconds
         self._signal: int | None = None
+        self._failure: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopWatch:
@@ -40,12 +42,25 @@ class StopWatch:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
+    def fail(self, message: str) -> None:
+        """End all ranks with ``message`` when they next ask for a reason; one rank calls it, where it cannot go on."""
+        self._failure = message
+
     def reason(self) -> str | None:
-        """Why to stop now, the same on every rank; None to continue. A collective: every rank calls it."""
+        """Why to stop now, the same on every rank; None to continue. A collective: every rank calls it.
+
+        Raises:
+            ValueError: on every rank, if one has called ``fail``.
+        """
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        wish = torch.tensor([self._signal or 0, int(late)], dtype=torch.int32, device=device.device())
+        failed = 0 if self._failure is None else dist.get_rank() + 1
+        wish = torch.tensor([self._signal or 0, int(late), failed], dtype=torch.int32, device=device.device())
         dist.all_reduce(wish, op=dist.ReduceOp.MAX)
-        number, is_late = wish.tolist()
+        number, is_late, failed = wish.tolist()
+        if failed:
+            told = [self._failure]
+            dist.broadcast_object_list(told, src=failed - 1)
+            raise ValueError(told[0])
         if number:
             return f"signal {signal.Signals(number).name}"
         return "checkpoint.time_budget_minutes is used up" if is_late else None

@@ -26,6 +26,8 @@ from megatron_cocoa.recipes.stage_summary import StageSummary
 from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
+from megatron_cocoa.training.log import METRICS_FILE
+from megatron_cocoa.training.stopping import StopWatch
 from megatron_cocoa.training.trainer import train_stage
 from tests.distributed.check import Check
 from tests.distributed.folders import rank_folders
@@ -150,7 +152,8 @@ def alone(fault: str) -> dict:
     """What every rank is told of a fault that the first rank alone comes upon.
 
     Args:
-        fault: ``other settings`` of the run that is to be resumed, or ``full disk`` when a stage is complete.
+        fault: ``other settings`` of the run that is to be resumed, a ``full disk`` when a stage is complete, or one
+            that takes no line of the log (``full log``).
     """
     topology.set_layout(ParallelSettings(), seed=0)
     message = ""
@@ -158,7 +161,9 @@ def alone(fault: str) -> dict:
         write_folders(own)
         settings = replace(tiny_settings(own, steps=2), output_dir=str(shared / "out"), resume=True)
         if topology.is_first_rank():
-            (shared / "out").mkdir()
+            (shared / "out" / "bridge").mkdir(parents=True)
+            if fault == "full log":
+                (shared / "out" / "bridge" / METRICS_FILE).symlink_to("/dev/full")
             save_settings(replace(settings, seed=7), shared / "out" / SETTINGS_FILE)
         dist.barrier()
         patch.setattr(StageSummary, "save", _full_disk)
@@ -166,7 +171,7 @@ def alone(fault: str) -> dict:
             if fault == "other settings":
                 _find_places(prepare_context(settings))
             else:
-                run_stage(prepare_context(settings), "bridge", checkpoint=None)
+                run_stage(prepare_context(settings), "bridge", checkpoint=None, stop=StopWatch())
         except ValueError as error:
             message = str(error)
     return _gathered(("messages",), (message,))
@@ -192,6 +197,7 @@ MISREAD = {
 ALONE = {
     "alone-other-settings": ("other settings", "cannot be resumed under other settings: seed was 7, is 1234"),
     "alone-full-disk": ("full disk", "cannot write to .*bridge, free space on its disk and resume the run.*No space"),
+    "alone-full-log": ("full log", "log of stage bridge cannot be written to .*bridge .*No space left.*: free space"),
 }
 
 CHECKS = {

@@ -78,3 +78,27 @@ def test_other_ranks_write_nothing(tmp_path):
     log.validation(1, {"recall@1": 1.0})
     log.close()
     assert not (tmp_path / "stage").exists()
+
+
+def test_a_full_disk_is_told_once(tmp_path):
+    """Claim: at its first line that cannot be written the log says so, with the folder and what to do, and ends."""
+    told = []
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    write(tmp_path, [1, 2, 3, 4], on_failure=told.append)
+    (message,) = told
+    assert f"log of stage warmup cannot be written to {tmp_path} ([Errno 28] No space left on device)" in message
+    assert "free space on its disk and resume the run" in message and not (tmp_path / "validation.jsonl").exists()
+    with pytest.raises(ValueError, match="No space left on device"):
+        write(tmp_path, [1])
+
+
+def test_a_log_that_nobody_watches_gets_lines(tmp_path, capsys):
+    """Claim: in a file every ``interval`` steps are one whole line; a bar would be a single one without an end."""
+    log = StageLog(tmp_path, stage="warmup", steps=5, is_writer=True, interval=2)
+    for step in range(1, 6):
+        log.step(step, {"loss": float(step)})
+    log.close()
+    found = capsys.readouterr().err
+    assert "\r" not in found and found.endswith("\n")
+    said = [(line.split("[")[0].split()[-1], line.rpartition("loss=")[2]) for line in found.splitlines()[1:]]
+    assert said == [("2/5", "2]"), ("4/5", "4]"), ("5/5", "5]")]

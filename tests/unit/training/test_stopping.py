@@ -34,3 +34,11 @@ def test_the_time_budget_counts_what_was_spent_before():
         assert stop.reason() is None
     with StopWatch(budget_seconds=3600, spent_seconds=3600) as stop:
         assert "time_budget_minutes" in stop.reason()
+
+
+def test_a_failure_is_raised_where_all_ranks_ask():
+    """Claim: what one rank cannot go on from is an error of all, at the end of the step."""
+    with StopWatch() as stop:
+        stop.fail("the log cannot be written")
+        with pytest.raises(ValueError, match="the log cannot be written"):
+            stop.reason()
