@@ -16,7 +16,10 @@ class OptimizerSettings:
         weight_decay: decoupled; biases and norms are exempt.
         clip_grad: global gradient norm above which gradients are scaled down; 0 never clips.
         adam_beta1, adam_beta2, adam_eps: decay of Adam's moments, in [0, 1), and its epsilon, above 0.
-        max_skipped_steps: a run stops after this many steps in a row whose loss or gradient was not finite.
+        max_norm_ratio: skip a step whose gradient norm exceeds this many times the median of the last 100 applied steps
+            (20 at least); None applies all that are finite. May be set when a run is resumed.
+        max_skipped_steps: a run stops after this many steps in a row whose loss or gradient was not finite, or whose
+            gradient norm exceeded ``max_norm_ratio``.
     """
 
     weight_decay: float = 0.0
@@ -24,6 +27,7 @@ class OptimizerSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
+    max_norm_ratio: float | None = None
     max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
@@ -33,6 +37,11 @@ class OptimizerSettings:
             require(0.0 <= getattr(self, name) < 1.0, f"optimizer.{name} is {getattr(self, name)}, must lie in [0, 1)")
         # Rows of the embedding that no sample holds have moments of zero: 0 / 0.
         require(self.adam_eps > 0, f"optimizer.adam_eps is {self.adam_eps}, must be positive")
+        require(
+            self.max_norm_ratio is None or self.max_norm_ratio > 1,
+            f"optimizer.max_norm_ratio is {self.max_norm_ratio}, needs more than 1 (half of all norms lie above their "
+            f"median), or null",
+        )
         require(
             self.max_skipped_steps >= 1,
             f"optimizer.max_skipped_steps is {self.max_skipped_steps}, needs 1 or more",

@@ -19,11 +19,12 @@ from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_lef
 
 MAY_CHANGE = (
     "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
+    "optimizer.max_norm_ratio optimizer.max_skipped_steps "
     "recompute. data.path data.num_workers data.tokens_per_microbatch model.path model.random_weights "
     "model.transformer_impl model.attention_backend model.vision_attention_backend model.make_vocab_size_divisible_by "
     "warmup.micro_batch_size bridge.micro_batch_size contrastive.micro_batch_size"
 ).split()
-"""Settings, or groups of them, that change how a run computes but not what."""
+"""Settings, or groups of them, that change how a run computes but not what, or what it takes for a fault."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ class StageLog:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._say(f"{self.stage}, step {step}: {shown}")
 
+    def skipped(self, step: int, why: str) -> None:
+        """Tell people why a step was not applied. Its metrics are recorded as those of any other."""
+        if self.is_writer:
+            self._say(f"{self.stage}, step {step} was skipped: {why}")
+
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self.events.add_scalar(f"{self.stage}/{name}", value, step)

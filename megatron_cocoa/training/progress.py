@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -11,7 +11,8 @@ class Progress:
     """Counters of one stage. Everything else of the trainer follows from ``step`` and the seed.
 
     step:             optimizer steps done, skipped ones included.
-    skipped:          steps that were not applied because their loss or gradient was not finite.
+    skipped:          steps that were not applied because their loss or gradient was not finite, or the gradient's
+                      norm stood out.
     skipped_in_a_row: how many of the last steps were skipped without one applied in between.
     samples, tokens:  over all ranks.
     seconds:          wall time of the steps, over all processes that have worked on the stage.
@@ -19,6 +20,7 @@ class Progress:
     best_value:       of the validation's metric so far; None before the first validation.
     best_step:        at which it was measured.
     validated:        the last step that was validated.
+    recent_norms:     gradient norms of the last applied steps, oldest first.
     """
 
     step: int = 0
@@ -31,6 +33,7 @@ class Progress:
     best_value: float | None = None
     best_step: int | None = None
     validated: int = 0
+    recent_norms: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,6 +26,7 @@ from megatron_cocoa.training.agreement import all_equal, powers
 from megatron_cocoa.training.data_parallel import gather_parameters, whole_parameters
 from megatron_cocoa.training.optimizer import build_optimizer, round_from_master_weights
 from megatron_cocoa.training.progress import Progress
+from megatron_cocoa.training.spikes import highest_norm, remember
 from megatron_cocoa.training.stage_checkpoints import StageCheckpoints
 from megatron_cocoa.training.step import Metrics, forward_backward
 from megatron_cocoa.training.stopping import StopWatch
@@ -56,6 +57,9 @@ class Log(Protocol):
 
     def step(self, step: int, metrics: Metrics) -> None:
         """Record one step, counted from 1."""
+
+    def skipped(self, step: int, why: str) -> None:
+        """Tell people why a step was not applied."""
 
     def validation(self, step: int, metrics: Metrics) -> None:
         """Record what a validation after ``step`` found."""
@@ -127,8 +131,7 @@ def train_stage(
         meter: adds speed and utilisation to each step's metrics.
 
     Raises:
-        FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row whose loss or gradient was not
-            finite, naming the samples.
+        FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row that had to be skipped, naming samples.
         ValueError: if a checkpoint cannot be written or loaded, ranks disagree on a step's samples, or the loader
             refuses the data.
     """
@@ -145,6 +148,8 @@ def train_stage(
     validate_if_due()
     while progress.step < stage.steps:
         log.step(progress.step + 1, trainer.step())
+        if trainer.why_skipped is not None:
+            log.skipped(progress.step, trainer.why_skipped)
         reason = trainer.reason_to_stop()
         if reason is None:
             # A stop has to be quick: whoever sent the signal kills the run soon after.
@@ -174,6 +179,7 @@ class _StageTrainer:
         self.stage, self.settings, self.keeping, self.meter = stage, settings, keeping, meter
         self.optimizer, self.schedule = build_optimizer(model, stage, settings.optimizer, settings.parallel)
         self.progress = Progress()
+        self.why_skipped: str | None = None
         if keeping is not None and keeping.resume_step is not None:
             self._resume(keeping.checkpoints, keeping.resume_step)
         model.train()
@@ -187,7 +193,7 @@ class _StageTrainer:
         self.schedule.step(increment=step)
 
     def step(self) -> Metrics:
-        """One optimizer step, which all ranks skip if it is not finite.
+        """One optimizer step, which all ranks skip if it is not finite or stands out; ``why_skipped`` then says so.
 
         Returns:
             Its metrics; apart from times and memory they are the same on every rank.
@@ -204,13 +210,20 @@ class _StageTrainer:
         self.schedule.step(increment=1)
         is_logged = (progress.step + 1) % self.settings.log_interval == 0
         metrics = forward_backward(self.model, self.objective, batches, detailed=is_logged)
-        applied, grad_norm = _apply(self.optimizer, metrics)
+        limit = highest_norm(progress.recent_norms, self.settings.optimizer.max_norm_ratio)
+        applied, grad_norm = _apply(self.optimizer, metrics, limit)
         workload, skipped_samples = self._whole_step(batches)
         seconds = time.perf_counter() - begun
         self._count(applied, tokens=workload.tokens, seconds=seconds)
         progress.data_wait += waited
+        if applied:
+            remember(progress.recent_norms, grad_norm)
+        self.why_skipped = None if applied else _why_skipped(metrics, grad_norm, limit, batches)
         if progress.skipped_in_a_row >= self.settings.optimizer.max_skipped_steps:
-            raise FloatingPointError(_not_finite(progress, metrics, grad_norm, batches))
+            raise FloatingPointError(
+                f"{progress.skipped_in_a_row} steps in a row (optimizer.max_skipped_steps), up to step {progress.step} "
+                f"were skipped: lower the learning rate, or look into the last one: {self.why_skipped}"
+            )
         return metrics | {
             "grad_norm": grad_norm,
             "lr": self.schedule.get_lr({}),
@@ -314,8 +327,9 @@ class _StageTrainer:
         )
 
 
-def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:
-    """Step the optimizer unless loss or gradient norm, which all ranks know, is not finite: then all skip together.
+def _apply(optimizer, metrics: Metrics, limit: float) -> tuple[bool, float]:
+    """Step the optimizer unless loss or gradient norm, which all ranks know, is not finite or the norm above ``limit``:
+    then all skip together.
 
     Megatron looks for infinities only where it scales the loss; in FP32 and BF16 it would clip them to NaN weights.
     """
@@ -323,19 +337,20 @@ def _apply(optimizer, metrics: Metrics) -> tuple[bool, float]:
         return False, math.nan
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
+    if not math.isfinite(norm) or norm > limit:
         return False, norm
     applied, grad_norm, _ = optimizer.step()
     return bool(applied), norm if grad_norm is None else float(grad_norm)
 
 
-def _not_finite(progress: Progress, metrics: Metrics, grad_norm: float, batches: Sequence[PackedBatch]) -> str:
+def _why_skipped(metrics: Metrics, grad_norm: float, limit: float, batches: Sequence[PackedBatch]) -> str:
+    """Why a step was not applied, with samples of all ranks; every rank calls it."""
     samples: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(samples, [sample for batch in batches for sample in batch.sample_ids])
     found = list(dict.fromkeys(sample for part in samples for sample in part))
-    return (
-        f"{progress.skipped_in_a_row} steps in a row (optimizer.max_skipped_steps), up to step {progress.step}, had a "
-        f"loss or gradient that is not finite (loss {metrics['loss']}, gradient norm {grad_norm}): lower the learning "
-        f"rate, or look at the samples of this step: {', '.join(found[:20])}"
-        + (f" and {len(found) - 20} more" if len(found) > 20 else "")
-    )
+    if math.isfinite(metrics["loss"]) and math.isfinite(grad_norm):
+        why = f"gradient norm {grad_norm:.4g} is above {limit:.4g}, optimizer.max_norm_ratio times the usual"
+    else:
+        why = f"loss or gradient is not finite (loss {metrics['loss']}, gradient norm {grad_norm})"
+    more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+    return f"{why}; samples of this step: {', '.join(found[:20])}{more}"

@@ -25,6 +25,7 @@ from megatron_cocoa.recipes.stage_loader import build_loader
 from megatron_cocoa.recipes.stage_summary import StageSummary
 from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
+from megatron_cocoa.training import spikes
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import METRICS_FILE
 from megatron_cocoa.training.stopping import StopWatch
@@ -60,6 +61,24 @@ class _Poisoned:
         return self.loader.plan_digest()
 
 
+class _Outlier:
+    """A loader whose masked pixels are 100,000 times as large in one step, on the last data-parallel rank."""
+
+    def __init__(self, loader, step: int) -> None:
+        self.loader, self.at, self.step = loader, step, 0
+
+    def next_step(self):
+        self.step += 1
+        batches = list(self.loader.next_step())
+        is_last = topology.data_parallel_rank() == topology.data_parallel_size() - 1
+        if self.step == self.at and is_last and batches[0].unit_targets is not None:
+            batches[0] = replace(batches[0], unit_targets=100_000 * batches[0].unit_targets)
+        return batches
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+
 class _Misread:
     """A loader whose reader on the last data-parallel rank cannot read a header in one step that others can."""
 
@@ -91,7 +110,8 @@ class _Weights:
     def __init__(self, model) -> None:
         self.model, self.before = model, self._copy(model)
         self.changed: list[bool] = []
-        self.skipped: list[float] = []
+        self.num_skipped: list[float] = []
+        self.reasons: list[str] = []
 
     @staticmethod
     def _copy(model) -> list[torch.Tensor]:
@@ -100,8 +120,11 @@ class _Weights:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         now = self._copy(self.model)
         self.changed.append(any(not torch.equal(a, b) for a, b in zip(self.before, now)))
-        self.skipped.append(metrics["skipped_steps"])
+        self.num_skipped.append(metrics["skipped_steps"])
         self.before = now
+
+    def skipped(self, step: int, why: str) -> None:
+        self.reasons.append(f"step {step}: {why}")
 
 
 def _run(stage: str, wrap: Callable[[object], object], degrees: dict) -> tuple[_Weights, str]:
@@ -111,7 +134,7 @@ def _run(stage: str, wrap: Callable[[object], object], degrees: dict) -> tuple[_
     with tempfile.TemporaryDirectory() as folder:
         write_folders(Path(folder))
         settings = tiny_settings(Path(folder), steps=STEPS, parallel=parallel)
-        settings = replace(settings, optimizer=OptimizerSettings(max_skipped_steps=IN_A_ROW))
+        settings = replace(settings, optimizer=OptimizerSettings(max_skipped_steps=IN_A_ROW, max_norm_ratio=10.0))
         context = prepare_context(settings)
         model = build_with_weights(context, checkpoint=None, with_image_decoder=stage == "warmup")
         model = wrap_data_parallel(model, parallel)
@@ -139,7 +162,17 @@ def _gathered(names: tuple[str, ...], values: tuple) -> dict:
 def poisoned(stage: str, steps: set[int], **degrees) -> dict:
     """What each step did to each rank's weights, and how the run ended."""
     weights, error = _run(stage, lambda loader: _Poisoned(loader, steps), degrees)
-    return _gathered(("changed", "skipped", "messages"), (weights.changed, weights.skipped, error))
+    found = weights.changed, weights.num_skipped, weights.reasons, error
+    return _gathered(("changed", "skipped", "reasons", "messages"), found)
+
+
+def outlier(step: int, **degrees) -> dict:
+    """As ``poisoned``, for a step of stage ``warmup`` with a gradient that is finite and far too large."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spikes, "LEAST_NORMS", 2)
+        weights, error = _run("warmup", lambda loader: _Outlier(loader, step), degrees)
+    found = weights.changed, weights.num_skipped, weights.reasons, error
+    return _gathered(("changed", "skipped", "reasons", "messages"), found)
 
 
 def misread(stage: str, step: int, **degrees) -> dict:
@@ -187,6 +220,7 @@ ONCE = {
     for stage, names in (("warmup", ("single", "dp2", "pp2")), ("contrastive", ("dp2", "tp2")))
     for name in names
 }
+OUTLIERS = {f"outlier-{name}": LAYOUTS[name] for name in ("dp2", "pp2")}
 ALWAYS = {f"poisoned-always-{name}": ("bridge", *layout) for name, layout in LAYOUTS.items() if name in ("dp2", "pp2")}
 MISREAD = {
     "misread-dp2": ("contrastive", 2, _degrees()),
@@ -206,6 +240,7 @@ CHECKS = {
         n: Check(size, functools.partial(misread, stage, 0 if "nobody" in n else 3, **deg))
         for n, (stage, size, deg) in MISREAD.items()
     },
+    **{n: Check(size, functools.partial(outlier, 3, **deg)) for n, (size, deg) in OUTLIERS.items()},
     **{n: Check(size, functools.partial(poisoned, stage, {3}, **deg)) for n, (stage, size, deg) in ONCE.items()},
     **{
         n: Check(size, functools.partial(poisoned, stage, set(range(2, STEPS + 1)), **deg))

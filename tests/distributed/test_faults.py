@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.distributed.faults import ALONE, ALWAYS, IN_A_ROW, MISREAD, ONCE, STEPS
+from tests.distributed.faults import ALONE, ALWAYS, IN_A_ROW, MISREAD, ONCE, OUTLIERS, STEPS
 from tests.distributed.launch import result_of
 
 
@@ -15,6 +15,20 @@ def test_a_nan_pixel_costs_one_step_on_all_ranks(request, check):
     for changed, skipped in zip(found["changed"], found["skipped"]):
         assert changed == [step != 3 for step in range(1, STEPS + 1)]
         assert skipped == [0, 0, 1, 1, 1, 1]
+    (reasons,) = {tuple(reasons) for reasons in found["reasons"]}
+    assert len(reasons) == 1 and reasons[0].startswith("step 3: loss or gradient is not finite (loss nan,")
+
+
+@pytest.mark.parametrize("check", OUTLIERS)
+def test_a_gradient_that_stands_out_costs_one_step_on_all_ranks(request, check):
+    """Claim: as a NaN does, and the reason gives the norm, the limit and the samples, the same on every rank."""
+    found = result_of(request, check)
+    for changed, skipped in zip(found["changed"], found["skipped"]):
+        assert changed == [step != 3 for step in range(1, STEPS + 1)]
+        assert skipped == [0, 0, 1, 1, 1, 1]
+    ((reason,),) = {tuple(reasons) for reasons in found["reasons"]}
+    norm, limit = re.match(r"step 3: gradient norm ([\d.e+]+) is above ([\d.e+]+), optimizer", reason).groups()
+    assert float(norm) > float(limit) > 1 and len(reason.rpartition("samples of this step: ")[2].split(", ")) == 8
 
 
 @pytest.mark.parametrize("check", ALWAYS)
@@ -24,7 +38,7 @@ def test_spoiled_steps_in_a_row_end_the_run_with_the_samples_named(request, chec
     assert all(len(changed) == IN_A_ROW for changed in found["changed"])
     assert len(set(found["messages"])) == 1
     message = found["messages"][0]
-    assert f"{IN_A_ROW} steps in a row (optimizer.max_skipped_steps), up to step {IN_A_ROW + 1}" in message
+    assert f"{IN_A_ROW} steps in a row (optimizer.max_skipped_steps), up to step {IN_A_ROW + 1} were skipped" in message
     # A step has eight samples, named in the message whichever rank holds them.
     assert len(message.rpartition("samples of this step: ")[2].split(", ")) == 8
 

@@ -30,16 +30,16 @@ class Optimizer:
 def test_a_gradient_that_is_not_finite_is_not_applied(norm):
     """Claim: clipping would turn it into NaN weights, so the step is skipped, although the loss is finite."""
     optimizer = Optimizer(norm)
-    applied, _ = _apply(optimizer, {"loss": 1.0})
+    applied, _ = _apply(optimizer, {"loss": 1.0}, math.inf)
     assert not applied and optimizer.steps == 0
 
 
 def test_a_loss_that_is_not_finite_is_not_applied():
     """Claim: the same, before any gradient is looked at."""
     optimizer = Optimizer(1.0)
-    assert _apply(optimizer, {"loss": math.nan})[0] is False and optimizer.steps == 0
+    assert _apply(optimizer, {"loss": math.nan}, math.inf)[0] is False and optimizer.steps == 0
 
 
 def test_a_finite_step_is_applied_once():
     optimizer = Optimizer(2.5)
-    assert _apply(optimizer, {"loss": 1.0}) == (True, 2.5) and optimizer.steps == 1
+    assert _apply(optimizer, {"loss": 1.0}, 2.5) == (True, 2.5) and optimizer.steps == 1
