@@ -65,16 +65,12 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     minutes = settings.checkpoint.time_budget_minutes
     budget = None if minutes is None else minutes * 60
     with StopWatch(budget_seconds=budget, spent_seconds=seconds_since_start) as stop:
-        findings = _Stages(context, places or {}, stop, loaders).run()
+        stages = _Stages(context, places or {}, stop, loaders)
+        findings = stages.run()
     for loader in loaders.values():
         loader.close()
-    stopped = findings.stages[-1].stopped
-    if stopped is not None:
-        last = findings.stages[-1]
-        say(
-            f"Stopped in stage {last.name} after step {last.progress.step} of {settings.stage(last.stage).steps} "
-            f"({stopped}). The same command with --resume true goes on from there"
-        )
+    if stages.stopped is not None:
+        say(f"Stopped {stages.stopped}. The same command with --resume true goes on from there")
     else:
         seconds = time.perf_counter() - started
         failure = f"all stages are complete, but their report cannot be written to {context.output}"
@@ -170,7 +166,11 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
 
 
 class _Stages:
-    """Runs the stages of one run one after the other, and measures the model before the first and after each."""
+    """Runs the stages of one run one after the other, and measures the model before the first and after each.
+
+    Attributes:
+        stopped: where and why the run ends before its end; None where it does not.
+    """
 
     def __init__(
         self,
@@ -181,23 +181,33 @@ class _Stages:
     ) -> None:
         self.context, self.places, self.stop, self.loaders = context, places, stop, loaders
         self.findings = Findings()
+        self.stopped: str | None = None
         self.probe = None
         if context.settings.evaluate:
             self.probe = RetrievalProbe(context, context.settings.contrastive)
 
     def run(self) -> Findings:
-        """Train the stages that are not complete; the last summary found tells whether the run was stopped."""
+        """Train the stages that are not complete, until ``stopped``."""
         settings = self.context.settings
         self._measure_untrained()
         checkpoint: Path | None = None
         for stage in settings.stages:
-            summary = self._stage(stage, name=stage, checkpoint=checkpoint)
-            if summary.stopped is not None:
-                return self.findings
-            checkpoint = summary.checkpoint
-        if settings.with_baseline:
+            if self._is_ending(f"before stage {stage}"):
+                break
+            checkpoint = self._stage(stage, name=stage, checkpoint=checkpoint).checkpoint
+        if settings.with_baseline and not self._is_ending(f"before stage {BASELINE}"):
             self._stage("contrastive", name=BASELINE, checkpoint=None)
         return self.findings
+
+    def _is_ending(self, place: str) -> bool:
+        """Whether the run stops here, or has stopped before. Every rank asks, before whatever takes long.
+
+        To begin a stage, train a step of it and save its optimizer may take longer than a batch system waits.
+        """
+        if self.stopped is None:
+            reason = self.stop.reason()
+            self.stopped = None if reason is None else f"{place} ({reason})"
+        return self.stopped is not None
 
     def _stage(self, stage: str, *, name: str, checkpoint: Path | None) -> StageSummary:
         place = self.places.get(name, StagePlace())
@@ -214,6 +224,9 @@ class _Stages:
                 stop=self.stop,
                 after=self._measure,
             )
+        if summary.stopped is not None:
+            steps = f"{summary.progress.step} of {self.context.settings.stage(stage).steps}"
+            self.stopped = f"in stage {name} after step {steps} ({summary.stopped})"
         self.findings.stages.append(summary)
         say(describe(summary))
         release_memory()
@@ -222,14 +235,14 @@ class _Stages:
     def _complete_stage(self, stage: str, name: str) -> StageSummary:
         """The summary of a stage that an earlier process completed. Measurements are not saved: they are repeated."""
         summary = StageSummary.load(self.context.output / name, stage)
-        if self.probe is not None:
+        if self.probe is not None and not self._is_ending(f"before measuring {name}"):
             decoder = stage == "warmup"
             model = build_with_weights(self.context, checkpoint=summary.checkpoint, with_image_decoder=decoder)
             self._measure(name, model)
         return summary
 
     def _measure_untrained(self) -> None:
-        if self.probe is None:
+        if self.probe is None or self._is_ending("before the first stage"):
             return
         model = build_with_weights(self.context, checkpoint=None, with_image_decoder=False)
         settings = self.context.settings
@@ -239,7 +252,7 @@ class _Stages:
         release_memory()
 
     def _measure(self, name: str, model: Model) -> None:
-        if self.probe is None:
+        if self.probe is None or self._is_ending(f"after stage {name}, before measuring it"):
             return
         context, findings = self.context, self.findings
         if name == BASELINE:
