@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,10 @@ import pyarrow.parquet
 
 from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
 from megatron_cocoa.evaluation.mmeb_tasks import Task
+from megatron_cocoa.parallel.threads import map_ahead
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+NUM_THREADS = 8
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
@@ -136,29 +139,32 @@ def task_files(data_path: str | Path, name: str) -> list[Path]:
     return found
 
 
-def missing_pictures(items: Iterable[EvalItem], image_root: str | Path) -> list[str]:
-    """Paths of pictures that are not files below the root, in order of first use.
+def picture_bytes(items: Iterable[EvalItem], image_root: str | Path) -> dict[str, int | None]:
+    """The size of each picture's file, None where there is none below the root; each is asked for once.
 
     Raises:
         ValueError: for a path that leaves the root.
     """
-    paths = dict.fromkeys(item.image_path for item in items if item.image_path)
-    return [path for path in paths if not picture_file(image_root, path).is_file()]
+    paths = list(dict.fromkeys(item.image_path for item in items if item.image_path))
+    root = Path(image_root).resolve()
+
+    def size(path: str) -> int | None:
+        try:
+            found = picture_file(root, path).stat()
+        except OSError:
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    # Threads, since a file system of a cluster answers each question late, and many at once.
+    sizes = map_ahead(size, paths, num_workers=NUM_THREADS, num_ahead=16 * NUM_THREADS)
+    return dict(zip(paths, sizes))
 
 
-def pictures_sha256(items: Iterable[EvalItem], image_root: str | Path) -> str:
-    """A hash over the paths and sizes of all pictures: it tells pictures of another resolution, and reads none.
-
-    Raises:
-        ValueError: if a picture is missing, or its path leaves the root.
-    """
+def pictures_sha256(items: Iterable[EvalItem], sizes: Mapping[str, int | None]) -> str:
+    """A hash over the paths and sizes of all pictures: it tells pictures of another resolution, and reads none."""
     digest = hashlib.sha256()
     for path in sorted({item.image_path for item in items if item.image_path}):
-        try:
-            size = picture_file(image_root, path).stat().st_size
-        except OSError as error:
-            raise ValueError(f"{path!r} below {image_root} cannot be read: {error}") from error
-        digest.update(f"{path}\n{size}\n".encode())
+        digest.update(f"{path}\n{sizes[path]}\n".encode())
     return digest.hexdigest()
 
 

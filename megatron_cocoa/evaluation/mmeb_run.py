@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, missing_pictures, pictures_sha256, read_task
+from megatron_cocoa.evaluation.mmeb_data import EvalItem, TaskData, picture_bytes, pictures_sha256, read_task
 from megatron_cocoa.evaluation.mmeb_encode import Encode, Encoded
 from megatron_cocoa.evaluation.mmeb_evidence import task_evidence
 from megatron_cocoa.evaluation.mmeb_files import Identity, check_others, is_scored, write_task
@@ -92,11 +92,12 @@ def evaluate(
     output = Path(output)
     on_first_rank(lambda: check_others(output, [task.name for task in tasks], identity))
     data = [read_task(data_path, task) for task in tasks]
-    _check_pictures(data, image_root)
     # It looks at every picture's file, while the others wait.
-    wanted = on_first_rank(
-        lambda: {task.task.name: identity.of_task(_as_data(task, image_root)) for task in data}, is_long=True
-    )
+    pictures = on_first_rank(lambda: _pictures_sha256(data, image_root), is_long=True)
+    wanted = {
+        task.task.name: identity.of_task({"sha256": task.sha256, "pictures_sha256": pictures[task.task.name]})
+        for task in data
+    }
     pending = on_first_rank(lambda: _pending(wanted, output, overwrite=overwrite))
     for task in data:
         if task.task.name not in pending:
@@ -185,22 +186,25 @@ def _check_vectors(vectors: np.ndarray, items: Sequence[EvalItem], task: str) ->
         raise ValueError(f"task {task}: {error}; that is {tuple(items[bad])!r}") from error
 
 
-def _as_data(task: TaskData, image_root: str | Path) -> dict[str, Any]:
-    return {"sha256": task.sha256, "pictures_sha256": pictures_sha256(task.items, image_root)}
-
-
 def _pending(wanted: dict[str, dict[str, Any]], output: Path, *, overwrite: bool) -> list[str]:
     return [name for name, parts in wanted.items() if not is_scored(output, name, parts, overwrite=overwrite)]
 
 
-def _check_pictures(data: Sequence[TaskData], image_root: str | Path) -> None:
+def _pictures_sha256(data: Sequence[TaskData], image_root: str | Path) -> dict[str, str]:
+    """Of each task, by its name.
+
+    Raises:
+        ValueError: naming the first task that has pictures which are missing.
+    """
+    sizes = picture_bytes((item for task in data for item in task.items), image_root)
     for task in data:
-        missing = missing_pictures(task.items, image_root)
+        missing = [path for path in dict.fromkeys(i.image_path for i in task.items) if path and sizes[path] is None]
         if missing:
             raise ValueError(
                 f"task {task.task.name}: {len(missing)} pictures are not below {image_root} (first: {missing[0]!r}): "
                 f"unpack the benchmark's images there; no row is left out"
             )
+    return {task.task.name: pictures_sha256(task.items, sizes) for task in data}
 
 
 def _num_ranks() -> int:

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_cocoa.data.rows import Content
-from megatron_cocoa.evaluation.mmeb_data import EvalItem, missing_pictures, picture_file, read_task, task_files
+from megatron_cocoa.evaluation.mmeb_data import EvalItem, picture_bytes, picture_file, read_task, task_files
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, MMEB_V1, Task, read_benchmark
 from tests.unit.mmeb_folders import write_benchmark, write_pictures, write_task
 
@@ -117,7 +117,12 @@ def test_pictures_stay_below_their_root(tmp_path):
         with pytest.raises(ValueError, match="leaves the image root"):
             picture_file(tmp_path / "root", path)
     items = [EvalItem("", "images/0.png"), EvalItem("", "images/9.png"), EvalItem("a", "")]
-    assert missing_pictures(items, tmp_path / "root") == ["images/9.png"]
+    (tmp_path / "root" / "folder.png").mkdir()
+    size = (tmp_path / "root" / "images" / "0.png").stat().st_size
+    found = picture_bytes([*items, EvalItem("", "folder.png")], tmp_path / "root")
+    assert found == {"images/0.png": size, "images/9.png": None, "folder.png": None}
+    with pytest.raises(ValueError, match="leaves the image root"):
+        picture_bytes([EvalItem("", "../secret.png")], tmp_path / "root")
 
 
 def test_a_folder_brings_its_own_table(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_cocoa.evaluation import mmeb_data
 from megatron_cocoa.evaluation.mmeb_data import EvalItem
 from megatron_cocoa.evaluation.mmeb_encode import Encoded
 from megatron_cocoa.evaluation.mmeb_files import Identity, folder_sha256
@@ -212,6 +213,15 @@ def test_pictures_of_another_size_are_other_data(folder):
     run(folder, KnownEmbedder(), overwrite=True)
     after = read(output, "places")["data"]
     assert after["sha256"] == before["sha256"] and after["pictures_sha256"] != before["pictures_sha256"]
+
+
+def test_each_picture_is_looked_for_once(folder, monkeypatch):
+    """Claim: whether pictures are there and how large they are is asked once each, whichever tasks have them."""
+    asked = []
+    find = mmeb_data.picture_file
+    monkeypatch.setattr(mmeb_data, "picture_file", lambda root, path: asked.append(path) or find(root, path))
+    run(folder, KnownEmbedder())
+    assert sorted(asked) == [f"images/{i}.png" for i in range(3)]
 
 
 def test_missing_pictures_and_broken_vectors_stop_it(folder):
