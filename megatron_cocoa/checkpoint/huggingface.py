@@ -36,7 +36,7 @@ class HuggingFaceReader:
 
     Raises:
         ValueError: if there are no safetensors, both forms, a damaged file, an index that leaves its folder or does
-            not match its shards, or one tensor under both spellings.
+            not match its shards, one tensor under both spellings, or weights in FP8.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -103,7 +103,15 @@ class HuggingFaceReader:
 
     def _check_shard(self, file: str, names: set[str] | None) -> list[str]:
         """Names in a shard; they must be the ones that the index lists for it (``names``), where there is an index."""
-        found = self._open(file).keys()
+        shard = self._open(file)
+        found = shard.keys()
+        quantized = [name for name in found if shard.dtype(name).startswith("F8_")]
+        if quantized:
+            raise ValueError(
+                f"{self.path / file} holds {len(quantized)} tensor(s) quantized to FP8 (first: {quantized[0]}, "
+                f"{shard.dtype(quantized[0])}), whose values count only together with scales: use the model that they "
+                f"were made from, in BF16, F16 or F32"
+            )
         if names is not None and names != set(found):
             raise ValueError(
                 f"{self.path / file} does not match {INDEX_FILE}: "

@@ -83,6 +83,15 @@ def test_rotary_buffers_and_an_equal_tied_head_are_ignored_with_a_reason(tmp_pat
         check_coverage(reader, table)
 
 
+def test_weights_in_fp8_are_told(tmp_path, tiny, state):
+    """Claim: a quantized folder without a quantization_config is called quantized, not damaged."""
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError) as error:
+        HuggingFaceReader(tiny.write(tmp_path / "model", state))
+    assert "holds 1 tensor(s) quantized to FP8 (first: model.norm.weight, F8_E4M3)" in str(error.value)
+    assert "damaged" not in str(error.value)
+
+
 def test_unknown_missing_and_misshapen_keys_are_listed(tmp_path, tiny, state, table):
     """Every kind of misfit is in one message, with shapes found and needed, and at most twenty names of a kind."""
     missing = state.pop("model.norm.weight")
