@@ -23,6 +23,7 @@ from megatron_cocoa.config import EmbeddingForm, EmbeddingSettings, ImageSize, P
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
+from megatron_cocoa.data.row_parsing import half_surrogate
 from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.evaluation.embed import embed_pack
@@ -249,11 +250,9 @@ def _text_and_image(item: Item) -> tuple[str, Image.Image | Path | None]:
     if image is not None and not isinstance(image, (Path, Image.Image)):
         raise ValueError(f"image is a {type(image).__name__}, needed a PIL image or a path")
     text = text or ""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        found = f"character {error.start} of the text is half of a surrogate pair"
-        raise ValueError(f"{found}: no tokenizer takes it") from error
+    at = half_surrogate(text)
+    if at is not None:
+        raise ValueError(f"character {at} of the text is half of a surrogate pair: no tokenizer takes it")
     places = text.count(IMAGE_TOKEN)
     if places > (image is not None):
         raise ValueError(f"the text marks {places} place(s) with {IMAGE_TOKEN} for {int(image is not None)} picture(s)")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_cocoa.data.row_parsing import plain
+from megatron_cocoa.data.row_parsing import half_surrogate, plain
 from megatron_cocoa.data.rows import PLACEHOLDER
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -103,12 +103,12 @@ def read_corpus(path: str | Path, *, image_root: str | Path | None = None, colum
 
 
 def _check_unicode(row: CorpusRow, path: Path) -> None:
-    """JSON can write half of a surrogate pair, and a file name can be any bytes: neither can be written to the ids."""
-    try:
-        f"{row.row_id}{row.text}{row.image}".encode()
-    except UnicodeEncodeError as error:
-        found = f"{path}: row {row.row_id!r} holds the character {error.object[error.start]!r}"
-        raise ValueError(f"{found}, which is no Unicode text: mend the row, or rename the file") from error
+    """An id that is no Unicode text could not be written down, a text could not be embedded."""
+    whole = f"{row.row_id}{row.text}{row.image}"
+    at = half_surrogate(whole)
+    if at is not None:
+        found = f"{path}: row {row.row_id!r} holds the character {whole[at]!r}"
+        raise ValueError(f"{found}, which is no Unicode text: mend the row, or rename the file")
 
 
 def _pictures(folder: Path) -> list[str]:
