@@ -61,8 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> bool:
     # Imported late: --help and a mistyped option must not wait for torch.
-    from megatron_cocoa.conversion.command import dtype_of, report_import, verified
+    from megatron_cocoa.conversion.command import check_verify_memory, dtype_of, report_import, verified
 
+    check_verify_memory(args, source="huggingface")
     if not args.verify_only:
         report_import(_import(args, dtype_of(args.dtype)))
     return verified(args, source="huggingface")

@@ -49,10 +49,39 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
         "--verify",
         action="store_true",
         help="read both sides back and compare them bit for bit, then run both models in fp32 on text and pictures, "
-        "causal and bidirectional, one after the other: 4 bytes of memory a parameter and 3 GiB more",
+        "causal and bidirectional, one after the other: 4 bytes of memory a parameter and 3 GiB more, which is "
+        "checked first",
     )
     choice.add_argument(
         "--verify-only", action="store_true", help="write nothing: run that comparison on two folders that exist"
+    )
+
+
+def check_verify_memory(args: argparse.Namespace, *, source: Literal["huggingface", "megatron"]) -> None:
+    """Refuse a comparison that was asked for and that memory cannot hold, before anything is written.
+
+    Raises:
+        ValueError: with what is needed, what was found, and what to do instead.
+    """
+    if not (args.verify or args.verify_only):
+        return
+    from megatron_cocoa.conversion.memory import (
+        check_fp32_memory,
+        parameters_of_checkpoint,
+        parameters_of_huggingface,
+    )
+
+    if source == "huggingface":
+        num_parameters = parameters_of_huggingface(args.hf_path)
+    else:
+        num_parameters = parameters_of_checkpoint(args.mcore_path)
+    check_fp32_memory(
+        num_parameters,
+        what="--verify" if args.verify else "--verify-only",
+        instead="convert without it, and compare with --verify-only where there is more memory"
+        if args.verify
+        else "run it where there is more memory",
+        also_on_host=True,
     )
 
 

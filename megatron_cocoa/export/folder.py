@@ -19,6 +19,7 @@ from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
+from megatron_cocoa.conversion.memory import check_fp32_memory, parameters_of_checkpoint
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
 from megatron_cocoa.data.preprocess import processor_file
 from megatron_cocoa.embedder import CocoaEmbedder
@@ -29,7 +30,7 @@ from megatron_cocoa.export.export_info import (
     make_embedding_config,
     write_image_limits,
 )
-from megatron_cocoa.export.golden import write_golden
+from megatron_cocoa.export.golden import GOLDEN_FILE, write_golden
 from megatron_cocoa.export.model_card import model_card
 from megatron_cocoa.export.sentence_transformers_files import write_modules
 
@@ -76,6 +77,13 @@ def export_embedder(
         )
     for origin in (source, *([found] if found is not None else [])):
         check_target(target, origin, marker="config.json", kind="model folder", overwrite=overwrite)
+    if options.golden and not missing:
+        check_fp32_memory(
+            parameters_of_checkpoint(source),
+            what=GOLDEN_FILE,
+            instead="leave it out with --no-golden, or export where there is more memory",
+            also_on_host=False,
+        )
     with new_folder(target) as work:
         # Readers refuse a folder under its incomplete name, so the model is made one level below it.
         folder = work / "model"

@@ -43,6 +43,11 @@ def reset_peak_memory() -> int:
     return _process_memory("VmRSS")
 
 
+def free_gpu_memory_bytes() -> int | None:
+    """Memory of this rank's GPU that no process uses; None without a GPU."""
+    return torch.cuda.mem_get_info()[0] if device.has_gpu() else None
+
+
 def memory_in_use() -> int | None:
     """Bytes that are taken on this rank's GPU, by whatever process; a context alone takes 0.5 GiB. None without."""
     if not device.has_gpu():

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.conversion import memory
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
 from megatron_cocoa.export.check_golden import check_golden
@@ -194,6 +195,16 @@ def test_vectors_of_another_picture_size_are_not_mixed(run, tmp_path):
     plan.file("ids", 0).write_text("")
     with pytest.raises(ValueError, match=f"another image_size .image_size was None, is now {SIDE}"):
         prepare_output(plan, made_from())
+
+
+def test_golden_vectors_that_do_not_fit_are_told_first(run, tmp_path, monkeypatch):
+    """Claim: where memory is one byte short an export names --no-golden before it writes anything, and does without."""
+    needed = memory.fp32_bytes(memory.parameters_of_checkpoint(run))
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match="golden.json runs a model of .*leave it out with --no-golden"):
+        export_embedder(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export_embedder(run, tmp_path / "out", options=EmbedderOptions("hf", golden=False))
 
 
 def test_what_an_embedding_model_lacks_is_said(run, tmp_path):

@@ -1,0 +1,85 @@
+"""The converters ask for memory before they write or load what needs a whole fp32 model."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.conversion import memory
+from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
+from tests.huggingface_folders import write_model
+
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
+
+
+def tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    saved = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = saved
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("folders")
+    convert_hf_to_mcore(write_model(folder / "hf", tied=False), folder / "mcore")
+    return folder / "hf", folder / "mcore"
+
+
+@pytest.fixture
+def little(monkeypatch, folders) -> int:
+    """Free memory that is one byte short; returns the model's parameters."""
+    found = memory.parameters_of_huggingface(folders[0])
+    monkeypatch.setattr(memory, "available_bytes", lambda: memory.fp32_bytes(found) - 1)
+    return found
+
+
+def test_both_sides_count_the_same_parameters(folders):
+    """Claim: the headers of either folder give the number of values; only the vocabulary's padding differs."""
+    text = AutoConfig.from_pretrained(folders[0]).text_config
+    with TorchDistReader(folders[1]) as reader:
+        rows = reader.shape("language_model.output_layer.weight")[0]
+    padding = 2 * (rows - text.vocab_size) * text.hidden_size
+    found = memory.parameters_of_huggingface(folders[0])
+    assert memory.parameters_of_checkpoint(folders[1]) == found + padding
+
+
+def test_the_needed_memory_is_that_which_was_measured():
+    """Claim: --verify of the 3B took 16.7 GiB at least, a tiny model is asked for little more than its weights."""
+    assert 16.7 * 2**30 < memory.fp32_bytes(3_754_622_976) < 17.5 * 2**30
+    assert memory.fp32_bytes(1000) == 5000
+
+
+def test_verify_that_does_not_fit_writes_nothing(folders, tmp_path, little, capsys):
+    """Claim: both tools refuse --verify before they write, with what is needed and found, and convert without it."""
+    hf, mcore = folders
+    into = tool("convert_hf_to_mcore")
+    arguments = ["--hf-path", str(hf), "--mcore-path", str(tmp_path / "mcore")]
+    assert into.main([*arguments, "--verify"]) == 2
+    said = capsys.readouterr().err
+    assert "--verify runs a model of 0.00 billion parameters in fp32 and needs about 0.0 GiB" in said
+    assert "are free on this host" in said and "compare with --verify-only where there is more memory" in said
+    assert not (tmp_path / "mcore").exists()
+    assert into.main(arguments) == 0
+    back = ["--hf-path", str(tmp_path / "hf"), "--mcore-path", str(mcore)]
+    assert tool("convert_mcore_to_hf").main([*back, "--verify"]) == 2
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_gpu_counts_where_the_model_runs_on_it(monkeypatch):
+    """Claim: with a GPU its memory is what golden vectors need, and --verify needs the host's besides."""
+    monkeypatch.setattr(memory.device_memory, "free_gpu_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    asked = dict(what="it", instead="wait")
+    memory.check_fp32_memory(10**5, **asked, also_on_host=False)
+    with pytest.raises(ValueError, match="are free on this host"):
+        memory.check_fp32_memory(10**5, **asked, also_on_host=True)
+    with pytest.raises(ValueError, match="are free on the GPU .CUDA_VISIBLE_DEVICES= hides it"):
+        memory.check_fp32_memory(10**6, **asked, also_on_host=False)
