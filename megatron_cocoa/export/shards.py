@@ -56,30 +56,60 @@ def check_contents(folder: str | Path, contents: Sequence[tuple[str, str]], *, n
             )
 
 
-def read_shards(folder: str | Path) -> np.ndarray:
-    """All vectors of a finished corpus, in the order of its rows.
+class ShardedVectors:
+    """Vectors on a disk, in the order of the corpus's rows; memory holds those that are asked for, and no others.
 
-    Returns:
-        float32 ``(rows, hidden)``, rows of length one.
+    Args:
+        folder: a finished output of ``tools/embed.py``.
 
     Raises:
         ValueError: if the folder is not ``tools/embed.py``'s, a shard is missing or damaged, or a vector is not finite.
     """
-    folder = Path(folder)
-    manifest = _manifest(folder)
-    plan = ShardPlan(folder, manifest["num_items"], manifest["shard_size"])
-    unfinished = [shard for shard in range(plan.num_shards) if not is_done(plan, shard)]
-    if unfinished:
-        raise ValueError(
-            f"{folder}: {len(unfinished)} of {plan.num_shards} shards are missing or damaged (first: {unfinished[0]}): "
-            f"start tools/embed.py again with its arguments"
-        )
-    parts = [np.load(plan.file("embeddings", shard), allow_pickle=False) for shard in range(plan.num_shards)]
-    vectors = np.concatenate(parts)
-    if len(vectors) != plan.num_items or not np.isfinite(vectors).all():
-        broken = int((~np.isfinite(vectors)).any(axis=1).sum())
-        raise ValueError(f"{folder} has {len(vectors)} vectors for {plan.num_items} rows, {broken} of them not finite")
-    return vectors
+
+    def __init__(self, folder: str | Path) -> None:
+        manifest = _manifest(Path(folder))
+        self._plan = plan = ShardPlan(Path(folder), manifest["num_items"], manifest["shard_size"])
+        unfinished = [shard for shard in range(plan.num_shards) if not is_done(plan, shard)]
+        if unfinished:
+            raise ValueError(
+                f"{folder}: {len(unfinished)} of {plan.num_shards} shards are missing or damaged (first: "
+                f"{unfinished[0]}): start tools/embed.py again with its arguments"
+            )
+        num_rows, num_broken, lengths = 0, 0, set()
+        for shard in range(plan.num_shards):
+            vectors = np.load(plan.file("embeddings", shard), allow_pickle=False)
+            num_rows, lengths = num_rows + len(vectors), lengths | {vectors.shape[1]}
+            num_broken += int((~np.isfinite(vectors)).any(axis=1).sum())
+        if num_rows != plan.num_items or num_broken or len(lengths) != 1:
+            raise ValueError(
+                f"{folder} has {num_rows} vectors for {plan.num_items} rows, {num_broken} of them not finite, of "
+                f"length {', '.join(map(str, sorted(lengths)))}"
+            )
+        self.shape = (num_rows, lengths.pop())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """float32 ``(rows, hidden)``, a copy, for a slice or int64 row numbers in any order."""
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
+        shards = wanted // self._plan.shard_size
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            # Mapped anew each time: pages of a mapping count as this process's memory for as long as it lives.
+            vectors = np.load(self._plan.file("embeddings", shard), mmap_mode="r", allow_pickle=False)
+            found[here] = vectors[wanted[here] - shard * self._plan.shard_size]
+        return found
+
+
+def read_shards(folder: str | Path) -> np.ndarray:
+    """All vectors of a finished corpus at once; see ``ShardedVectors``.
+
+    Returns:
+        float32 ``(rows, hidden)``, rows of length one.
+    """
+    return ShardedVectors(folder)[:]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

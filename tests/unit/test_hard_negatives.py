@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from megatron_cocoa.export import same_pictures
 from megatron_cocoa.export.corpus import Corpus, CorpusRow
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
 from megatron_cocoa.export.hard_negatives import Content, MiningOptions, mine
+from megatron_cocoa.export.nearest import nearest
 from megatron_cocoa.export.pair_files import read_pairs_file, write_pairs_file
-from megatron_cocoa.export.shards import check_same_model, read_shards
+from megatron_cocoa.export.shards import ShardedVectors, check_same_model, read_shards
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "mine_hard_negatives.py"
 
@@ -84,12 +86,17 @@ def test_memory_is_that_of_a_block_of_queries(monkeypatch):
     queries, targets = unit(rng.normal(size=(300, 6))), unit(rng.normal(size=(300, 6)))
     sides = texts(*(f"q{i}" for i in range(300))), texts(*(f"t{i}" for i in range(300)))
     whole = mine(*sides, queries, targets, MiningOptions(2, depth=250))
-    monkeypatch.setattr("megatron_cocoa.export.hard_negatives.BLOCK_QUERIES", 7)
+    # Seven queries and eleven targets at a time, of six numbers each.
+    monkeypatch.setattr("megatron_cocoa.export.nearest.QUERY_BYTES", 7 * 6 * 4)
+    monkeypatch.setattr("megatron_cocoa.export.nearest.TARGET_BYTES", 11 * 6 * 4)
+    monkeypatch.setattr("megatron_cocoa.export.hard_negatives.BLOCK_QUERIES", 5)
     tracemalloc.start()
     found = mine(*sides, queries, targets, MiningOptions(2, depth=250))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == whole
+    assert found.negatives == whole.negatives and found.counts == whole.counts
+    # A product of another shape sums in another order, which the last decimal may show.
+    assert np.concatenate(found.scores) == pytest.approx(np.concatenate(whole.scores), abs=1.1e-6)
     assert peak < 300 * 250 * 8, "less than the places of all neighbours"
 
 
@@ -97,6 +104,112 @@ def test_equal_scores_keep_the_order_of_the_file():
     """Claim: among equal neighbours the earlier row's target wins."""
     found = mine(texts(*"abcde"), texts(*"vwxyz"), angles(0, 0, 0, 0, 0), angles(0, 50, 50, 50, 50), MiningOptions(2))
     assert found.negatives[0] == texts("w", "x")
+
+
+def test_ties_at_the_last_neighbour_keep_the_order_of_the_file(monkeypatch):
+    """Claim: where equal targets are more than the depth, the earliest are taken, in blocks of any size."""
+    wanted = np.arange(20)
+    targets = np.repeat(angles(40), 90, axis=0)
+    for size in (1, 7, 90):
+        monkeypatch.setattr("megatron_cocoa.export.nearest.TARGET_BYTES", size * 2 * 4)
+        ((first, places, scores),) = nearest(angles(0, 30), targets, np.arange(90), 20)
+        assert first == 0 and (places == wanted).all()
+        assert scores == pytest.approx(np.cos(np.radians([[40.0] * 20, [10.0] * 20])), abs=1e-6)
+
+
+def test_the_nearest_are_those_of_a_sort(monkeypatch):
+    """Claim: among more targets than a block holds, those that a sort of all cosines puts first, in its order."""
+    rng = np.random.default_rng(3)
+    queries, targets = unit(rng.normal(size=(30, 8))), unit(rng.normal(size=(500, 8)))
+    among = np.flatnonzero(rng.random(500) < 0.8)
+    monkeypatch.setattr("megatron_cocoa.export.nearest.TARGET_BYTES", 40 * 8 * 4)
+    monkeypatch.setattr("megatron_cocoa.export.nearest.QUERY_BYTES", 12 * 8 * 4)
+    cosines = (queries.astype(np.float64) @ targets[among].T.astype(np.float64)).round(6)
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :50]
+    starts, places, scores = zip(*nearest(queries, targets, among, 50))
+    assert starts == (0, 12, 24)
+    # To the last decimal: a sum in another order may round to its neighbour.
+    assert np.concatenate(scores) == pytest.approx(np.take_along_axis(cosines, order, axis=1), abs=1.1e-6)
+    assert (np.concatenate(places) == order).mean() > 0.99
+
+
+def test_equal_content_is_one_answer_under_any_prompt_and_name():
+    """Claim: no other prompt, spelling, row or file name makes a right answer wrong, or one negative two.
+
+    Query 0 has its positive, the picture a.png, at 60 degrees; nearer to it than that lies nothing. Farther lie, in
+    this order: a copy of a.png under another prompt, right for an equal query b.png (whose picture is a copy of row
+    0's own query's), the query itself as a target, and twice the same wrong picture.
+    """
+    ask, show = "<|image_1|> what is alike?", "<|image_1|> Represent the given image."
+    asked = Content(ask, "q.png"), Content("x", ""), Content(" What IS alike? <|image_1|>", "copy-of-q.png")
+    queries = [*asked, *texts("y", "z", "w")]
+    positives = [
+        Content(show, "a.png"),
+        Content("<|image_1|> Picture:", "copy-of-a.png"),
+        Content(show, "b.png"),
+        Content(show, "copy-of-q.png"),
+        Content(show, "c.png"),
+        Content("<|image_1|> Picture:", "c.png"),
+    ]
+    same = {"copy-of-a.png": "a.png", "copy-of-q.png": "q.png"}
+    vectors = angles(0, 0, 0, 0, 0, 0), angles(10, 60, 62, 64, 66, 68)
+    found = mine(queries, positives, *vectors, MiningOptions(num_negatives=2), same_pictures=same)
+    assert found.negatives[0] == [positives[4]]
+    alone = mine(queries[:1] * 6, positives, *vectors, MiningOptions(num_negatives=2), same_pictures=same)
+    assert alone.negatives == [[]] * 6, "each is right for the very same query"
+    spelled = texts("Caf\u00e9  noir", "cafe\u0301 NOIR", "<|image_1|> caf\u00e9 noir", "tea")
+    found = mine(texts(*"abcd"), spelled, angles(0, 0, 0, 0), angles(10, 60, 70, 80), MiningOptions(2))
+    assert found.negatives[0] == texts("tea") and found.counts["same_answer"] == 0
+    assert found.negatives[3] == [], "all of row 3 is nearer than its own"
+
+
+def test_one_wrong_answer_is_taken_once():
+    """Claim: two spellings of a wrong answer give one negative, the nearer one, and leave the place to another."""
+    found = mine(texts(*"abcd"), texts("fox", "cat", "Cat", "dog"), angles(0, 0, 0, 0), angles(0, 50, 60, 70),
+                 MiningOptions(2))  # fmt: skip
+    assert found.negatives[0] == texts("cat", "dog") and found.counts["same_answer"] == 1
+    skipped = mine(texts(*"abcd"), texts("fox", "cat", "Cat", "dog"), angles(0, 0, 0, 0), angles(0, 50, 60, 70),
+                   MiningOptions(1, skip_top=1))  # fmt: skip
+    assert skipped.negatives[0] == texts("dog")
+
+
+def test_the_relative_margin_is_a_share_of_the_positive():
+    """Claim: a candidate must stay below that share of the positive's cosine, the wider of both margins counts, and
+    below zero the limit lies below the positive as well."""
+    targets = angles(60, 62, 66, 70)  # cosines 0.5, 0.469, 0.407, 0.342
+
+    def first(own: float = 60, **margins) -> list[Content]:
+        vectors = angles(0, 0, 0, 0), np.concatenate([angles(own), targets[1:]])
+        return mine(texts(*"abcd"), texts(*"wxyz"), *vectors, MiningOptions(**margins)).negatives[0]
+
+    assert first(margin=0.0) == texts("x")
+    assert first(margin=0.0, relative_margin=0.1) == texts("y"), "0.469 is above 0.45"
+    assert first(margin=0.12, relative_margin=0.1) == texts("z"), "0.407 is above 0.38"
+    assert first(margin=0.01, relative_margin=0.25) == texts("z"), "0.407 is above 0.375"
+    assert first(own=110, margin=0.0, relative_margin=0.5) == []
+    with pytest.raises(ValueError, match="relative_margin is 1.5: needed between 0 and 1"):
+        MiningOptions(relative_margin=1.5)
+
+
+def test_pictures_are_the_same_by_their_bytes(tmp_path, monkeypatch):
+    """Claim: copies are found whatever their names, files of one size and one middle are told apart, and only files
+    that look alike are read whole."""
+    middle = bytes(9000)
+    contents = {
+        "a.png": b"1" + middle + b"2", "b.png": b"1" + middle + b"3", "sub/a.png": b"1" + middle + b"2",
+        "c.png": b"short", "d.png": b"other", "e.png": b"alone in its size",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    read = []
+    whole = same_pictures.sha256_of
+    monkeypatch.setattr(same_pictures, "sha256_of", lambda file: read.append(file.name) or whole(file))
+    found = same_pictures.same_pictures(["", *contents, "a.png"], tmp_path)
+    assert found == {name: "a.png" if name == "sub/a.png" else name for name in contents}
+    assert sorted(read) == ["a.png", "a.png", "b.png"]
+    with pytest.raises(ValueError, match="absent.png cannot be read .*--image-root"):
+        same_pictures.same_pictures(["absent.png", "c.png"], tmp_path)
 
 
 def test_a_copy_of_the_positive_is_no_negative():
@@ -201,6 +314,15 @@ def test_vectors_of_other_rows_are_refused(tmp_path, tool, capsys):
     for file in shuffled.glob("shard-*.json"):
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "contents"}))
     assert mined(queries, shuffled) == 0
+
+
+def test_vectors_on_a_disk_are_those_in_memory(tmp_path):
+    """Claim: slices and rows in any order, over the borders of shards, are those of the whole array."""
+    vectors = unit(np.random.default_rng(4).normal(size=(7, 3)))
+    found = ShardedVectors(embed(tmp_path / "v", vectors))
+    assert found.shape == (7, 3) and len(found) == 7
+    for rows in (slice(1, 6), slice(6, 20), slice(0, 0), np.array([5, 0, 0, 6]), np.array([], dtype=int)):
+        assert (found[rows] == vectors[rows]).all() and found[rows].dtype == np.float32
 
 
 def test_damaged_vectors_are_refused(tmp_path):

@@ -1,0 +1,110 @@
+"""Exact nearest neighbours by cosine among more vectors than memory holds, on a GPU where there is one.
+
+Vectors are read block by block and multiplied by torch, which uses all cores. For each query only its best places are
+kept, each as one integer: the cosine to ``DECIMALS`` decimals above, the place below. So no two compare as equal, also
+where many targets are: the size of the blocks decides nothing, and the order of sums inside a library hardly ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.threads import map_ahead
+
+DECIMALS = 6
+QUERY_BYTES = 2**29
+"""Of the queries that are searched for at a time; each such block reads all targets once."""
+TARGET_BYTES = 2**26
+"""Of the targets that are read at a time."""
+SCORE_BYTES = 2**25
+"""Of the cosines that exist at a time."""
+
+_SCALE, _PLACE_BITS = float(10**DECIMALS), 32
+_NONE = torch.iinfo(torch.int64).min
+
+
+class Vectors(Protocol):
+    """float32 ``(rows, hidden)``, rows of length one, in memory or on a disk; indexed by a slice or by row numbers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray: ...
+
+
+@torch.no_grad()
+def nearest(
+    queries: Vectors, targets: Vectors, among: np.ndarray, depth: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Search for all queries, a block at a time.
+
+    Args:
+        queries, targets: of one length.
+        among: int64 ``(candidates,)``, the rows of ``targets`` that are candidates; a place counts in it.
+        depth: neighbours of each query, at most as many as there are candidates.
+
+    Yields:
+        The number of a block's first query; int64 places and float32 cosines, rounded to ``DECIMALS``, each
+        ``(queries, depth)``, best first, equal ones in the order of their places.
+    """
+    row_bytes = 4 * targets.shape[1]
+    many, few = (max(1, size // row_bytes) for size in (QUERY_BYTES, TARGET_BYTES))
+    for start in range(0, len(queries), many):
+        block = device.upload(np.ascontiguousarray(queries[start : start + many]), device.device())
+        keys = torch.full((len(block), depth), _NONE, device=block.device)
+        # The next targets are read while these are multiplied.
+        parts = map_ahead(
+            lambda first: (first, np.ascontiguousarray(targets[among[first : first + few]])),
+            range(0, len(among), few),
+            num_workers=1,
+            num_ahead=2,
+        )
+        for first, part in parts:
+            part = device.upload(part, block.device)
+            rows = max(1, SCORE_BYTES // (4 * len(part)))
+            for query in range(0, len(block), rows):
+                _merge(keys[query : query + rows], block[query : query + rows] @ part.T, first)
+        keys = keys.cpu()
+        rounded = _rounded(keys)
+        yield start, ((rounded << _PLACE_BITS) - keys).numpy(), (rounded / _SCALE).float().numpy()
+
+
+def _merge(keys: Tensor, scores: Tensor, first: int) -> None:
+    """Take what belongs among the best into ``keys``.
+
+    Args:
+        keys: int64 ``(queries, depth)``, best first, changed in place.
+        scores: float32 ``(queries, targets)``.
+        first: place of the first of these targets; all places before were merged already.
+    """
+    (queries, depth), targets = keys.shape, scores.shape[1]
+    # An equal one comes after those that are kept, since its place does; what rounds up to better is not lost here.
+    better = scores > (_rounded(keys[:, -1:]) + 0.25) / _SCALE
+    if int(better.count_nonzero()) > queries * depth:
+        fresh = _keys(scores, torch.arange(first, first + targets, device=scores.device))
+        fresh = fresh.topk(min(depth, targets), dim=1).values
+    else:
+        row, column = better.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=queries)
+        fresh = keys.new_full((queries, int(counts.max())), _NONE)
+        place_in_row = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        fresh[row, place_in_row] = _keys(scores[row, column], column + first)
+    if fresh.shape[1]:
+        keys.copy_(torch.cat([keys, fresh], dim=1).topk(depth, dim=1).values)
+
+
+def _keys(scores: Tensor, places: Tensor) -> Tensor:
+    """Integers that are larger for a larger rounded cosine, and for an earlier place where it is equal."""
+    return ((scores * _SCALE).round().long() << _PLACE_BITS) - places
+
+
+def _rounded(keys: Tensor) -> Tensor:
+    return (keys + 2**_PLACE_BITS - 1) >> _PLACE_BITS
