@@ -121,6 +121,11 @@ class TrainSettings:
         """The settings of stage ``name``."""
         return getattr(self, name)
 
+    @property
+    def frozen_parts(self) -> FreezeSettings:
+        """``freeze`` as it is applied: with adapters every pretrained weight is frozen, whatever it says."""
+        return FreezeSettings(vision=True, merger=True, language=True) if self.adapter.is_used else self.freeze
+
     def learned_temperature(self, stage: str) -> float | None:
         """Initial value of the temperature that ``stage`` trains; None if it trains none."""
         own = self.contrastive

@@ -54,11 +54,11 @@ def find_sites(chunk: QwenVL, settings: AdapterSettings) -> Iterator[Site]:
         tower, merger = chunk.vision_model.decoder, chunk.vision_model.projection.encoder
         for layer in tower.layers:
             for parent in (layer.self_attention, layer.mlp):
-                yield from _sites(parent, _tower(vision), settings.vision_targets, vision.intermediate_size)
-        yield from _sites(merger, _MERGER, settings.vision_targets, merger.config.ffn_hidden_size)
+                yield from _sites(parent, tower_projections(vision), settings.vision_targets, vision.intermediate_size)
+        yield from _sites(merger, MERGER_PROJECTIONS, settings.vision_targets, merger.config.ffn_hidden_size)
     for layer in chunk.language_model.decoder.layers:
         for parent in (layer.self_attention, layer.mlp):
-            yield from _sites(parent, _LANGUAGE, settings.language_targets, text.intermediate_size)
+            yield from _sites(parent, LANGUAGE_PROJECTIONS, settings.language_targets, text.intermediate_size)
 
 
 def check_targets(architecture: QwenVLArchitecture, settings: AdapterSettings) -> None:
@@ -67,7 +67,7 @@ def check_targets(architecture: QwenVLArchitecture, settings: AdapterSettings) -
     Raises:
         ValueError: if no module of the tower has a name in ``vision_targets``.
     """
-    projections = [*_tower(architecture.vision).values(), *_MERGER.values()]
+    projections = [*tower_projections(architecture.vision).values(), *MERGER_PROJECTIONS.values()]
     known = [module for modules in projections for module in modules]
     if settings.vision_targets and not set(settings.vision_targets) & set(known):
         raise ValueError(
@@ -76,16 +76,16 @@ def check_targets(architecture: QwenVLArchitecture, settings: AdapterSettings) -
         )
 
 
-_LANGUAGE = {
+LANGUAGE_PROJECTIONS = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),
     "linear_proj": ("o_proj",),
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
 }
-_MERGER = {"linear_fc1": ("mlp.0",), "linear_fc2": ("mlp.2",)}
+MERGER_PROJECTIONS = {"linear_fc1": ("mlp.0",), "linear_fc2": ("mlp.2",)}
 
 
-def _tower(vision: VisionArchitecture) -> dict[str, tuple[str, ...]]:
+def tower_projections(vision: VisionArchitecture) -> dict[str, tuple[str, ...]]:
     first, second = (("gate_proj", "up_proj"), "down_proj") if vision.gated else (("fc1",), "fc2")
     return {"linear_qkv": ("qkv",), "linear_proj": ("proj",), "linear_fc1": first, "linear_fc2": (second,)}
 

@@ -12,8 +12,14 @@ from megatron_cocoa.model.attention import check_head_split
 from megatron_cocoa.model.fp8 import check_fp8_widths
 
 
-def check_layout(architecture: QwenVLArchitecture, *, model: ModelSettings, parallel: ParallelSettings) -> None:
-    """Refuse degrees that the architecture cannot be divided by.
+def check_layout(
+    architecture: QwenVLArchitecture,
+    *,
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    recompute: RecomputeSettings = RecomputeSettings(),
+) -> None:
+    """Refuse degrees, and blocks of recomputed layers, that the architecture cannot be divided by.
 
     Raises:
         ValueError: naming the number that does not divide and what to change.
@@ -43,16 +49,13 @@ def check_layout(architecture: QwenVLArchitecture, *, model: ModelSettings, para
     _check_divides(text.hidden_size, tp, "hidden_size of the language model")
     check_fp8_widths(architecture, model, ffn=ffn, tensor_parallel=tp)
     _check_pipeline(text.num_hidden_layers, pp, parallel)
+    _check_recompute(architecture, parallel, recompute)
 
 
-def check_recompute(
-    architecture: QwenVLArchitecture, *, parallel: ParallelSettings, recompute: RecomputeSettings
+def _check_recompute(
+    architecture: QwenVLArchitecture, parallel: ParallelSettings, recompute: RecomputeSettings
 ) -> None:
-    """Refuse blocks of recomputed layers that do not come out even: Megatron looks for the layers that are not there.
-
-    Raises:
-        ValueError: with both numbers.
-    """
+    """Blocks must come out even: Megatron looks for the layers that are not there."""
     layers = architecture.text.num_hidden_layers
     chunks = {n // parallel.num_chunks for n in layers_per_stage(layers, parallel)}
     for name, counts in (("vision", {architecture.vision.depth}), ("language", chunks)):

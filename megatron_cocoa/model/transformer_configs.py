@@ -14,7 +14,7 @@ from megatron_cocoa.architecture import MERGER_EPSILON, QwenVLArchitecture
 from megatron_cocoa.config import ModelSettings, ParallelSettings, Recompute, RecomputeSettings
 from megatron_cocoa.model.activations import gelu, quick_gelu
 from megatron_cocoa.model.fp8 import fp8_fields
-from megatron_cocoa.model.layout_checks import check_layout, check_recompute, padded_vision_ffn
+from megatron_cocoa.model.layout_checks import check_layout, padded_vision_ffn
 from megatron_cocoa.parallel import device
 
 INITIALIZER_RANGE = 0.02
@@ -52,8 +52,7 @@ def build_configs(
     Raises:
         ValueError: if heads, ffn widths or layers cannot be divided as asked.
     """
-    check_layout(architecture, model=model, parallel=parallel)
-    check_recompute(architecture, parallel=parallel, recompute=recompute)
+    check_layout(architecture, model=model, parallel=parallel, recompute=recompute)
     common = _common(model, parallel)
     tower = {**common, **_recompute(recompute.vision, recompute.vision_num_layers)}
     if model.fp8_vision:

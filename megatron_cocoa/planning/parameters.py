@@ -11,6 +11,8 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import FreezeSettings, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.model.language import padded_vocab_size
 from megatron_cocoa.model.layout_checks import layers_per_stage, padded_vision_ffn
+from megatron_cocoa.planning.adapters import AdaptedProjection, language_adapters, merger_adapters, tower_adapters
+from megatron_cocoa.planning.shapes import language_shape, tower_shape
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class RankParameters:
 
     trainable, frozen: with and without gradient; a tied matrix counts on each rank that holds it.
     largest:           the largest trainable tensor, whose gradient lives beside the FP32 buffer for a moment.
+    in_fp32:           of ``trainable``: DoRA's magnitudes, which are FP32 whatever the model's dtype.
     """
 
     trainable: int
     frozen: int
     largest: int
+    in_fp32: int = 0
 
     @property
     def total(self) -> int:
@@ -49,7 +53,7 @@ def rank_parameters(
     Tensor- and context-parallel ranks of a stage hold equally many. The layout must be one that the model accepts
     (``layout_checks.check_layout``).
     """
-    parallel, freeze = settings.parallel, settings.freeze
+    parallel, freeze = settings.parallel, settings.frozen_parts
     is_first, is_last = pipeline_rank == 0, pipeline_rank == parallel.pipeline_model_parallel_size - 1
     tensors: list[tuple[int, bool]] = []
     if is_first:
@@ -60,12 +64,29 @@ def rank_parameters(
         share = unit_dim // parallel.tensor_model_parallel_size
         tensors += [(size, True) for size in _decoder_layer(architecture, parallel)] * settings.warmup.decoder_layers
         tensors += [(share * architecture.text.hidden_size, True), (share, True)]
+    adapted = _adapters(architecture, settings, pipeline_rank)
+    magnitudes = [projection.magnitudes for projection in adapted]
+    tensors += [(size, True) for projection in adapted for size in projection.matrices]
+    tensors += [(size, True) for size in magnitudes]
     trainable = [size for size, trains in tensors if trains]
     return RankParameters(
         trainable=sum(trainable),
         frozen=sum(size for size, trains in tensors if not trains),
         largest=max(trainable, default=0),
+        in_fp32=sum(magnitudes),
     )
+
+
+def _adapters(architecture: QwenVLArchitecture, settings: TrainSettings, pipeline_rank: int) -> list[AdaptedProjection]:
+    """Every adapted projection of a rank."""
+    model, parallel, adapter = settings.model, settings.parallel, settings.adapter
+    language = language_adapters(language_shape(architecture, model, parallel), adapter)
+    found = [*language.values()] * layers_of_stage(architecture.text.num_hidden_layers, parallel, pipeline_rank)
+    if pipeline_rank == 0:
+        shape = tower_shape(architecture, model, parallel)
+        found += [*tower_adapters(architecture, shape, adapter).values()] * architecture.vision.depth
+        found += merger_adapters(architecture, shape, adapter).values()
+    return found
 
 
 def _decoder_layer(architecture: QwenVLArchitecture, parallel: ParallelSettings) -> list[int]:

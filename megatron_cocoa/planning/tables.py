@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import STAGES, TrainSettings
-from megatron_cocoa.model.layout_checks import check_layout, check_recompute
+from megatron_cocoa.model.layout_checks import check_layout
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
 from megatron_cocoa.planning.packs import expected_microbatches, expected_pack
 from megatron_cocoa.planning.published import published_architecture
@@ -90,8 +90,7 @@ def plan_lines(
     Raises:
         ValueError: for a layout that architecture, GPUs or batch sizes cannot be divided by.
     """
-    check_layout(architecture, model=settings.model, parallel=settings.parallel)
-    check_recompute(architecture, parallel=settings.parallel, recompute=settings.recompute)
+    check_layout(architecture, model=settings.model, parallel=settings.parallel, recompute=settings.recompute)
     replicas = settings.parallel.data_parallel_size(world_size)
     pack = expected_pack(architecture, settings, stage, data_parallel_size=replicas)
     memory = stage_memory(architecture, settings, stage, world_size=world_size, pack=pack)
@@ -101,11 +100,6 @@ def plan_lines(
         f"stage {stage}: {replicas} replica(s), packs of {pack.tokens} tokens and {pack.patches} patches, "
         f"{number} micro-batch(es)"
     ]
-    if settings.adapter.is_used:
-        lines.append(
-            "  adapters are not counted: these are the figures of full training. Gradients and optimizer need less, "
-            "activations more, with dora more than twice as much unless recompute is full: leave room for them"
-        )
     for rank in memory:
         parts = (rank.parameters, rank.gradients, rank.optimizer, rank.activations, rank.transient, rank.total)
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.config import FreezeSettings, TrainSettings
+from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.specs import repeats_whole_mlps
 from megatron_cocoa.model.workload import Workload
@@ -57,8 +57,7 @@ class SpeedMeter:
         flops = step_flops(
             self.architecture,
             workload,
-            # With adapters every pretrained weight is frozen, whatever ``freeze`` says.
-            freeze=FreezeSettings(True, True, True) if self.settings.adapter.is_used else self.settings.freeze,
+            freeze=self.settings.frozen_parts,
             recompute=self.settings.recompute,
             repeats_whole_mlps=repeats_whole_mlps(self.settings),
             pipeline_stages=parallel.pipeline_model_parallel_size * parallel.num_chunks,

@@ -14,6 +14,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture, TextArchitecture, Vi
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import (
     STAGES,
+    AdapterSettings,
     BridgeSettings,
     ContrastiveSettings,
     FreezeSettings,
@@ -23,6 +24,7 @@ from megatron_cocoa.config import (
     TrainSettings,
     WarmupSettings,
 )
+from megatron_cocoa.model.adapters import attach_adapters
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
@@ -128,6 +130,7 @@ def measured_step(
     recomputed_layers: int | None = None,
     num_microbatches: int = 1,
     freeze: dict | None = None,
+    adapter: dict | None = None,
     tied: bool = True,
     **parallel,
 ) -> dict:
@@ -142,6 +145,7 @@ def measured_step(
         parallel=layout,
         recompute=RecomputeSettings(recompute, recompute, recomputed_layers, recomputed_layers),
         freeze=FreezeSettings(**(freeze or {})),
+        adapter=AdapterSettings(**(adapter or {})),
         warmup=WarmupSettings(**sizes),
         bridge=BridgeSettings(**sizes),
         contrastive=ContrastiveSettings(**sizes),
@@ -181,6 +185,8 @@ def _measure(architecture, settings: TrainSettings, stage: str, batches: list[Pa
             for chunk in bare.chunks:
                 for parameter in chunk.parameters():
                     parameter.normal_(0.0, 0.02)
+        if settings.adapter.is_used:
+            attach_adapters(bare, settings, mask_token_id=7)
         model = wrap_data_parallel(bare, settings.parallel)
         optimizer, _ = build_optimizer(model, settings.stage(stage), settings.optimizer, settings.parallel)
         objective = build_objective(stage, settings)
@@ -254,6 +260,22 @@ ONE_RANK: dict[str, dict] = {
 } | {
     f"memory-frozen-vision-{mode}": dict(stage="bridge", freeze={"vision": True}, recompute=mode)
     for mode in ("mlp", "full")
+} | {
+    f"memory-{kind}-{stage}-dropout-{dropout}-{recompute}": dict(
+        stage=stage, family=family, dtype="bf16", recompute=recompute, adapter=dict(kind=kind, dropout=dropout)
+    )
+    for stage, family in (("warmup", "qwen2_vl"), ("bridge", "qwen2_5_vl"), ("contrastive", "qwen2_5_vl"))
+    for kind in ("lora", "dora")
+    for dropout in (0.1, 0.0)
+    for recompute in ("none", "mlp", "selective", "full")
+} | {
+    f"memory-{kind}-{name}": dict(stage="bridge", adapter=dict(kind=kind, **targets))
+    for kind in ("lora", "dora")
+    for name, targets in {
+        "language-alone": dict(vision_targets=()),
+        "merger-alone": dict(language_targets=(), vision_targets=("mlp.0", "mlp.2")),
+        "some": dict(language_targets=("q_proj", "v_proj", "up_proj"), vision_targets=("qkv", "mlp.0")),
+    }.items()
 }  # fmt: skip
 
 TWO_RANKS: dict[str, dict] = {
@@ -270,6 +292,15 @@ TWO_RANKS: dict[str, dict] = {
     "memory-dp2-distributed-optimizer": dict(stage="bridge", dtype="bf16", use_distributed_optimizer=True),
     "memory-dp2-distributed-optimizer-full": dict(dtype="bf16", recompute="full", use_distributed_optimizer=True),
     "memory-dp2-full": dict(dtype="bf16", recompute="full"),
+    "memory-tp2-sp-dora": dict(
+        dtype="bf16", adapter=dict(kind="dora"), tensor_model_parallel_size=2, sequence_parallel=True
+    ),
+    "memory-pp2-lora": dict(
+        stage="bridge", adapter=dict(kind="lora"), num_microbatches=4, pipeline_model_parallel_size=2
+    ),
+    "memory-dp2-distributed-optimizer-dora": dict(
+        dtype="bf16", adapter=dict(kind="dora"), recompute="mlp", use_distributed_optimizer=True
+    ),
 }
 
 DEFAULT = (
@@ -280,6 +311,11 @@ DEFAULT = (
     "memory-contrastive-untied",
     "memory-frozen-language",
     "memory-frozen-vision-full",
+    "memory-dora-warmup-dropout-0.1-none",
+    "memory-dora-contrastive-dropout-0.1-full",
+    "memory-lora-bridge-dropout-0.1-mlp",
+    "memory-lora-some",
+    "memory-dora-merger-alone",
     *TWO_RANKS,
 )
 """Run by default; the others are of the opt-in tier."""
