@@ -35,6 +35,7 @@ _BUCKET, _BUCKET_PER_RANK = 40_000_000, 1_000_000
 class RankMemory:
     """Bytes on one rank of a pipeline stage at its fullest moment.
 
+    parameters:  with the copies of weights that products in FP8 read.
     activations: of all micro-batches in flight.
     transient:   what the fullest moment needs beyond them.
     """
@@ -106,7 +107,10 @@ def stage_memory(
 
 
 def _parameter_bytes(settings: TrainSettings, held: RankParameters) -> int:
-    return (held.total - held.in_fp32) * element_size(settings.model) + held.in_fp32 * 4
+    """Of parameters, and of the copies of their weights that products in FP8 read."""
+    model = settings.model
+    plain = held.total - held.in_fp32 - (held.fp8.by_rows if model.fp8_param else 0)
+    return plain * element_size(model) + held.in_fp32 * 4 + held.fp8.copies(model.fp8)
 
 
 def _optimizer_bytes(settings: TrainSettings, held: RankParameters) -> int:

@@ -12,6 +12,7 @@ from megatron_cocoa.config import FreezeSettings, ModelSettings, ParallelSetting
 from megatron_cocoa.model.language import padded_vocab_size
 from megatron_cocoa.model.layout_checks import layers_per_stage, padded_vision_ffn
 from megatron_cocoa.planning.adapters import AdaptedProjection, language_adapters, merger_adapters, tower_adapters
+from megatron_cocoa.planning.fp8 import Fp8Weights, fp8_weights
 from megatron_cocoa.planning.shapes import language_shape, tower_shape
 
 
@@ -22,12 +23,14 @@ class RankParameters:
     trainable, frozen: with and without gradient; a tied matrix counts on each rank that holds it.
     largest:           the largest trainable tensor, whose gradient lives beside the FP32 buffer for a moment.
     in_fp32:           of ``trainable``: DoRA's magnitudes, which are FP32 whatever the model's dtype.
+    fp8:               those whose products run in FP8.
     """
 
     trainable: int
     frozen: int
     largest: int
     in_fp32: int = 0
+    fp8: Fp8Weights = Fp8Weights()
 
     @property
     def total(self) -> int:
@@ -69,11 +72,13 @@ def rank_parameters(
     tensors += [(size, True) for projection in adapted for size in projection.matrices]
     tensors += [(size, True) for size in magnitudes]
     trainable = [size for size, trains in tensors if trains]
+    layers = layers_of_stage(architecture.text.num_hidden_layers, parallel, pipeline_rank)
     return RankParameters(
         trainable=sum(trainable),
         frozen=sum(size for size, trains in tensors if not trains),
         largest=max(trainable, default=0),
         in_fp32=sum(magnitudes),
+        fp8=fp8_weights(architecture, settings, language_layers=layers, with_tower=is_first),
     )
 
 

@@ -235,6 +235,31 @@ def test_adapters_move_memory_to_where_it_is():
     assert full.activations < lora.activations and 2 * full.activations < dora.activations
 
 
+def test_weights_in_fp8_are_counted():
+    """Claim: products in FP8 read two copies of a byte an element, kept beside the weight in BF16 or instead of it.
+
+    ``tests/gpu/test_fp8_memory.py`` compares with what Transformer Engine holds. By hand, of a 3B's 36 language layers
+    and 32 of the tower, whose ffn is padded to 3456; blocks of 32 or of 128 x 128 share a scale of one or four bytes.
+    """
+    architecture = published_architecture("qwen2.5-vl-3b")
+    language = 36 * (2048 * (2048 + 2 * 256 + 2048) + 3 * 2048 * 11008)
+    tower = 32 * (1280 * 4 * 1280 + 3 * 1280 * 3456)
+
+    def memory(*more):
+        settings = settings_of("qwen2.5-vl-3b", "--model.vision_ffn_multiple=128", *more)
+        pack = expected_pack(architecture, settings, "bridge", data_parallel_size=8)
+        return stage_memory(architecture, settings, "bridge", world_size=8, pack=pack)[0]
+
+    plain = memory()
+    delayed = ["--model.fp8=delayed"]
+    assert memory(*delayed).parameters == plain.parameters + 2 * language
+    assert memory(*delayed, "--model.fp8_vision").parameters == plain.parameters + 2 * (language + tower)
+    instead = memory(*delayed, "--model.fp8_vision", "--model.fp8_param")
+    assert (instead.parameters, instead.optimizer) == (plain.parameters, plain.optimizer)
+    for recipe, scale in (("mxfp8", 1 / 32), ("blockwise", 4 / 128**2)):
+        assert memory(f"--model.fp8={recipe}").parameters == plain.parameters + round(2 * language * (1 + scale))
+
+
 @pytest.fixture
 def tool():
     """``tools/plan_layout.py`` as a module."""
