@@ -30,7 +30,7 @@ class ModelSettings:
         fp8_vision: use FP8 in the tower's linear layers as well; the number of patches is padded inside the tower, its
             ffn width by ``vision_ffn_multiple``. False leaves the tower in ``dtype``.
         fp8_param: keep the weights of those layers in FP8 and gather them in FP8; the master weights stay FP32 in the
-            distributed optimizer.
+            distributed optimizer. Not with ``mxfp8``.
         vision_ffn_multiple: zero-pad the tower's ffn width to a multiple of this (exact; the published 3420
             needs 128 for FP8 or for tensor parallel degrees that do not divide it). 1 pads nothing.
         make_vocab_size_divisible_by: vocabulary rows are padded to a multiple of this times the tensor
@@ -73,6 +73,12 @@ class ModelSettings:
         require(
             not self.fp8_param or self.dtype == "bf16",
             f"model.fp8_param needs model.dtype bf16, found {self.dtype}",
+        )
+        # Megatron would move such weights into a buffer of its own, and Transformer Engine cannot (replace_raw_data).
+        require(
+            not (self.fp8_param and self.fp8 == "mxfp8"),
+            "model.fp8_param has no form for model.fp8 mxfp8: set it to false, or model.fp8 to delayed, tensorwise or "
+            "blockwise",
         )
 
 

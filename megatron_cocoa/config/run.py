@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_cocoa.config.checks import require
+from megatron_cocoa.config.checks import changed_fields, require
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class CheckpointSettings:
     """Checkpoints from which a stage can be resumed, beside the weights that each stage leaves at its end.
 
     Args:
-        save_interval: steps between two of them; None writes one only if a run is stopped before its end.
+        save_interval: steps between two of them, no more than a stage of the run has; None writes one only if a run is
+            stopped before its end.
         keep: how many of the newest are kept.
         asynchronous: write them in a background process while training goes on; costs a copy of the state in
             host memory.
@@ -83,7 +84,7 @@ class ValidationSettings:
     """Retrieval on held-out pairs (``eval_heldout.jsonl`` of the data folder) while a stage trains.
 
     Args:
-        interval: steps between two validations; None never validates.
+        interval: steps between two validations, no more than a stage of the run has; None never validates.
         metric: what decides which weights are kept as ``<stage>/best``, averaged over both directions.
     """
 
@@ -94,4 +95,9 @@ class ValidationSettings:
         require(
             self.interval is None or self.interval >= 1,
             f"validation.interval is {self.interval}, needs 1 or more, or null",
+        )
+        require(
+            self.interval is not None or not changed_fields(self, ("metric",)),
+            f"validation.metric {self.metric} would have no effect: validation.interval is null, set it to a number of "
+            f"steps",
         )

@@ -80,10 +80,30 @@ class TrainSettings:
             f"freeze.language with optimizer.weight_decay {self.optimizer.weight_decay} would shrink the frozen rows "
             f"of the embedding, of which the mask token's row trains: set weight_decay to 0",
         )
+        require(
+            not (self.with_baseline and self.stages == ("contrastive",)),
+            "with_baseline trains stage contrastive alone, and so does the run itself with stages [contrastive]: set "
+            "with_baseline to false, or name an earlier stage too",
+        )
+        self._check_intervals()
         if self.data.sources:
             self._check_sources()
         if self.adapter.is_used:
             self._check_adapter()
+
+    def _check_intervals(self) -> None:
+        trained = [*self.stages, *(["contrastive"] if self.with_baseline else [])]
+        longest = max(self.stage(name).steps for name in trained)
+        intervals = {
+            "validation.interval": self.validation.interval,
+            "checkpoint.save_interval": self.checkpoint.save_interval,
+        }
+        for name, interval in intervals.items():
+            require(
+                interval is None or interval <= longest,
+                f"{name} {interval} would have no effect: no stage of the run has more than {longest} steps; lower it, "
+                f"or set it to null",
+            )
 
     def _check_sources(self) -> None:
         measured = self.evaluate or self.validation.interval is not None

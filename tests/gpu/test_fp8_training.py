@@ -86,7 +86,7 @@ def losses(steps: int = STEPS, recompute: RecomputeSettings = RecomputeSettings(
 def test_loss_in_fp8_follows_bf16(recipe, more):
     """Claim: over a few hundred steps FP8 learns what BF16 learns, with the tower and the weights in FP8 or not."""
     try:
-        resolve_implementation(ModelSettings(fp8=recipe))
+        resolve_implementation(ModelSettings(fp8=recipe, **more))
     except ValueError as reason:
         pytest.skip(str(reason))
     in_bf16, in_fp8 = bf16_losses(), losses(fp8=recipe, **more)

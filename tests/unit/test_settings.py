@@ -267,6 +267,16 @@ def test_unknown_key_in_yaml_names_file_and_nearest(tmp_path):
         (["--output_dir=~/runs"], "output_dir is ~/runs, which would be a folder of that name"),
         (["--seed", "-3"], "seed is -3, must not be negative"),
         (["--freeze.language", "--optimizer.weight_decay", "0.1"], "weight_decay 0.1 would shrink the frozen rows"),
+        (["--validation.metric", "recall@5"], "metric recall@5 would have no effect: validation.interval is null"),
+        (["--validation.interval", "341"], "interval 341 would have no effect: no stage of the run has more than 340"),
+        (["--checkpoint.save_interval", "151", "--stages", "warmup"], "save_interval 151 would have no effect"),
+        (["--parallel.sequence_parallel"], "sequence_parallel would have no effect: it divides over tensor parallel"),
+        (["--with_baseline", "--stages", "contrastive"], "with_baseline trains stage contrastive alone, and so does"),
+        (["--warmup.mae_weight", "0", "--warmup.mae_target", "normalized"], "warmup.mae_target would have no effect"),
+        (
+            ["--model.fp8", "mxfp8", "--model.fp8_param", "--model.transformer_impl", "auto", "--model.dtype", "bf16"],
+            "model.fp8_param has no form for model.fp8 mxfp8: set it to false",
+        ),
         (["--model.path", "x"], "no preset was chosen"),
         (["--preset", "qwen2.5-vl-3b"], "needs --model.path"),
         (["--preset", "qwen2.5-vl-3b", "--model.path", "x"], "needs --data.path"),
@@ -276,6 +286,23 @@ def test_unknown_key_in_yaml_names_file_and_nearest(tmp_path):
 def test_wrong_values_are_refused_in_one_line(argv, part):
     """Claim: each mistake says what was found and what was needed."""
     assert part in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--validation.interval", "340", "--validation.metric", "recall@5"],
+        ["--validation.interval", "300", "--stages", "warmup", "--with_baseline"],
+        ["--checkpoint.save_interval", "150", "--stages", "warmup"],
+        ["--parallel.sequence_parallel", "--parallel.tensor_model_parallel_size", "2"],
+        ["--warmup.mae_weight", "0", "--warmup.mae_noise", "zero"],
+    ],
+    ids=" ".join,
+)
+def test_settings_with_an_effect_are_not_refused(argv):
+    """Claim: an interval that one stage reaches is not refused, the baseline's stage included; hidden units are
+    replaced by noise whether their loss counts or not."""
+    parse_settings(argv)
 
 
 @pytest.mark.parametrize(
