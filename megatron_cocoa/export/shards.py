@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_cocoa.export.embed_corpus import MANIFEST, ShardPlan, contents_sha256, is_done
 
+_ROWS_CHECKED = 1024
 _MODEL_KEYS = ("model", "model_files", "model_path")
 
 
@@ -77,9 +78,10 @@ class ShardedVectors:
             )
         num_rows, num_broken, lengths = 0, 0, set()
         for shard in range(plan.num_shards):
-            vectors = np.load(plan.file("embeddings", shard), allow_pickle=False)
+            vectors = self._mapped(shard)
             num_rows, lengths = num_rows + len(vectors), lengths | {vectors.shape[1]}
-            num_broken += int((~np.isfinite(vectors)).any(axis=1).sum())
+            for start in range(0, len(vectors), _ROWS_CHECKED):
+                num_broken += int((~np.isfinite(vectors[start : start + _ROWS_CHECKED])).any(axis=1).sum())
         if num_rows != plan.num_items or num_broken or len(lengths) != 1:
             raise ValueError(
                 f"{folder} has {num_rows} vectors for {plan.num_items} rows, {num_broken} of them not finite, of "
@@ -97,10 +99,17 @@ class ShardedVectors:
         shards = wanted // self._plan.shard_size
         for shard in np.unique(shards):
             here = np.flatnonzero(shards == shard)
-            # Mapped anew each time: pages of a mapping count as this process's memory for as long as it lives.
-            vectors = np.load(self._plan.file("embeddings", shard), mmap_mode="r", allow_pickle=False)
-            found[here] = vectors[wanted[here] - shard * self._plan.shard_size]
+            picked = wanted[here] - shard * self._plan.shard_size
+            if isinstance(rows, slice) and rows.step in (None, 1):
+                # A slice is copied straight to its place, row numbers only by way of another copy.
+                found[here[0] : here[-1] + 1] = self._mapped(shard)[picked[0] : picked[-1] + 1]
+            else:
+                found[here] = self._mapped(shard)[picked]
         return found
+
+    def _mapped(self, shard: int) -> np.ndarray:
+        """Mapped anew each time: pages of a mapping count as this process's memory for as long as it lives."""
+        return np.load(self._plan.file("embeddings", shard), mmap_mode="r", allow_pickle=False)
 
 
 def read_shards(folder: str | Path) -> np.ndarray:

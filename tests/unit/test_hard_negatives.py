@@ -321,7 +321,8 @@ def test_vectors_on_a_disk_are_those_in_memory(tmp_path):
     vectors = unit(np.random.default_rng(4).normal(size=(7, 3)))
     found = ShardedVectors(embed(tmp_path / "v", vectors))
     assert found.shape == (7, 3) and len(found) == 7
-    for rows in (slice(1, 6), slice(6, 20), slice(0, 0), np.array([5, 0, 0, 6]), np.array([], dtype=int)):
+    slices = slice(1, 6), slice(6, 20), slice(0, 0), slice(5, 1, -2)
+    for rows in (*slices, np.array([5, 0, 0, 6, 1]), np.array([], dtype=int)):
         assert (found[rows] == vectors[rows]).all() and found[rows].dtype == np.float32
 
 
