@@ -10,9 +10,10 @@ The last layer's keys and values are needed at every row, its output where somet
 output projection and MLP count. Its queries and scores, and adapters, count for all rows.
 
 Not counted in either: norms, activations, rotary positions, softmax, optimizer, the similarity matrix of the
-contrastive loss, and what a kernel recomputes inside (flash attention's scores). Vocabulary and ffn padding, the
-padding of attention buckets and of the rows read, the image decoder's pass over a tail, and the tower's over an empty
-pack are work, but not useful work.
+contrastive loss, what a kernel recomputes inside (flash attention's scores), and DoRA's second product of each frozen
+weight with the input after dropout: utilisation under DoRA with dropout is understated. Vocabulary and ffn padding,
+the padding of attention buckets and of the rows read, the image decoder's pass over a tail, and the tower's over an
+empty pack are work, but not useful work.
 
 For several packs, on one rank or over ranks, sum the ``Workload``, then count once.
 """
