@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.data import collate
 from megatron_cocoa.data.collate import collate_bridge, collate_contrastive, collate_embedding, collate_warmup
 from megatron_cocoa.data.evaluation_batches import bridge_batches, embedding_batch, evaluation_builder
 from megatron_cocoa.data.prepared import CorruptionSettings
@@ -164,6 +165,16 @@ def test_target_keys_are_equal_exactly_where_targets_are_equal(parts):
     assert keys.dtype == torch.int64
     equal = (keys[:, None] == keys[None, :]).tolist()
     assert equal == [[a == b for b in targets] for a in targets]
+
+
+def test_pictures_of_queries_are_not_hashed(parts, monkeypatch):
+    """Claim: keys, which take a millisecond a picture, are made of what is compared alone."""
+    builder, options = parts
+    hashed = []
+    monkeypatch.setattr(collate, "_content_key", lambda sample: hashed.append(sample.role) or 0)
+    samples = builder.pair(PairRow("a", PICTURES[0], Content("t")), [Content("n")])
+    collate_contrastive(samples, options, num_hard_negatives=1)
+    assert hashed == ["target", "negative"]
 
 
 def test_hard_negatives_have_a_place_each_and_keys_like_targets(parts):
