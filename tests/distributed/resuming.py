@@ -23,6 +23,7 @@ from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import read_metrics
 from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.stage_checkpoints import complete_steps
+from megatron_cocoa.training.stopping import StopWatch
 from tests.distributed.check import Check
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
@@ -35,10 +36,11 @@ OPTIMIZER = OptimizerSettings(adam_eps=1e-4)
 NO_ADAPTER = AdapterSettings()
 
 
-class _StopAfter:
+class _StopAfter(StopWatch):
     """Asks for a stop at the end of the given step of this process."""
 
     def __init__(self, steps: int) -> None:
+        super().__init__()
         self.left = steps
 
     def reason(self) -> str | None:
