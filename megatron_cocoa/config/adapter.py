@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_cocoa.config.checks import changed_fields, require
+from megatron_cocoa.config.checks import require
 
 LANGUAGE_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear modules of a language layer that adapters can sit on, as Hugging Face names them."""
@@ -62,7 +62,7 @@ class AdapterSettings:
                 f"adapter.kind is {self.kind}, and neither language_targets nor vision_targets names a module",
             )
         else:
-            changed = changed_fields(self)
+            changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
             require(
                 not changed,
                 f"adapter.{' and adapter.'.join(changed)} would have no effect: adapter.kind is none, set lora or dora",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
 
 def require(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless the condition holds."""
@@ -15,15 +12,6 @@ def require(condition: bool, message: str) -> None:
 def require_ratio(name: str, value: float) -> None:
     """Refuse a value outside of (0, 1] by its field's name."""
     require(0.0 < value <= 1.0, f"{name} is {value}: a ratio must lie in (0, 1]")
-
-
-def changed_fields(settings: Any, names: tuple[str, ...] | None = None) -> list[str]:
-    """Fields of a dataclass, or those of them that are named, whose value is not their default."""
-    return [
-        f.name
-        for f in fields(settings)
-        if (names is None or f.name in names) and getattr(settings, f.name) != f.default
-    ]
 
 
 def nearest_multiples(number: int, factor: int) -> str:

@@ -16,8 +16,8 @@ class ParallelSettings:
         pipeline_model_parallel_size: stages; the tower lies on the first.
         virtual_pipeline_model_parallel_size: chunks of layers per stage (interleaved schedule).
         context_parallel_size: shards of the sequence, exchanged for shards of the heads inside attention.
-        sequence_parallel: shard norms and residuals of the language model over tensor parallel ranks, of which it needs
-            two or more.
+        sequence_parallel: shard norms and residuals of the language model over tensor parallel ranks, if there are two
+            or more.
         num_layers_in_first_pipeline_stage: language layers of the first stage; fewer than elsewhere balance the tower.
         num_layers_in_last_pipeline_stage: language layers of the last stage; fewer balance the heads.
         use_distributed_optimizer: shard optimizer state over data parallel ranks (ZeRO-1).
@@ -53,11 +53,6 @@ class ParallelSettings:
             virtual is None or (virtual >= 2 and self.pipeline_model_parallel_size > 1),
             f"virtual_pipeline_model_parallel_size {virtual} needs to be 2 or more, with a pipeline of at least two "
             f"stages (found {self.pipeline_model_parallel_size})",
-        )
-        require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.sequence_parallel would have no effect: it divides over tensor parallel ranks, and "
-            "parallel.tensor_model_parallel_size is 1; set sequence_parallel to false, or the size to 2 or more",
         )
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),

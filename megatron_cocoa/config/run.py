@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_cocoa.config.checks import changed_fields, require
+from megatron_cocoa.config.checks import require
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class CheckpointSettings:
     """Checkpoints from which a stage can be resumed, beside the weights that each stage leaves at its end.
 
     Args:
-        save_interval: steps between two of them, no more than a stage of the run has; None writes one only if a run is
-            stopped before its end.
+        save_interval: steps between two of them; None writes one only if a run is stopped before its end.
         keep: how many of the newest are kept.
         asynchronous: write them in a background process while training goes on; costs a copy of the state in
             host memory.
@@ -97,7 +96,7 @@ class ValidationSettings:
             f"validation.interval is {self.interval}, needs 1 or more, or null",
         )
         require(
-            self.interval is not None or not changed_fields(self, ("metric",)),
+            self.interval is not None or self.metric == type(self).metric,
             f"validation.metric {self.metric} would have no effect: validation.interval is null, set it to a number of "
             f"steps",
         )

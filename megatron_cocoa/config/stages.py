@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megatron_cocoa.config.checks import changed_fields, nearest_divisors, nearest_multiples, require, require_ratio
+from megatron_cocoa.config.checks import nearest_divisors, nearest_multiples, require, require_ratio
 from megatron_cocoa.config.names import TEMPERATURE_RANGE
 
 
@@ -161,11 +161,6 @@ class WarmupSettings(StageSettings):
         require_ratio("warmup.text_mask_ratio", self.text_mask_ratio)
         require_ratio("warmup.unit_mask_ratio", self.unit_mask_ratio)
         require(self.mae_weight >= 0, f"warmup.mae_weight is {self.mae_weight}, must not be negative")
-        of_the_loss = changed_fields(self, ("mae_target", "decoder_layers", "decoder_init"))
-        require(
-            self.mae_weight > 0 or not of_the_loss,
-            f"warmup.{' and warmup.'.join(of_the_loss)} would have no effect: warmup.mae_weight is 0, set it above",
-        )
 
 
 @dataclass(frozen=True)

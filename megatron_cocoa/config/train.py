@@ -85,25 +85,20 @@ class TrainSettings:
             "with_baseline trains stage contrastive alone, and so does the run itself with stages [contrastive]: set "
             "with_baseline to false, or name an earlier stage too",
         )
-        self._check_intervals()
+        self._check_validation()
         if self.data.sources:
             self._check_sources()
         if self.adapter.is_used:
             self._check_adapter()
 
-    def _check_intervals(self) -> None:
-        trained = [*self.stages, *(["contrastive"] if self.with_baseline else [])]
+    def _check_validation(self) -> None:
+        interval, trained = self.validation.interval, [*self.stages, *(["contrastive"] if self.with_baseline else [])]
         longest = max(self.stage(name).steps for name in trained)
-        intervals = {
-            "validation.interval": self.validation.interval,
-            "checkpoint.save_interval": self.checkpoint.save_interval,
-        }
-        for name, interval in intervals.items():
-            require(
-                interval is None or interval <= longest,
-                f"{name} {interval} would have no effect: no stage of the run has more than {longest} steps; lower it, "
-                f"or set it to null",
-            )
+        require(
+            interval is None or interval <= longest,
+            f"validation.interval {interval} would have no effect: no stage of the run has more than {longest} steps; "
+            f"lower it, or set it to null",
+        )
 
     def _check_sources(self) -> None:
         measured = self.evaluate or self.validation.interval is not None
