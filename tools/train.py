@@ -24,6 +24,12 @@ from megatron_cocoa.settings.parse import parse_settings  # noqa: E402
 EXIT_FAULT, EXIT_BAD_INPUT = 1, 2
 
 
+def _say(message: str) -> None:
+    """Print to the log, if it takes it: the disk that ended the run may be full for the log too."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def _tell_launcher(message: str) -> None:
     """Write ``message`` to the file from which torchrun takes the root cause that it prints last.
 
@@ -32,7 +38,7 @@ def _tell_launcher(message: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         more = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        # Not being able to is no error: the message has been printed already.
+        # As in ``_say``.
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": more}}), encoding="utf-8")
 
@@ -53,15 +59,15 @@ def main() -> int:
         run(settings, LaunchInfo.from_environment(), seconds_since_start=time.monotonic() - started)
     except (ValueError, FloatingPointError) as error:
         if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say(f"error: {error}")
         else:
             # torchrun ends all ranks when one has ended: give the first rank time to print the same error.
             time.sleep(3)
-            print(f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            _say(f"error on rank {os.environ['RANK']}: {error}")
         _tell_launcher(str(error))
         return EXIT_BAD_INPUT
     except Exception as error:
-        traceback.print_exc()
+        _say(traceback.format_exc())
         _tell_launcher(f"{type(error).__name__}: {error}")
         return EXIT_FAULT
     return 0
@@ -73,8 +79,9 @@ def _end_at_once(status: int) -> NoReturn:
     Python would join workers that are deaf to its signal, and a background write that nobody will complete; NCCL would
     wait for collectives that the other ranks never join. Until the rank has ended, its launcher ends no other.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 

@@ -123,10 +123,12 @@ class StageLog:
             self.wandb.log({f"{self.stage}/step": step, **tagged})
 
     def _say(self, text: str) -> None:
-        if self.is_watched:
-            self.bar.write(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        # What the run needs are its files: where people read along may be a full disk or a pipe that is gone.
+        with contextlib.suppress(OSError):
+            if self.is_watched:
+                self.bar.write(text)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _failing_once(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ def run(*args, **kwargs):
     context.Process(target=deaf, args=(os.getpid(), is_deaf), daemon=True).start()
     is_deaf.wait()
     os.kill(os.getpid(), signal.SIGUSR2)
-    raise RuntimeError("a GPU is lost")
+    raise ERROR
 
 sys.modules["megatron_cocoa.recipes.run"] = types.SimpleNamespace(run=run)
 launch = types.SimpleNamespace(from_environment=lambda: None)
@@ -142,6 +142,19 @@ def test_a_mistake_ends_in_one_message(tmp_path, ranks, arguments, message):
     assert "tools/train.py\", line" not in text, "the message must not come with our own stack"
 
 
+def end_with(error: Exception, log: Path, told: Path) -> int:
+    """Exit status of a rank that ``error`` ends; all that it prints goes to ``log``."""
+    with log.open("a") as stream:
+        return subprocess.run(
+            [sys.executable, "-c", FAULT.replace("ERROR", repr(error))], cwd=ROOT, stdout=stream,
+            stderr=subprocess.STDOUT, env=environment(TORCHELASTIC_ERROR_FILE=str(told)), timeout=60,
+        ).returncode  # fmt: skip
+
+
+def told_to_launcher(told: Path) -> str:
+    return json.loads(told.read_text())["message"]["message"]
+
+
 def test_a_rank_with_a_fault_ends_although_its_workers_do_not(tmp_path):
     """Claim: a worker that is deaf to signals, as those that read data are, keeps no rank that has failed from ending.
 
@@ -149,12 +162,18 @@ def test_a_rank_with_a_fault_ends_although_its_workers_do_not(tmp_path):
     to whoever sends SIGUSR2.
     """
     log, told = tmp_path / "log", tmp_path / "error.json"
-    with log.open("w") as stream:
-        done = subprocess.run(
-            [sys.executable, "-c", FAULT], cwd=ROOT, env=environment(TORCHELASTIC_ERROR_FILE=str(told)), stdout=stream,
-            stderr=subprocess.STDOUT, timeout=60,
-        )  # fmt: skip
+    assert end_with(RuntimeError("a GPU is lost"), log, told) == 1
     text = log.read_text()
-    assert done.returncode == 1 and "RuntimeError: a GPU is lost" in text, text
-    assert json.loads(told.read_text())["message"]["message"] == "RuntimeError: a GPU is lost"
+    assert "RuntimeError: a GPU is lost" in text, text
+    assert told_to_launcher(told) == "RuntimeError: a GPU is lost"
     assert re.search(r"most recent call first\):\n.* in run$", text, flags=re.MULTILINE), text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(ValueError("no space is left"), 2, "no space is left"), (OSError("lost"), 1, "OSError: lost")],
+)
+def test_a_rank_whose_log_takes_nothing_ends_too(tmp_path, error, status, message):
+    """Claim: a full disk under the log, which may be what ended the run, changes neither the status nor the end."""
+    assert end_with(error, Path("/dev/full"), tmp_path / "error.json") == status
+    assert told_to_launcher(tmp_path / "error.json") == message

@@ -1,6 +1,9 @@
 """What a run writes stays in step with what it has done, also when it is resumed."""
 
+import errno
+import io
 import json
+import os
 import sys
 from unittest.mock import MagicMock
 
@@ -102,3 +105,19 @@ def test_a_log_that_nobody_watches_gets_lines(tmp_path, capsys):
     assert "\r" not in found and found.endswith("\n")
     said = [(line.split("[")[0].split()[-1], line.rpartition("loss=")[2]) for line in found.splitlines()[1:]]
     assert said == [("2/5", "2]"), ("4/5", "4]"), ("5/5", "5]")]
+
+
+def test_lines_that_nobody_takes_end_no_run(tmp_path, monkeypatch):
+    """Claim: the files are written to the end where the printed lines meet a full disk, or a pipe that is gone."""
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    log = StageLog(tmp_path, stage="warmup", steps=2, is_writer=True, interval=1)
+    log.step(1, {"loss": 1.0})
+    log.skipped(1, "its norm stands out")
+    log.step(2, {"loss": 2.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
