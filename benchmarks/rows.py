@@ -36,7 +36,7 @@ from megatron_cocoa.data.loader import StageLoader  # noqa: E402
 from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder  # noqa: E402
 from megatron_cocoa.parallel import topology  # noqa: E402
 from megatron_cocoa.recipes.context import prepare_context  # noqa: E402
-from megatron_cocoa.recipes.stages import build_loader  # noqa: E402
+from megatron_cocoa.recipes.stage_loader import build_loader  # noqa: E402
 
 WORDS = "red green blue small large cat dog house tree moon sol luna perro gato casa rojo verde azul".split()
 STAGE = {"mmeb-train": "contrastive", "webdataset": "warmup"}

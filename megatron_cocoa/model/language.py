@@ -134,4 +134,3 @@ class LanguageModel(LanguageModule):
         """
         logits = self.logits(hidden_rows).unsqueeze(1)
         return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).squeeze(1)
-

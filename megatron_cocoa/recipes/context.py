@@ -94,6 +94,17 @@ def evaluation_parts(
     )
 
 
+def _is_loadable(checkpoint: Path) -> bool:
+    """Whether a checkpoint is seen to be complete; any other is refused where it is loaded.
+
+    A run that resumes may not need it any more.
+    """
+    try:
+        return is_complete(checkpoint)
+    except OSError:
+        return False
+
+
 def prepare_context(settings: TrainSettings) -> RunContext:
     """Read the model folder; without ``model.path``, make the toy model and (without ``data.path``) the toy data first.
 
@@ -110,8 +121,7 @@ def prepare_context(settings: TrainSettings) -> RunContext:
     _check_pools(settings)
     config = read_config(Path(settings.model.path))
     architecture = QwenVLArchitecture.from_huggingface(config)
-    if settings.model.load is not None and is_complete(Path(settings.model.load)):
-        # One that is not complete is refused where it is loaded; a run that resumes may not need it any more.
+    if settings.model.load is not None and _is_loadable(Path(settings.model.load)):
         check_same_model(Path(settings.model.load), settings.model.path, architecture)
     bundle = load_tokenizer(
         settings.model.path,

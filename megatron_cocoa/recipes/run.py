@@ -50,7 +50,7 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
 
     Raises:
         ValueError: for anything that a user can correct, before the first step where possible.
-        FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row without a finite loss or gradient.
+        FloatingPointError: after ``optimizer.max_skipped_steps`` steps in a row that had to be skipped.
     """
     started = time.perf_counter()
     settings.parallel.data_parallel_size(launch.world_size)

@@ -190,5 +190,3 @@ def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: C
     if topology.is_first_rank():
         # Nobody resumes a stage that is complete, and optimizer states are three quarters of what a run stores.
         shutil.rmtree(folder / STEP_CHECKPOINTS, ignore_errors=True)
-
-

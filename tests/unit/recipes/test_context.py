@@ -52,6 +52,15 @@ def test_a_value_of_the_wrong_type_is_a_line_with_its_name(tmp_path):
         read_config(tmp_path)
 
 
+def test_a_checkpoint_that_cannot_be_seen_is_left_to_who_loads_it(tiny_folders, tmp_path):
+    """Claim: a file system that fails ends in a message there, and no run that resumes and does not need it."""
+    (tmp_path / "cocoa.json").mkdir()
+    settings = tiny_settings(tiny_folders)
+    context = prepare_context(replace(settings, model=replace(settings.model, load=str(tmp_path))))
+    with pytest.raises(ValueError, match="cannot be read: .*Is a directory"):
+        context.weight_source(None).check()
+
+
 def test_weights_of_another_model_than_the_folder_describes_are_refused(tiny_folders, tmp_path):
     """Claim: a checkpoint is not trained on with another rotary base than its own, though all shapes fit."""
     settings = tiny_settings(tiny_folders)
