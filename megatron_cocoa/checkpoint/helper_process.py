@@ -31,9 +31,10 @@ def end_with_parent() -> None:
 
 
 def start_results_queue(module) -> None:
-    """Give Megatron's ``filesystem_async`` module a results queue whose process ends with this one, unless it has one.
+    """Give Megatron's ``filesystem_async`` module a new results queue, whose process ends with this one.
 
-    Where a Megatron-Core release keeps its queue elsewhere, nothing is changed.
+    New for each write: of one that failed on another rank, this rank's results are still in the old queue, and would be
+    taken for those of the next. Where a Megatron-Core release keeps its queue elsewhere, nothing is changed.
     """
     global _manager
     if not hasattr(module, "_results_queue"):
@@ -47,4 +48,4 @@ def start_results_queue(module) -> None:
             _manager.start(initializer=end_with_parent)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        module._results_queue = _manager.Queue()
+    module._results_queue = _manager.Queue()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
 from megatron_cocoa.checkpoint.writer import CheckpointWriter
@@ -23,6 +24,8 @@ from tests.distributed.folders import rank_folders
 
 def killed(*, complete: str) -> dict:
     """What each rank is told where the kernel kills the last rank's writer, how soon, and what is left of the write.
+
+    Also how many parts of two tensors the index of the next checkpoint has.
 
     Args:
         complete: by ``poll`` at the end of a step, or ``wait``, as before the next write.
@@ -57,10 +60,14 @@ def killed(*, complete: str) -> dict:
         # Nobody looks before the first rank has removed what is incomplete.
         dist.barrier()
         left = sorted(path.name for path in shared.glob("one*"))
-        found = (message, waited, left)
+        state["v"] = ShardedTensor.from_rank_offsets("v", torch.zeros(4), (0, rank, size))
+        writer.write(shared / "two", state, **how)
+        writer.wait()
+        indexed = len(FileSystemReader(shared / "two").read_metadata().storage_data)
+        found = (message, waited, left, indexed)
         everyone: list = [None] * size
         dist.all_gather_object(everyone, found)
-    return dict(zip(("messages", "waited", "left"), map(list, zip(*everyone))))
+    return dict(zip(("messages", "waited", "left", "indexed"), map(list, zip(*everyone))))
 
 
 CHECKS = {f"writer-killed-{how}": Check(2, functools.partial(killed, complete=how)) for how in ("poll", "wait")}
