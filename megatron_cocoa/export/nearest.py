@@ -7,6 +7,7 @@ where many targets are: the size of the blocks decides nothing, and the order of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -22,7 +23,7 @@ QUERY_BYTES = 2**29
 """Of the queries that are searched for at a time; each such block reads all targets once."""
 TARGET_BYTES = 2**26
 """Of the targets that are read at a time."""
-SCORE_BYTES = 2**25
+SCORE_BYTES = 2**26
 """Of the cosines that exist at a time."""
 
 _SCALE, _PLACE_BITS = float(10**DECIMALS), 32
@@ -85,25 +86,56 @@ def _merge(keys: Tensor, scores: Tensor, first: int) -> None:
         scores: float32 ``(queries, targets)``.
         first: place of the first of these targets; all places before were merged already.
     """
-    (queries, depth), targets = keys.shape, scores.shape[1]
-    # An equal one comes after those that are kept, since its place does; what rounds up to better is not lost here.
-    better = scores > (_rounded(keys[:, -1:]) + 0.25) / _SCALE
-    if int(better.count_nonzero()) > queries * depth:
+    depth, targets = keys.shape[1], scores.shape[1]
+    # An equal one comes after those that are kept, since its place does.
+    least = _rounded(keys[:, -1:]) + 1 if first else _guess(scores, depth)
+    fresh = _at_least(least, scores, first)
+    best = None if fresh is None else _best(keys, fresh)
+    if best is None or (not first and bool((_rounded(best[:, -1:]) < least).any())):
         fresh = _keys(scores, torch.arange(first, first + targets, device=scores.device))
-        fresh = fresh.topk(min(depth, targets), dim=1).values
-    else:
-        row, column = better.nonzero(as_tuple=True)
-        counts = torch.bincount(row, minlength=queries)
-        fresh = keys.new_full((queries, int(counts.max())), _NONE)
-        place_in_row = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-        fresh[row, place_in_row] = _keys(scores[row, column], column + first)
-    if fresh.shape[1]:
-        keys.copy_(torch.cat([keys, fresh], dim=1).topk(depth, dim=1).values)
+        best = _best(keys, fresh.topk(min(depth, targets), dim=1).values)
+    keys.copy_(best)
+
+
+def _guess(scores: Tensor, depth: int) -> Tensor:
+    """int64 ``(queries, 1)``, a rounded cosine that more than ``depth`` of a query's reach, but not many more.
+
+    Every eighth tells, which holds where their order is that of chance: of the best it has an eighth, and hardly ever
+    five standard deviations more.
+    """
+    mean, sample = depth / 8, scores[:, ::8]
+    rank = min(math.ceil(mean + 5 * mean**0.5), sample.shape[1])
+    lowest = sample.topk(rank, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    return (lowest * _SCALE).round().long()
+
+
+def _at_least(least: Tensor, scores: Tensor, first: int) -> Tensor | None:
+    """The keys of all scores that may round to ``least`` or more, ``_NONE`` behind those of a query that has fewer.
+
+    Returns:
+        int64 ``(queries, most of a query)``; None where there are so many that to make the key of each takes less.
+    """
+    found = scores > (least - 0.75) / _SCALE
+    if int(found.count_nonzero()) > scores.numel() // 4:
+        return None
+    row, column = found.nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(scores))
+    keys = least.new_full((len(scores), int(counts.max())), _NONE)
+    place_in_row = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    keys[row, place_in_row] = _keys(scores[row, column], column + first)
+    return keys
+
+
+def _best(keys: Tensor, fresh: Tensor) -> Tensor:
+    return torch.cat([keys, fresh], dim=1).topk(keys.shape[1], dim=1).values if fresh.shape[1] else keys
 
 
 def _keys(scores: Tensor, places: Tensor) -> Tensor:
     """Integers that are larger for a larger rounded cosine, and for an earlier place where it is equal."""
-    return ((scores * _SCALE).round().long() << _PLACE_BITS) - places
+    keys = (scores * _SCALE).round_().long()
+    keys <<= _PLACE_BITS
+    keys -= places
+    return keys
 
 
 def _rounded(keys: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from megatron_cocoa.export import same_pictures
 from megatron_cocoa.export.corpus import Corpus, CorpusRow
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
 from megatron_cocoa.export.hard_negatives import Content, MiningOptions, mine
-from megatron_cocoa.export.nearest import nearest
+from megatron_cocoa.export.nearest import _merge, nearest
 from megatron_cocoa.export.pair_files import read_pairs_file, write_pairs_file
 from megatron_cocoa.export.shards import ShardedVectors, check_same_model, read_shards
 
@@ -131,6 +132,29 @@ def test_the_nearest_are_those_of_a_sort(monkeypatch):
     # To the last decimal: a sum in another order may round to its neighbour.
     assert np.concatenate(scores) == pytest.approx(np.take_along_axis(cosines, order, axis=1), abs=1.1e-6)
     assert (np.concatenate(places) == order).mean() > 0.99
+
+
+@pytest.mark.parametrize("order", ["chance", "near ties", "each eighth", "growing", "equal"])
+def test_a_guess_at_the_last_of_the_best_decides_nothing(order):
+    """Claim: whatever the order of the scores, what is kept is what a sort by rounded score and place puts first."""
+    rng = np.random.default_rng(5)
+    scores = rng.normal(size=(16, 4000)).clip(-3, 3) / 4
+    if order == "near ties":
+        # Some hundred targets of each rounded score, which a comparison of floats would order otherwise.
+        scores = (0.1 + 1e-6 * rng.integers(0, 40, scores.shape)) + rng.uniform(-3e-7, 3e-7, scores.shape)
+    elif order == "each eighth":
+        scores[:, ::8] += 1
+    elif order == "growing":
+        scores.sort(axis=1)
+    elif order == "equal":
+        scores[:] = 0.25
+    scores = torch.from_numpy(scores).float()
+    keys = torch.full((16, 200), torch.iinfo(torch.int64).min)
+    for start, end in ((0, 1700), (1700, 2500), (2500, 4000)):
+        _merge(keys, scores[:, start:end], start)
+    rounded = (scores * 1e6).round().long().numpy()
+    wanted = np.lexsort((np.broadcast_to(np.arange(4000), rounded.shape), -rounded), axis=1)[:, :200]
+    assert (-keys.numpy() % 2**32 == wanted).all()
 
 
 def test_equal_content_is_one_answer_under_any_prompt_and_name():
