@@ -44,7 +44,7 @@ def _mapped() -> list[str]:
     numbers = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     held = [os.readlink(path) for path in numbers if os.path.islink(path)]
     mapped = [line.split(maxsplit=4)[4] for line in Path("/proc/self/maps").open()]
-    return [name for name in (*mapped, *held) if "memfd:once_per_host" in name]
+    return [name for name in (*mapped, *held) if "memfd:once_per_host" in name or name.startswith("/dev/shm/#")]
 
 
 def made(
@@ -53,6 +53,7 @@ def made(
     wanted: list[int] | None = None,
     failing: dict[int, int] | None = None,
     blind: tuple[int, ...] = (),
+    memory: str = "memfd",
 ) -> dict:
     """What each rank made and got.
 
@@ -61,6 +62,7 @@ def made(
         wanted: ranks that want the value; None for all.
         failing: see ``_Make``.
         blind: ranks that cannot open other processes' files.
+        memory: what hosts give: ``memfd``, ``old`` (no such call), or ``full``, which fails once written to.
     """
     rank, make, got, error = dist.get_rank(), _Make(failing or {}), None, ""
     with ExitStack() as changed:
@@ -68,6 +70,12 @@ def made(
             changed.enter_context(patch.object(host, "_host", lambda: hosts[rank]))
         if rank in blind:
             changed.enter_context(patch.object(host, "open", _refused, create=True))
+        if memory == "old":
+            changed.enter_context(patch.object(host, "os", _OldPython()))
+        elif memory == "full":
+            changed.enter_context(
+                patch.object(host, "_file_without_name", lambda: open("/dev/full", "wb", buffering=0))
+            )
         try:
             got = once_per_host(make, is_wanted=wanted is None or rank in wanted)
         except ValueError as found:
@@ -87,10 +95,19 @@ def made(
     return {name: [column[name] for column in columns] for name in found}
 
 
-def _refused(path: str, mode: str) -> None:
+class _OldPython:
+    """``os`` as it is where Python was built for a C library without ``memfd_create``."""
+
+    def __getattr__(self, name: str) -> object:
+        if name == "memfd_create":
+            raise AttributeError(name)
+        return getattr(os, name)
+
+
+def _refused(path: str, mode: str, **options) -> None:
     if mode == "rb":
         raise PermissionError(f"{path} is hidden")
-    return open(path, mode)
+    return open(path, mode, **options)
 
 
 CASES: dict[str, tuple[int, Callable[[], dict]]] = {
@@ -100,6 +117,8 @@ CASES: dict[str, tuple[int, Callable[[], dict]]] = {
     "host-some-want": (4, functools.partial(made, wanted=[1, 3])),
     "host-fails": (4, functools.partial(made, hosts=[0, 0, 1, 1], failing={2: 1})),
     "host-blind": (4, functools.partial(made, blind=(2,))),
+    "host-old": (3, functools.partial(made, memory="old")),
+    "host-full": (3, functools.partial(made, memory="full")),
     "host-blind-fails": (4, functools.partial(made, blind=(2,), failing={2: 1})),
 }
 

@@ -1,5 +1,7 @@
 """One rank of a host makes what all of its ranks hold, on real ranks (gloo on CPU)."""
 
+import socket
+
 import pytest
 
 from tests.distributed.hosts import CASES
@@ -11,12 +13,15 @@ MAKERS = {
     "host-lone": [0, 1],
     "host-some-want": [None, 1, None, 1],
     "host-blind": [0, 0, 2, 0],
+    "host-old": [0, 0, 0],
+    "host-full": [0, 1, 2],
 }
 
 
 @pytest.mark.parametrize("check", MAKERS)
 def test_one_rank_of_a_host_makes_what_all_get(request, check):
-    """Claim: every rank that wants it gets the value, of the first of its host's, or its own where it sees no other."""
+    """Claim: every rank that wants it gets the value, of the first of its host's, or its own where it sees no other or
+    the host gives no memory for it."""
     found, makers = result_of(request, check), MAKERS[check]
     assert found["of"] == makers and all(found["equal"]) and not any(found["said"])
     assert found["calls"] == [int(rank in makers) for rank in range(len(makers))]
@@ -30,6 +35,8 @@ def test_the_ranks_of_a_host_map_the_same_memory(request):
     two = result_of(request, "host-two")["shared"]
     assert two[0] == two[3] != two[1] == two[2]
     assert result_of(request, "host-lone")["shared"] == [[], []]
+    old = result_of(request, "host-old")
+    assert old["shared"][0] and all(names == old["shared"][0] for names in old["shared"]) and not any(old["writeable"])
 
 
 @pytest.mark.parametrize("check", CASES)
@@ -40,7 +47,9 @@ def test_nothing_is_left(request, check):
 
 @pytest.mark.parametrize("check, rank", [("host-fails", 2), ("host-blind-fails", 2)])
 def test_what_goes_wrong_on_one_host_is_raised_on_all(request, check, rank):
-    """Claim: an error of a rank that makes the value is the same error on every rank of every host; nobody waits."""
+    """Claim: an error of a rank that makes the value is the same error on every rank of every host, named where there
+    are several; nobody waits."""
     found = result_of(request, check)
-    assert found["said"] == [f"rank {rank} finds no rows"] * 4
+    where = f" (on host {socket.gethostname()})" if check == "host-fails" else ""
+    assert found["said"] == [f"rank {rank} finds no rows{where}"] * 4
     assert found["of"] == [None] * 4
