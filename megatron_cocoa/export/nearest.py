@@ -20,7 +20,7 @@ from megatron_cocoa.parallel.threads import map_ahead
 
 DECIMALS = 6
 QUERY_BYTES = 2**29
-"""Of the queries that are searched for at a time; each such block reads all targets once."""
+"""Of the queries that are searched for at a time, and their best; each such block reads all targets once."""
 TARGET_BYTES = 2**26
 """Of the targets that are read at a time."""
 SCORE_BYTES = 2**26
@@ -57,7 +57,7 @@ def nearest(
         ``(queries, depth)``, best first, equal ones in the order of their places.
     """
     row_bytes = 4 * targets.shape[1]
-    many, few = (max(1, size // row_bytes) for size in (QUERY_BYTES, TARGET_BYTES))
+    many, few = max(1, QUERY_BYTES // (row_bytes + 8 * depth)), max(1, TARGET_BYTES // row_bytes)
     for start in range(0, len(queries), many):
         block = device.upload(np.ascontiguousarray(queries[start : start + many]), device.device())
         keys = torch.full((len(block), depth), _NONE, device=block.device)

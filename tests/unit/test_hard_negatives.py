@@ -87,8 +87,8 @@ def test_memory_is_that_of_a_block_of_queries(monkeypatch):
     queries, targets = unit(rng.normal(size=(300, 6))), unit(rng.normal(size=(300, 6)))
     sides = texts(*(f"q{i}" for i in range(300))), texts(*(f"t{i}" for i in range(300)))
     whole = mine(*sides, queries, targets, MiningOptions(2, depth=250))
-    # Seven queries and eleven targets at a time, of six numbers each.
-    monkeypatch.setattr("megatron_cocoa.export.nearest.QUERY_BYTES", 7 * 6 * 4)
+    # Seven queries with their best and eleven targets at a time, of six numbers each.
+    monkeypatch.setattr("megatron_cocoa.export.nearest.QUERY_BYTES", 7 * (6 * 4 + 250 * 8))
     monkeypatch.setattr("megatron_cocoa.export.nearest.TARGET_BYTES", 11 * 6 * 4)
     monkeypatch.setattr("megatron_cocoa.export.hard_negatives.BLOCK_QUERIES", 5)
     tracemalloc.start()
@@ -124,7 +124,7 @@ def test_the_nearest_are_those_of_a_sort(monkeypatch):
     queries, targets = unit(rng.normal(size=(30, 8))), unit(rng.normal(size=(500, 8)))
     among = np.flatnonzero(rng.random(500) < 0.8)
     monkeypatch.setattr("megatron_cocoa.export.nearest.TARGET_BYTES", 40 * 8 * 4)
-    monkeypatch.setattr("megatron_cocoa.export.nearest.QUERY_BYTES", 12 * 8 * 4)
+    monkeypatch.setattr("megatron_cocoa.export.nearest.QUERY_BYTES", 12 * (8 * 4 + 50 * 8))
     cosines = (queries.astype(np.float64) @ targets[among].T.astype(np.float64)).round(6)
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :50]
     starts, places, scores = zip(*nearest(queries, targets, among, 50))
