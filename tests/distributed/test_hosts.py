@@ -17,6 +17,9 @@ MAKERS = {
     "host-full": [0, 1, 2],
 }
 
+SHARING = {"host-all": [[0, 1, 2, 3]], "host-two": [[0, 3], [1, 2]], "host-lone": [], "host-old": [[0, 1, 2]]}
+"""Ranks that map the same memory; the others map none."""
+
 
 @pytest.mark.parametrize("check", MAKERS)
 def test_one_rank_of_a_host_makes_what_all_get(request, check):
@@ -27,16 +30,17 @@ def test_one_rank_of_a_host_makes_what_all_get(request, check):
     assert found["calls"] == [int(rank in makers) for rank in range(len(makers))]
 
 
-def test_the_ranks_of_a_host_map_the_same_memory(request):
+@pytest.mark.parametrize("check", SHARING)
+def test_the_ranks_of_a_host_map_the_same_memory(request, check):
     """Claim: arrays are shared and not copied, and cannot be changed under another rank's eyes."""
-    found = result_of(request, "host-all")
-    assert len({tuple(name) for name in found["shared"]}) == 1 and found["shared"][0]
-    assert not any(found["writeable"])
-    two = result_of(request, "host-two")["shared"]
-    assert two[0] == two[3] != two[1] == two[2]
-    assert result_of(request, "host-lone")["shared"] == [[], []]
-    old = result_of(request, "host-old")
-    assert old["shared"][0] and all(names == old["shared"][0] for names in old["shared"]) and not any(old["writeable"])
+    found = result_of(request, check)
+    mapped = [tuple(names) for names in found["shared"]]
+    groups = [{mapped[rank] for rank in ranks} for ranks in SHARING[check]]
+    assert all(len(group) == 1 and () not in group for group in groups), mapped
+    assert len(set().union(*groups)) == len(groups)
+    assert not any(found["writeable"][rank] for ranks in SHARING[check] for rank in ranks)
+    alone = set(range(len(mapped))).difference(*SHARING[check])
+    assert all(mapped[rank] == () for rank in alone)
 
 
 @pytest.mark.parametrize("check", CASES)
