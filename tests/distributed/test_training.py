@@ -3,11 +3,14 @@
 import pytest
 
 from megatron_cocoa.config import STAGES
-from tests.distributed.launch import result_of
+from tests.distributed.launch import result_of, some_slow
 from tests.distributed.training import LAYOUTS, MOVES, UNREAD_HEADS
 
+SLOW = {"train-dp2", "train-tp2", "train-pp2"}
+"""Each is part of another layout that runs by default."""
 
-@pytest.mark.parametrize("check", [name for name in LAYOUTS if name != "train-single"])
+
+@pytest.mark.parametrize("check", some_slow((name for name in LAYOUTS if name != "train-single"), SLOW))
 def test_first_losses_equal_the_single_process(request, check):
     """Claim: the layout changes neither loss nor gradient nor update, in any of the three stages.
 
