@@ -14,15 +14,18 @@ from benchmarks.train.ours import pack
 from benchmarks.train.shapes import model_config
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind, PackedBatch
-from megatron_cocoa.config import ModelSettings, TrainSettings
+from megatron_cocoa.config import BridgeSettings, ModelSettings, TrainSettings
 from megatron_cocoa.model.build import build_model
 from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.fp8 import fp8_multiple
 from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import device
-from megatron_cocoa.parallel.device_memory import allocation_retries, release_memory
+from megatron_cocoa.parallel.device_memory import allocation_retries, memory_bytes, release_memory
 from megatron_cocoa.parallel.peak_flops import peak_flops
+from megatron_cocoa.planning.activations import CPU_KERNELS, GPU_KERNELS
+from megatron_cocoa.planning.memory import stage_memory
+from megatron_cocoa.planning.packs import PackShape
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.step import forward_backward
@@ -107,7 +110,8 @@ def measure_step(case: StepCase, depth: Depth) -> dict[str, object]:
 
     Beside them stand each step's own seconds, those of the kernels in one more step, and how often the allocator had to
     start over: times that wander or are far above the kernels', or an allocator at its limit, say that something else
-    than the kernels was measured.
+    than the kernels was measured. ``planned_peak_bytes`` is the peak as the planner computes it, ``standing_bytes``
+    what weights, gradients and optimizer state take, and ``planned_standing_bytes`` what they should.
     """
     found = _measure(case, depth)
     release_memory()
@@ -116,9 +120,12 @@ def measure_step(case: StepCase, depth: Depth) -> dict[str, object]:
 
 def _measure(case: StepCase, depth: Depth) -> dict[str, object]:
     config = model_config(case.shape, layers=depth.language, vision_layers=depth.vision)
-    settings = TrainSettings(model=case.model)
+    architecture = QwenVLArchitecture.from_huggingface(config)
+    samples = dict(micro_batch_size=case.samples, global_batch_size=case.samples * case.micro_batches)
+    settings = TrainSettings(model=case.model, bridge=BridgeSettings(**samples))
     batches = [case.batch(config)] * case.micro_batches
-    bare = build_model(QwenVLArchitecture.from_huggingface(config), settings, with_image_decoder=False)
+    standing = memory_bytes()
+    bare = build_model(architecture, settings, with_image_decoder=False)
     with torch.no_grad():
         for parameter in bare.bare_chunks[0].parameters():
             # Norms as one and all else small: times do not depend on values, but NaN would hide mistakes.
@@ -143,9 +150,16 @@ def _measure(case: StepCase, depth: Depth) -> dict[str, object]:
     retries = allocation_retries()
     seconds = [_timed(step) for _ in range(1 if case.tiny else STEPS)]
     retries = allocation_retries() - retries
+    standing = memory_bytes() - standing
+    kernels = GPU_KERNELS if device.has_gpu() else CPU_KERNELS
+    shape = PackShape.of(batches[0], architecture)
+    (plan,) = stage_memory(architecture, settings, STAGE, world_size=1, pack=shape, kernels=kernels)
     return {
         "seconds": statistics.median(seconds),
         "peak_bytes": peak_bytes(step),
+        "planned_peak_bytes": plan.activations + plan.transient,
+        "standing_bytes": standing,
+        "planned_standing_bytes": plan.persistent,
         "each": [round(value, 4) for value in seconds],
         "allocation_retries": retries,
         "kernel_seconds": kernel_seconds(step),

@@ -27,6 +27,7 @@ PACKAGES = (
     "transformer-engine",
     "flash-attn",
     "flash-attn-3",
+    "flash-attn-4",
     "sentence-transformers",
 )
 

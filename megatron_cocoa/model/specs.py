@@ -7,7 +7,6 @@ Both give the same names in a distributed checkpoint, so a run may change betwee
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -112,7 +111,7 @@ def resolve_implementation(settings: ModelSettings) -> str:
     Raises:
         ValueError: if Transformer Engine is asked for and cannot serve here.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
+    installed = device.is_installed("transformer_engine")
     usable = installed and device.has_gpu()
     if settings.transformer_impl == "transformer_engine" and not usable:
         missing = "a GPU" if installed else "transformer-engine (pip install --no-build-isolation -e '.[te]')"

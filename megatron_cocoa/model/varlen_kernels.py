@@ -1,4 +1,4 @@
-"""Variable-length attention kernels for a GPU: flash-attn 3 and 2, the one inside of torch, Transformer Engine's.
+"""Variable-length attention kernels for a GPU: flash-attn 2 to 4, the one inside of torch, Transformer Engine's.
 
 Each takes ``(query, key, value, call, scale)``: tensors ``(rows, heads, head_dim)`` in BF16 or FP16 as ``call``, a
 ``varlen.VarlenCall``, describes them, with fewer key than query heads if need be. It returns the query's shape.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
@@ -25,9 +24,17 @@ Kernel = Callable[[Tensor, Tensor, Tensor, VarlenCall, float], Tensor]
 
 def _flash_attn(module: str, query: Tensor, key: Tensor, value: Tensor, call: VarlenCall, scale: float) -> Tensor:
     out = importlib.import_module(module).flash_attn_varlen_func(
-        query, key, value, call.cu_q, call.cu_k, call.max_q, call.max_k, softmax_scale=scale, causal=call.causal
+        query,
+        key,
+        value,
+        cu_seqlens_q=call.cu_q,
+        cu_seqlens_k=call.cu_k,
+        max_seqlen_q=call.max_q,
+        max_seqlen_k=call.max_k,
+        softmax_scale=scale,
+        causal=call.causal,
     )
-    # Early releases of flash-attn 3 return the logarithms of the softmax's sums beside.
+    # flash-attn 4 and early releases of 3 return the logarithms of the softmax's sums beside.
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -106,12 +113,9 @@ def _fused_kernels_alone() -> Iterator[None]:
 
 
 def flash_kernel() -> Kernel | None:
-    """flash-attn 3 on a Hopper GPU, else flash-attn 2, where installed, else torch's own, else None."""
-    on_hopper = (device.compute_capability() or (0, 0))[0] == device.HOPPER
-    if on_hopper and importlib.util.find_spec("flash_attn_interface") is not None:
-        return functools.partial(_flash_attn, "flash_attn_interface")
-    if importlib.util.find_spec("flash_attn") is not None:
-        return functools.partial(_flash_attn, "flash_attn")
+    """The fastest flash-attn that is installed and serves this GPU, else torch's own, else None."""
+    for major in device.usable_flash_attn():
+        return functools.partial(_flash_attn, device.FLASH_ATTN[major])
     return _torch_flash if _torch_has_flash() else None
 
 
@@ -125,4 +129,4 @@ def _torch_has_flash() -> bool:
 
 def transformer_engine_kernel() -> Kernel | None:
     """Transformer Engine's variable-length attention, or None where the package is absent."""
-    return _transformer_engine if importlib.util.find_spec("transformer_engine") is not None else None
+    return _transformer_engine if device.is_installed("transformer_engine") else None

@@ -7,6 +7,7 @@ Three files beside this one name CUDA and no other does: ``cpu_route`` redirects
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 
 import numpy as np
@@ -16,7 +17,10 @@ from megatron_cocoa.parallel import adam
 from megatron_cocoa.parallel.cpu_route import activate_cpu_route
 
 HOPPER = 9
-"""Major compute capability that flash-attn 3 is written for."""
+"""Major compute capability that flash-attn 3 is written for, and the least that flash-attn 4 computes gradients on."""
+
+FLASH_ATTN = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+"""Module of each flash-attn by its major version; a machine may have them all."""
 
 _CPU = torch.device("cpu")
 
@@ -71,26 +75,38 @@ def compute_capability() -> tuple[int, int] | None:
 
 def optional_kernels() -> dict[str, str | None]:
     """Versions of the optional kernel packages that this process can use, None where absent or unusable."""
-    found: dict[str, str | None] = {}
-    modules = {
-        "Transformer Engine": "transformer_engine",
-        "apex": "amp_C",
-        "flash-attn 3": "flash_attn_interface",
-        "flash-attn": "flash_attn",
+    modules = {"Transformer Engine": "transformer_engine", "apex": "amp_C"}
+    found = {title: _version(name) if has_gpu() and is_installed(name) else None for title, name in modules.items()}
+    usable = usable_flash_attn()
+    return found | {
+        "flash-attn" if major == 2 else f"flash-attn {major}": _version(module) if major in usable else None
+        for major, module in FLASH_ATTN.items()
     }
-    for title, module in modules.items():
-        present = has_gpu() and importlib.util.find_spec(module) is not None
-        if title == "flash-attn 3":
-            present = present and compute_capability()[0] == HOPPER
-        found[title] = _version(module) if present else None
-    return found
+
+
+def usable_flash_attn() -> list[int]:
+    """Major versions of flash-attn that are installed and serve this rank's GPU, the fastest first."""
+    capability = (compute_capability() or (0, 0))[0]
+    serves = {3: capability == HOPPER, 4: capability >= HOPPER, 2: capability > 0}
+    return [major for major, can in serves.items() if can and is_installed(FLASH_ATTN[major])]
+
+
+def is_installed(module: str) -> bool:
+    """Whether ``module`` can be imported. A folder without code, as flash-attn 4 leaves beside its own, is none."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    return spec is not None and spec.origin is not None
 
 
 def _version(module: str) -> str:
     try:
-        return getattr(importlib.import_module(module), "__version__", "present")
+        found = getattr(importlib.import_module(module), "__version__", "present")
     except (ImportError, OSError) as error:
         raise RuntimeError(f"{module} is installed but does not load ({error}): repair it or remove it") from error
+    # It asks for its version by the name of another distribution.
+    return importlib.metadata.version("flash-attn-4") if module == FLASH_ATTN[4] else found
 
 
 def setup_device(local_rank: int) -> torch.device:

@@ -144,7 +144,7 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
     what = "Toy preset: a small random model on emoji pictures" if context.is_toy else f"Model {settings.model.path}"
     found = {name: version for name, version in device.optional_kernels().items() if version}
     stand_ins = {"Transformer Engine": "Megatron-Core local layers", "apex": "torch AdamW"}
-    if not found.keys() & {"flash-attn", "flash-attn 3"}:
+    if not device.usable_flash_attn():
         stand_ins["flash-attn"] = "torch's attention"
     kernels = [f"{name} {version}" for name, version in found.items()]
     kernels += [f"no {name} ({instead} instead)" for name, instead in stand_ins.items() if name not in found]

@@ -31,6 +31,7 @@ def test_the_suite_runs_in_tiny_mode_and_claims_nothing(tmp_path):
     assert row["mfu"] is None and row["useful_flops"] > 0
     assert [(len(point["each"]), point["allocation_retries"]) for point in row["measured"]] == [(1, 0)] * 3
     assert row["measured"][0]["kernel_seconds"] is None and found["hardware"]["gpu_memory_in_use_gib"] is None
+    assert all(point["planned_peak_bytes"] and point["planned_standing_bytes"] for point in row["measured"])
     assert "absent" in found["results"]["step_3b"]["delayed"]
     assert [row["n"] for row in found["results"]["attention"]["results"]] == [32, 48]
     assert "no number below says anything about a GPU" in done.stdout

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from megatron_cocoa.model import varlen, varlen_kernels
+from megatron_cocoa.parallel import device
 from tests.unit.model.test_attention_backends import check, problems, varlen_kernel
 
 
@@ -82,6 +83,16 @@ def varlen_func(
     return varlen_kernel(q, k, v, call, softmax_scale)
 
 
+def varlen_func_4(
+    q, k, v, qv=None, gather_kv_indices=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+    max_seqlen_k=None, min_seqlen_k=None, seqused_q=None, seqused_k=None, page_table=None, softmax_scale=None,
+    causal=False, window_size=(None, None), softcap=0.0, num_splits=1, deterministic=False,
+):  # fmt: skip
+    """With the arguments of flash-attn 4 that are asked for here or come before them (4.0.0b36)."""
+    call = described(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+    return varlen_kernel(q, k, v, call, softmax_scale), None
+
+
 @pytest.fixture
 def installed(monkeypatch):
     """Makes flash-attn packages present, by module, with the function that they have."""
@@ -93,17 +104,29 @@ def installed(monkeypatch):
         monkeypatch.setitem(varlen_kernels.importlib.sys.modules, name, present[name])
 
     def spec(name):
-        return object() if name in present else None if name.startswith("flash_attn") else find_spec(name)
+        if name in present:
+            return SimpleNamespace(origin="here")
+        if name == "flash_attn" and "flash_attn.cute" in present:
+            return SimpleNamespace(origin=None)
+        return None if name.startswith("flash_attn") else find_spec(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", spec)
     return install
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_flash_attn_3_is_dense_attention(installed, monkeypatch, beside):
-    """Claim: flash-attn 3 takes what we hand it, in releases that return the softmax's sums beside the output too."""
-    installed("flash_attn_interface", (lambda *a, **k: (varlen_func(*a, **k), None)) if beside else varlen_func)
-    monkeypatch.setattr(varlen_kernels.device, "compute_capability", lambda: (9, 0))
+@pytest.mark.parametrize(
+    "module, function",
+    [
+        ("flash_attn_interface", varlen_func),
+        ("flash_attn_interface", lambda *a, **k: (varlen_func(*a, **k), None)),
+        ("flash_attn.cute", varlen_func_4),
+    ],
+    ids=["3", "early 3", "4"],
+)
+def test_flash_attn_is_dense_attention(installed, monkeypatch, module, function):
+    """Claim: each flash-attn takes what we hand it, also where it returns the softmax's sums beside the output."""
+    installed(module, function)
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
     kernel = varlen_kernels.flash_kernel()
 
     @given(problem=problems())
@@ -114,16 +137,22 @@ def test_flash_attn_3_is_dense_attention(installed, monkeypatch, beside):
     run()
 
 
-def test_flash_attn_3_is_taken_where_it_can_run(installed, monkeypatch):
-    """Claim: of what is installed the fastest that serves the chip is taken: 3 on Hopper, else 2, else torch's own."""
+def test_the_fastest_flash_attn_that_can_run_is_taken(installed, monkeypatch):
+    """Claim: of what is installed the fastest that serves the chip is taken: 3, 4, 2, then torch's own."""
 
-    def chosen(capability: tuple[int, int]) -> str:
-        monkeypatch.setattr(varlen_kernels.device, "compute_capability", lambda: capability)
+    def chosen_on(capability: int) -> str:
+        monkeypatch.setattr(device, "compute_capability", lambda: (capability, 0))
         kernel = varlen_kernels.flash_kernel()
         return kernel.__name__ if inspect.isfunction(kernel) else kernel.args[0]
 
-    assert chosen((9, 0)) == "_torch_flash"
+    def chosen(*capabilities: int) -> list[str]:
+        return [chosen_on(capability) for capability in capabilities]
+
+    assert chosen(9) == ["_torch_flash"]
+    # It brings a folder named like flash-attn 2, which is none.
+    installed("flash_attn.cute", varlen_func_4)
+    assert chosen(8, 9, 10) == ["_torch_flash", "flash_attn.cute", "flash_attn.cute"]
     installed("flash_attn_interface", varlen_func)
-    assert (chosen((8, 0)), chosen((9, 0)), chosen((10, 0))) == ("_torch_flash", "flash_attn_interface", "_torch_flash")
+    assert chosen(8, 9, 10) == ["_torch_flash", "flash_attn_interface", "flash_attn.cute"]
     installed("flash_attn", varlen_func)
-    assert (chosen((8, 0)), chosen((9, 0)), chosen((10, 0))) == ("flash_attn", "flash_attn_interface", "flash_attn")
+    assert chosen(8, 9, 10) == ["flash_attn", "flash_attn_interface", "flash_attn.cute"]
