@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.side_by_side import hardware, measure_pairs, peak_bytes, versions  # noqa: E402
+from benchmarks.side_by_side import hardware, kernel_seconds, measure_pairs, peak_bytes, versions  # noqa: E402
 from megatron_cocoa.batch import MaskKind  # noqa: E402
 from megatron_cocoa.model.attention import attend_function  # noqa: E402
 from megatron_cocoa.model.segments import compile_segments  # noqa: E402
@@ -149,7 +149,7 @@ def lengths_of(n: int, samples: int, mixed: bool) -> list[int]:
     return [n // 2 + (n // 2) * i // max(1, samples - 1) for i in range(samples)] if mixed else [n] * samples
 
 
-def measure(n: int, args: argparse.Namespace, backends: tuple[str, ...]) -> dict[str, object]:
+def measure(n: int, args: argparse.Namespace) -> dict[str, object]:
     """All backends against the reference at one length."""
     dtype = torch.bfloat16 if device.has_gpu() else torch.float32
     problem = Problem(lengths_of(n, args.samples, args.mixed), args.heads, args.groups, args.dim, dtype)
@@ -163,7 +163,7 @@ def measure(n: int, args: argparse.Namespace, backends: tuple[str, ...]) -> dict
     row: dict[str, object] = {"n": n, "tokens": problem.table.length, "reference_form": name}
     row["score_entries_ratio"] = round(len(problem.lengths) * n**2 / problem.table.num_score_entries(), 3)
     row["reference_peak_bytes"] = peak_bytes(reference)
-    for backend in backends:
+    for backend in args.backends:
         try:
             attend = attend_function(backend, on_gpu=device.has_gpu(), half_precision=dtype == torch.bfloat16)
         except ValueError as reason:
@@ -177,6 +177,7 @@ def measure(n: int, args: argparse.Namespace, backends: tuple[str, ...]) -> dict
             continue
         found = measure_pairs(ours, reference, repeats=args.repeats, calls=calls)
         row[backend] = {**found, "ours_peak_bytes": peak_bytes(ours), "largest_error": float(f"{error:.2g}")}
+        row[backend]["kernel_seconds"] = [kernel_seconds(side) for side in (ours, reference)]
     return row
 
 
@@ -200,13 +201,14 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--dim", type=int, default=128, help="of a head")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of each length")
     parser.add_argument("--threads", type=int, help="of both sides")
+    backends = GPU_BACKENDS if device.has_gpu() else ("sdpa",)
+    parser.add_argument("--backends", nargs="+", choices=backends, default=backends)
     args = parser.parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    backends = GPU_BACKENDS if device.has_gpu() else ("sdpa",)
     rows = []
     for n in args.lengths:
-        rows.append(measure(n, args, backends))
+        rows.append(measure(n, args))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {
         "benchmark": "attention",
