@@ -43,7 +43,7 @@ FP8 = {"delayed": ("delayed", False), "delayed, tower too": ("delayed", True), "
 HEADS = {"3b": (16, 2), "7b": (28, 4)}
 
 
-def correctness(tiny: bool) -> dict[str, object]:
+def correctness(tiny: bool, recipes: list[str]) -> dict[str, object]:
     """``tests/gpu``; in tiny mode every backend is compared with dense SDPA on a few rows instead."""
     if tiny:
         problem = attention.Problem([24, 9], 4, 2, 8, torch.float32)
@@ -59,7 +59,7 @@ def correctness(tiny: bool) -> dict[str, object]:
     return {"summary": lines[-1]}
 
 
-def attention_section(tiny: bool) -> dict[str, object]:
+def attention_section(tiny: bool, recipes: list[str]) -> dict[str, object]:
     """Segments beside dense-mask SDPA at the heads of the 3B, one sample a pack."""
     heads, groups = (2, 1) if tiny else HEADS["3b"]
     lengths = (32, 48) if tiny else LENGTHS
@@ -67,13 +67,13 @@ def attention_section(tiny: bool) -> dict[str, object]:
     return attention.main([*arguments, "--dim", "16"] if tiny else arguments)
 
 
-def step_section(shape: str) -> Callable[[bool], dict[str, object]]:
-    def run(tiny: bool) -> dict[str, object]:
+def step_section(shape: str) -> Callable[[bool, list[str]], dict[str, object]]:
+    def run(tiny: bool, recipes: list[str]) -> dict[str, object]:
         name = "small" if tiny else shape
         depths = Depth.tiny() if tiny else Depth.cut(shape)
         found: dict[str, object] = {}
         plain = "fp32" if tiny else "bf16"
-        for label, (recipe, fp8_vision) in {plain: (None, False), **FP8}.items():
+        for label, (recipe, fp8_vision) in {plain: (None, False), **{name: FP8[name] for name in recipes}}.items():
             if recipe and not device.optional_kernels()["Transformer Engine"]:
                 found[label] = {"absent": "Transformer Engine is not installed, or there is no GPU"}
                 continue
@@ -87,7 +87,7 @@ def step_section(shape: str) -> Callable[[bool], dict[str, object]]:
     return run
 
 
-SECTIONS: dict[str, Callable[[bool], dict[str, object]]] = {
+SECTIONS: dict[str, Callable[[bool, list[str]], dict[str, object]]] = {
     "correctness": correctness,
     "attention": attention_section,
     "step_3b": step_section("3b"),
@@ -95,12 +95,12 @@ SECTIONS: dict[str, Callable[[bool], dict[str, object]]] = {
 }
 
 
-def run_sections(names: list[str], tiny: bool) -> Iterator[tuple[str, dict[str, object]]]:
+def run_sections(names: list[str], tiny: bool, recipes: list[str]) -> Iterator[tuple[str, dict[str, object]]]:
     """Each section's name and result, or why it has none; never raises for what a section does."""
     for name in names:
         begun = time.perf_counter()
         try:
-            result = SECTIONS[name](tiny)
+            result = SECTIONS[name](tiny, recipes)
         except (Exception, SystemExit) as error:
             result = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
         result["section_seconds"] = round(time.perf_counter() - begun, 1)
@@ -147,6 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="gpu_suite.json", help="JSON file (default %(default)s)")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--recipes", nargs="+", choices=FP8, default=list(FP8), help="of FP8, whose steps are timed")
     parser.add_argument("--tiny", action="store_true", help="prove on a CPU that the code runs; measures nothing")
     args = parser.parse_args(arguments)
     if not args.tiny and not device.has_gpu():
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, dict[str, object]] = {}
     line = {"benchmark": "gpu_suite", "tiny": args.tiny, "gpu": device.device_name(), "results": results}
     line |= {"versions": versions(), "hardware": hardware()}
-    for name, result in run_sections(args.sections, args.tiny):
+    for name, result in run_sections(args.sections, args.tiny, args.recipes):
         results[name] = result
         line["seconds"] = round(time.perf_counter() - begun, 1)
         # After each: what was measured stays if a later section takes the process with it.

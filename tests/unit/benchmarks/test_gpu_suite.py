@@ -47,11 +47,11 @@ def test_without_a_gpu_nothing_is_measured():
 def test_a_failing_section_is_recorded_and_the_others_run(monkeypatch):
     """Claim: the message of a failure is kept and shown, and what comes after it still runs."""
 
-    def broken(tiny):
+    def broken(tiny, recipes):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gpu_suite, "SECTIONS", {"correctness": broken, "step_3b": lambda tiny: {}})
-    results = dict(gpu_suite.run_sections(["correctness", "step_3b"], True))
+    monkeypatch.setattr(gpu_suite, "SECTIONS", {"correctness": broken, "step_3b": lambda tiny, recipes: {}})
+    results = dict(gpu_suite.run_sections(["correctness", "step_3b"], True, []))
     assert results["correctness"]["failed"] == "RuntimeError: out of memory" and "failed" not in results["step_3b"]
     assert "correctness: FAILED: RuntimeError: out of memory" in gpu_suite.table(results)
 
