@@ -4,14 +4,16 @@
 
 One JSON line. For each length ``n``: packs of ``--samples`` samples of ``n`` tokens (with ``--mixed``, of n/2 to n),
 each with its bridge at 0.7 of its length. The reference is SDPA with a mask made once, outside of the timing, on
-contiguous ``(samples, heads, n, dim)``; of its four forms (boolean or additive mask, ``enable_gqa`` or keys repeated
-inside of the timing) the fastest of a trial counts. Outputs and gradients are compared first. On a GPU every backend
-that is present takes its turn, FlexAttention among them, in BF16.
+contiguous ``(samples, heads, n, dim)``; of its forms (boolean or additive mask, ``enable_gqa`` or keys repeated inside
+of the timing, on a GPU also cuDNN's kernel instead of the one that torch chooses) the fastest of a trial counts.
+Outputs and gradients are compared first. On a GPU every backend that is present takes its turn, FlexAttention among
+them, in BF16; ``kernel_seconds`` are those of both sides' kernels alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -82,17 +85,18 @@ class Problem:
 
         return run
 
-    def dense(self, mask: Tensor, *, repeat: bool) -> Callable[[], list[Tensor]]:
-        """Forward and backward by SDPA with a mask."""
+    def dense(self, mask: Tensor, *, repeat: bool, by_cudnn: bool) -> Callable[[], list[Tensor]]:
+        """Forward and backward by SDPA with a mask, with the kernel that torch chooses or with cuDNN's."""
         ratio = self.heads // self.groups
 
         def run() -> list[Tensor]:
             query, key, value = self.padded
             if repeat:
                 key, value = (x.repeat_interleave(ratio, dim=1) for x in (key, value))
-            out = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=not repeat and ratio > 1
-            )
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if by_cudnn else contextlib.nullcontext():
+                out = scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=not repeat and ratio > 1
+                )
             return [out.detach(), *torch.autograd.grad(out, self.padded, self.padded_weight)]
 
         return run
@@ -104,15 +108,19 @@ def dense_forms(problem: Problem) -> dict[str, Callable[[], list[Tensor]]]:
     dtype = problem.weight.dtype
     additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
     masks = {"bool": mask, "additive": additive}
+    # torch prefers cuDNN's from a version of cuDNN on, and Transformer Engine may have loaded another than torch's.
     return {
-        f"{name}, {'repeated keys' if repeat else 'enable_gqa'}": problem.dense(masks[name], repeat=repeat)
+        f"{name}, {'repeated keys' if repeat else 'enable_gqa'}{', cuDNN' if by_cudnn else ''}": problem.dense(
+            masks[name], repeat=repeat, by_cudnn=by_cudnn
+        )
         for name in masks
         for repeat in (False, True)
+        for by_cudnn in ((False, True) if device.has_gpu() else (False,))
     }
 
 
 def fastest(forms: dict[str, Callable[[], list[Tensor]]], calls: int) -> str:
-    """By the best of three trials each, in turn with one form; a form that needs more memory than there is is out."""
+    """By the best of three trials each, in turn with one form; a form that cannot run here is out."""
     names = [name for name, run in forms.items() if _fits(run)]
     best = dict.fromkeys(names, float("inf"))
     for first, second in ((names[0], other) for other in names[1:]):
@@ -126,6 +134,10 @@ def _fits(run: Callable[[], list[Tensor]]) -> bool:
     try:
         run()
     except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
         return False
     finally:
         release_memory()
