@@ -44,13 +44,13 @@ HEADS = {"3b": (16, 2), "7b": (28, 4)}
 
 
 def correctness(tiny: bool, recipes: list[str]) -> dict[str, object]:
-    """``tests/gpu``; in tiny mode every backend is compared with dense SDPA on a few rows instead."""
+    """``tests/gpu`` without its slow cases; in tiny mode instead every backend on a few rows beside dense SDPA."""
     if tiny:
         problem = attention.Problem([24, 9], 4, 2, 8, torch.float32)
         wanted = next(iter(attention.dense_forms(problem).values()))()
         ours = problem.segments(attend_function("sdpa", on_gpu=False))
         return {"largest_error": attention.check(problem, ours, wanted, "sdpa")}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests/gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]

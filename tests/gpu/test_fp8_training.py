@@ -30,6 +30,9 @@ LR = 3e-4
 MEAN_DIFFERENCE = 0.02
 """Relative, of the mean loss over all steps: what was learnt by heart ends near zero, where nothing can be compared."""
 
+DEFAULT = [("delayed", "vision"), ("tensorwise", "param"), ("mxfp8", "vision")]
+"""Recipe, and what runs in it beside the language model's linears, of the cases outside of the opt-in tier."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def single_gpu():
@@ -81,8 +84,14 @@ def losses(steps: int = STEPS, recompute: RecomputeSettings = RecomputeSettings(
     return found
 
 
-@pytest.mark.parametrize("more", [{}, {"fp8_vision": True}, {"fp8_param": True}], ids=["", "vision", "param"])
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "mxfp8"])
+LOSS_CASES = [
+    pytest.param(recipe, more, id=f"{recipe}-{name}", marks=() if (recipe, name) in DEFAULT else pytest.mark.slow)
+    for recipe in ("delayed", "tensorwise", "mxfp8")
+    for name, more in (("", {}), ("vision", {"fp8_vision": True}), ("param", {"fp8_param": True}))
+]
+
+
+@pytest.mark.parametrize("recipe, more", LOSS_CASES)
 def test_loss_in_fp8_follows_bf16(recipe, more):
     """Claim: over a few hundred steps FP8 learns what BF16 learns, with the tower and the weights in FP8 or not."""
     try:
@@ -95,17 +104,25 @@ def test_loss_in_fp8_follows_bf16(recipe, more):
     assert abs(means[1] - means[0]) <= MEAN_DIFFERENCE * means[0], means
 
 
+@functools.cache
+def kept_losses(transformer_impl: str, attempt: int, **model) -> list[float]:
+    return losses(10, transformer_impl=transformer_impl, **model)
+
+
 @pytest.mark.parametrize("mode", ["mlp", "full"])
 @pytest.mark.parametrize("model", [{}, {"fp8": "delayed"}, {"fp8": "tensorwise", "fp8_vision": True}], ids=str)
 def test_recompute_changes_nothing(model, mode):
-    """Claim: Transformer Engine's layers recompute their MLPs, or themselves, to the same losses."""
+    """Claim: Transformer Engine's layers recompute their MLPs, or themselves, to the losses of a run that keeps them.
+
+    Kernels add in no fixed order, and FP8 rounds what that changes: so two runs that keep everything are apart, too.
+    """
+    model = {**model, "transformer_impl": "transformer_engine"}
     try:
         resolve_implementation(ModelSettings(transformer_impl="transformer_engine", fp8=model.get("fp8")))
     except ValueError as reason:
         pytest.skip(str(reason))
-    kept, repeated = (
-        losses(10, recompute, transformer_impl="transformer_engine", **model)
-        for recompute in (RecomputeSettings(), RecomputeSettings(vision=mode, language=mode))
-    )
-    # The same operations, in kernels whose sums have no fixed order.
-    assert repeated == pytest.approx(kept, rel=1e-3)
+    kept, again = (kept_losses(attempt=attempt, **model) for attempt in range(2))
+    apart = max(abs(x - y) for x, y in zip(kept, again))
+    assert apart < 1e-2 * min(kept), "runs of the same are too far apart to compare anything"
+    repeated = losses(10, RecomputeSettings(vision=mode, language=mode), **model)
+    assert max(abs(x - y) for x, y in zip(kept, repeated)) <= 1e-3 * max(kept) + 3 * apart
