@@ -75,6 +75,9 @@ def transformer_engine_provider(
         def column_parallel_layer_norm_linear(self) -> type:
             return adding_its_bias(super().column_parallel_layer_norm_linear())
 
+        def row_parallel_linear(self) -> type:
+            return adding_its_bias_alone(super().row_parallel_linear())
+
         def core_attention(self):
             return functools.partial(SegmentAttention, backend=attention_backend)
 
@@ -94,8 +97,7 @@ def adding_its_bias(linear: type) -> type:
     """``linear``, one of Megatron's column-parallel classes, that leaves no bias to its caller.
 
     Megatron's MLP asks for the bias of its first projection and adds it to the whole result; inside of the product,
-    the bias costs no pass over memory, and Transformer Engine sums its gradient there as well. A bias beside a
-    row-parallel product stays where it is: it is added together with the residual, and after the ranks' sum.
+    the bias costs no pass over memory, and Transformer Engine sums its gradient there as well.
     """
 
     class AddsItsBias(linear):
@@ -103,6 +105,25 @@ def adding_its_bias(linear: type) -> type:
             super().__init__(*args, **{**kwargs, "skip_bias_add": False})
 
     return AddsItsBias
+
+
+@functools.cache
+def adding_its_bias_alone(linear: type) -> type:
+    """``linear``, Transformer Engine's row-parallel class, that leaves no bias to its caller on a single rank.
+
+    Over several ranks a bias must follow their sum, and is added together with the residual. On one the product adds
+    it: the kernel for both, small as it is, took a tenth of the host's time in a step of the 3B.
+    """
+
+    class AddsItsBiasAlone(linear):
+        def __init__(self, *args, config: TransformerConfig, skip_bias_add: bool, **kwargs) -> None:
+            alone = config.tensor_model_parallel_size == 1
+            super().__init__(*args, config=config, skip_bias_add=skip_bias_add and not alone, **kwargs)
+            if alone:
+                # It is prepared for a sum over ranks, and would add the bias in a pass of its own.
+                self.gemm_bias_unfused_add = False
+
+    return AddsItsBiasAlone
 
 
 def resolve_implementation(settings: ModelSettings) -> str:

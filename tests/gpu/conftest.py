@@ -4,12 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.gpu.runs import AT_ONCE, start_all
-
 
 @pytest.fixture(scope="session", autouse=True)
 def runs(request, tiny_folders, tmp_path_factory):
     """Each run's output folder, as a future: what a run raises, its test raises."""
+    # Not at the top: in a rehearsal the package must not be imported before pytest is configured.
+    from tests.gpu.runs import AT_ONCE, start_all
+
     items = [item for item in request.session.items if hasattr(item, "callspec") and not skipped(item)]
     names = {item.callspec.params["run"] for item in items if "run" in item.callspec.params}
     with ThreadPoolExecutor(AT_ONCE) as pool:

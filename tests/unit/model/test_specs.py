@@ -1,5 +1,7 @@
 """Modules that a layer is built of."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -8,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing import assert_close
 
 from megatron_cocoa.model.activations import SwiGLU
-from megatron_cocoa.model.specs import adding_its_bias
+from megatron_cocoa.model.specs import adding_its_bias, adding_its_bias_alone
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -39,3 +41,19 @@ def test_a_bias_inside_of_the_product_changes_nothing_else():
         (output.square().sum() + bias.square().sum()).backward()
     for (name, mine), theirs in zip(whole.named_parameters(), apart.parameters()):
         assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5 * float(theirs.grad.abs().max()), msg=name)
+
+
+class RowParallel:
+    """What is asked of Transformer Engine's, which adds its bias after the product whatever the number of ranks."""
+
+    def __init__(self, *sizes: int, config, skip_bias_add: bool, input_is_parallel: bool):
+        self.skip_bias_add, self.gemm_bias_unfused_add = skip_bias_add, True
+
+
+@pytest.mark.parametrize("ranks, caller_adds", [(1, False), (2, True)])
+def test_the_product_adds_the_bias_of_a_rank_alone(ranks, caller_adds):
+    """Claim: a row-parallel product adds its bias itself if no other rank has a part of the sum, and only then."""
+    config = SimpleNamespace(tensor_model_parallel_size=ranks)
+    linear = adding_its_bias_alone(RowParallel)(4, 4, config=config, skip_bias_add=True, input_is_parallel=True)
+    assert linear.skip_bias_add == caller_adds
+    assert linear.gemm_bias_unfused_add == caller_adds
