@@ -115,6 +115,9 @@ class SegmentAttention(MegatronModule):
     """Drop-in core attention over a ``SequenceContext``; see Megatron's ``DotProductAttention`` for the contract.
 
     ``backend`` is bound by the layer spec (see ``model/specs.py``), the remaining arguments are Megatron's.
+
+    Attributes:
+        takes_rotated: queries and keys come rotated already.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class SegmentAttention(MegatronModule):
             raise ValueError("segment attention has no dropout: set attention_dropout to 0")
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.context_group = groups.cp if config.context_parallel_size > 1 else None
-        self.layer_number = layer_number
+        self.layer_number, self.takes_rotated = layer_number, False
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         half_precision = config.params_dtype in (torch.bfloat16, torch.float16)
         self.attend = attend_function(backend, on_gpu=device.has_gpu(), half_precision=half_precision)
@@ -154,8 +157,8 @@ class SegmentAttention(MegatronModule):
         """Attention of this rank's heads.
 
         Args:
-            query: ``(tokens_local, 1, heads_local, head_dim)``, not yet rotated.
-            key, value: ``(tokens_local, 1, key_value_heads_local, head_dim)``, not yet rotated.
+            query: ``(tokens_local, 1, heads_local, head_dim)``.
+            key, value: ``(tokens_local, 1, key_value_heads_local, head_dim)``.
             packed_seq_params: the shared context; masks come from it alone, the other arguments are unused.
 
         Returns:
@@ -171,7 +174,7 @@ class SegmentAttention(MegatronModule):
         table = context.segments_of(self.layer_number)
         if table.length != query.shape[0]:
             raise ValueError(f"the segment table covers {table.length} rows, attention has {query.shape[0]}")
-        if context.cos is not None:
+        if not self.takes_rotated and context.cos is not None:
             query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
         # Contiguous: a view would keep the whole fused projection for the backward pass, beside the rotated copies.
         out = self.attend(query, key, value.contiguous(), table, self.softmax_scale)

@@ -43,18 +43,21 @@ def _swiglu_gradient_kernel(x, grad, out, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    x, cos, sin, out, heads, half, token_stride, head_stride, sign, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+    x, cos, sin, out, heads, per_group, half, sign,
+    x_token, x_group, x_head, out_token, out_group, out_head,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    group, head_of_group = head // per_group, head % per_group
     channel = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (channel < half)
     c = tl.load(cos + token * half + channel, mask=channel < half).to(tl.float32)
     s = tl.load(sin + token * half + channel, mask=channel < half).to(tl.float32) * sign
-    source = x + token * token_stride + head * head_stride + channel
+    source = x + token * x_token + group * x_group + head_of_group * x_head + channel
     first = tl.load(source, mask=inside).to(tl.float32)
     second = tl.load(source + half, mask=inside).to(tl.float32)
-    target = out + (token * heads + head) * 2 * half + channel
+    target = out + token * out_token + group * out_group + head_of_group * out_head + channel
     tl.store(target, first * c - second * s, mask=inside)
     tl.store(target + half, second * c + first * s, mask=inside)
 
@@ -82,24 +85,27 @@ def _grid(x: Tensor, width: int) -> tuple[int, int]:
     return x.numel() // (2 * width), triton.cdiv(width, BLOCK)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float = 1.0) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float, out: Tensor) -> Tensor:
     """Each half-split pair of channels, turned by its angle times ``sign``.
 
     Args:
-        x: ``(tokens, heads, head_dim)``; tokens and heads may have any strides.
+        x: ``(tokens, heads, head_dim)`` or ``(tokens, groups, heads_of_group, head_dim)``, any strides.
         cos, sin: ``(tokens, head_dim / 2)``; best contiguous, else they are copied.
+        out: for the result, of the shape of ``x``, channels contiguous; may be a part of a longer tensor.
 
     Returns:
-        Contiguous, shape and dtype of ``x``.
+        ``out``.
     """
-    tokens, heads, dim = x.shape
-    half = dim // 2
+    if x.dim() == 3:
+        rotate(x.unsqueeze(1), cos, sin, sign=sign, out=out.unsqueeze(1))
+        return out
+    tokens, groups, per_group, dim = x.shape
+    heads, half = groups * per_group, dim // 2
     x = x if x.stride(-1) == 1 else x.contiguous()
-    out = x.new_empty(x.shape)
     if out.numel():
         wide = triton.next_power_of_2(half)
         together = triton.next_power_of_2(min(heads, max(1, BLOCK // wide)))
         kernel = _rotate_kernel[tokens, triton.cdiv(heads, together)]
-        tables, strides = (cos.contiguous(), sin.contiguous()), x.stride()[:2]
-        kernel(x, *tables, out, heads, half, *strides, sign, HEADS=together, HALF=wide, num_warps=4)
+        tables, strides = (cos.contiguous(), sin.contiguous()), (*x.stride()[:3], *out.stride()[:3])
+        kernel(x, *tables, out, heads, per_group, half, sign, *strides, HEADS=together, HALF=wide, num_warps=4)
     return out

@@ -21,27 +21,52 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
+        return _turn(x, cos, sin, 1.0, out=x.new_empty(x.shape))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _turn(grad, *ctx.saved_tensors, -1.0), None, None
+        return _turn(grad, *ctx.saved_tensors, -1.0, out=grad.new_empty(grad.shape)), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+class _SplitAndRotate(torch.autograd.Function):
+    """Keeps the tables alone, too; each way every row is read once and written once."""
+
+    @staticmethod
+    def forward(ctx, fused: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.shape = tokens, groups, parts, dim = fused.shape
+        query, key, value = (fused.new_empty(tokens, groups, n, dim) for n in (parts - 2, 1, 1))
+        _turn(fused[:, :, :-2], cos, sin, 1.0, out=query)
+        _turn(fused[:, :, -2:-1], cos, sin, 1.0, out=key)
+        value.copy_(fused[:, :, -1:])
+        return query.view(tokens, -1, dim), key.squeeze(2), value.squeeze(2)
+
+    @staticmethod
+    def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
+        cos, sin = ctx.saved_tensors
+        tokens, groups, parts, dim = ctx.shape
+        fused = query.new_empty(ctx.shape)
+        _turn(query.reshape(tokens, groups, parts - 2, dim), cos, sin, -1.0, out=fused[:, :, :-2])
+        _turn(key.unsqueeze(2), cos, sin, -1.0, out=fused[:, :, -2:-1])
+        fused[:, :, -1] = value
+        return fused, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, *, out: Tensor) -> Tensor:
+    """``x`` ``(tokens, ..., head_dim)``, turned by ``sign`` times the angle of its token, in ``out`` of its shape."""
     if is_on_gpu(x):
         from megatron_cocoa.model import kernels
 
-        return kernels.rotate(x, cos, sin, sign=sign)
+        return kernels.rotate(x, cos, sin, sign=sign, out=out)
     # Both halves go into one buffer: concatenating a few channels costs a CPU more than the rotation itself.
     half = x.shape[-1] // 2
     wide = x.to(cos.dtype)
     first, second = wide[..., :half], wide[..., half:]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
-    return out.to(x.dtype)
+    cos, sin = (table.view(len(table), *(1,) * (x.dim() - 2), half) for table in (cos, sin))
+    turned = out if out.dtype == cos.dtype else torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=turned[..., half:]).addcmul_(first, sin, value=sign)
+    return out if turned is out else out.copy_(turned)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -53,6 +78,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             float32) and returns to that of ``x``.
     """
     return _Rotate.apply(x, cos, sin)
+
+
+def split_and_rotate(fused: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of a fused projection, rotated, and its values, each contiguous.
+
+    Args:
+        fused: ``(tokens, groups, heads / groups + 2, head_dim)``: of each group its query heads, its key, its value.
+        cos, sin: as of ``rotate``.
+
+    Returns:
+        ``(tokens, heads, head_dim)`` and twice ``(tokens, groups, head_dim)``.
+    """
+    return _SplitAndRotate.apply(fused, cos, sin)
 
 
 @functools.lru_cache(maxsize=32)

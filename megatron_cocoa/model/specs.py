@@ -10,7 +10,7 @@ import functools
 
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -29,6 +29,7 @@ from megatron_cocoa.model.fp8 import check_capability
 from megatron_cocoa.model.layer import ReadRowsLayer
 from megatron_cocoa.model.norms import Norm
 from megatron_cocoa.model.remade import RemadeColumnParallelLinear, RemadeRowParallelLinear
+from megatron_cocoa.model.self_attention import SegmentSelfAttention
 from megatron_cocoa.parallel import device
 
 
@@ -219,7 +220,7 @@ def block_spec(provider: BackendSpecProvider, config: TransformerConfig, num_lay
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=SegmentSelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv,

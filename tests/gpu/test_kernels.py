@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from megatron_cocoa.model import activations, rope
 from megatron_cocoa.model.activations import SWIGLU, _Lean, quick_gelu
-from megatron_cocoa.model.rope import rotate
+from megatron_cocoa.model.rope import rotate, split_and_rotate
 from megatron_cocoa.parallel import device
 
 pytestmark = pytest.mark.gpu
@@ -77,4 +77,26 @@ def test_rotation(heads, dim, transposed, dtype):
     out.backward(grad)
     wanted.backward(grad.double())
     assert_near(out.detach(), wanted.detach())
+    assert_near(mine.grad, exact.grad)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("groups, per_group, dim", [(4, 7, 128), (2, 8, 128), (16, 1, 80), (1, 3, 8)])
+def test_split_and_rotation(groups, per_group, dim, dtype):
+    """Claim: a fused projection comes apart as Megatron splits it, rotated; its gradient comes together again."""
+    fused = values(50, groups, per_group + 2, dim, dtype=dtype, seed=0)
+    angles = values(50, dim // 2, dtype=torch.float32, seed=2)
+    cos, sin = angles.cos(), angles.sin()
+    mine, exact = fused.clone().requires_grad_(), fused.double().requires_grad_()
+    c, s = cos.double()[:, None, None], sin.double()[:, None, None]
+    first, second = exact.chunk(2, dim=-1)
+    turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    wanted = turned[:, :, :-2].flatten(1, 2), turned[:, :, -2], exact[:, :, -1]
+    found = split_and_rotate(mine, cos, sin)
+    gradients = [values(*x.shape, dtype=dtype, seed=3 + i) for i, x in enumerate(wanted)]
+    torch.autograd.backward(found, gradients)
+    torch.autograd.backward(wanted, [x.double() for x in gradients])
+    for x, y in zip(found, wanted):
+        assert x.is_contiguous()
+        assert_near(x.detach(), y.detach())
     assert_near(mine.grad, exact.grad)

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.model import flex, sdpa, sdpa_plan, varlen
-from megatron_cocoa.model.attention import attend_function, rotate
+from megatron_cocoa.model.attention import attend_function
+from megatron_cocoa.model.rope import rotate, split_and_rotate
 from megatron_cocoa.model.segments import SegmentTable, compile_segments
 from tests.parity.masks import dense_attention, dense_mask
 
@@ -152,6 +153,28 @@ def test_rotation_turns_pairs_of_channels():
     angles = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     assert_close(rotate(x, angles.cos(), angles.sin()), torch.cat([turned.real, turned.imag], dim=-1), **EXACT)
+
+
+@pytest.mark.parametrize("tables", [torch.float64, torch.float32])
+@pytest.mark.parametrize("groups, per_group", [(1, 1), (3, 1), (2, 4)])
+def test_split_and_rotation_are_megatrons_split_then_the_rotation(groups, per_group, tables):
+    """Claim: outputs and gradients are those of splitting, rotating and concatenating, to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(7, groups, per_group + 2, 8, generator=generator, dtype=torch.float64)
+    angles = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    cos, sin = angles.cos().to(tables), angles.sin().to(tables)
+    mine, theirs = fused.clone().requires_grad_(), fused.clone().requires_grad_()
+    wanted = (
+        rotate(theirs[:, :, :-2].reshape(7, -1, 8), cos, sin),
+        rotate(theirs[:, :, -2], cos, sin),
+        theirs[:, :, -1],
+    )
+    found = split_and_rotate(mine, cos, sin)
+    gradients = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in wanted]
+    torch.autograd.backward(found, gradients)
+    torch.autograd.backward(wanted, gradients)
+    for x, y in zip([*found, mine.grad], [*wanted, theirs.grad]):
+        assert x.is_contiguous() and torch.equal(x, y)
 
 
 def test_backends_that_cannot_serve_are_refused():

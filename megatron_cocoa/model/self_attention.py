@@ -1,0 +1,42 @@
+"""Self attention of a layer: the fused projection, core attention over segments, the output projection."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_cocoa.model.attention import SequenceContext
+from megatron_cocoa.model.rope import split_and_rotate
+
+
+class SegmentSelfAttention(SelfAttention):
+    """Megatron's, which takes its fused projection apart and rotates queries and keys in one step.
+
+    Megatron splits and copies, core attention rotates, and the backward pass puts three gradients together again. It
+    still goes that way where context parallelism exchanges rows for heads before they are rotated, and where there are
+    more tensor-parallel ranks than key-value heads.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self.core_attention.takes_rotated = (
+            config.context_parallel_size == 1 and config.num_query_groups >= config.tensor_model_parallel_size
+        )
+        self._context: SequenceContext | None = None
+
+    def forward(self, *args, packed_seq_params: SequenceContext, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's."""
+        self._context = packed_seq_params
+        try:
+            return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        finally:
+            self._context = None
+
+    def get_query_key_value_tensors(self, *args, split_qkv: bool = True, **kwargs) -> tuple[Tensor, ...]:
+        """``(tokens, 1, heads_local, head_dim)`` and twice ``(tokens, 1, key_value_heads_local, head_dim)``."""
+        if not self.core_attention.takes_rotated or self._context.cos is None:
+            return super().get_query_key_value_tensors(*args, split_qkv=split_qkv, **kwargs)
+        fused, _ = super().get_query_key_value_tensors(*args, split_qkv=False, **kwargs)
+        fused = fused.view(fused.shape[0], fused.shape[2], -1, self.hidden_size_per_attention_head)
+        return tuple(x.unsqueeze(1) for x in split_and_rotate(fused, self._context.cos, self._context.sin))
