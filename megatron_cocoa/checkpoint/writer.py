@@ -257,8 +257,10 @@ def discard(folder: Path, path: Path) -> None:
 def remove_incomplete(folder: Path, name: str) -> None:
     """Remove what was left of writes of ``folder/name`` (a pattern of glob); on one rank.
 
-    A writer that still puts files into such a folder may keep it from going. Nothing is lost: no reader takes it for a
-    checkpoint, and the next write tries again.
+    Each is renamed first: whoever still writes it can give it no other name while its files go. It may also put files
+    into the folder and keep it from going. Nothing is lost: no reader takes it for a checkpoint, and the next write
+    tries again.
     """
-    for path in folder.glob(f"{name}.*{INCOMPLETE.removeprefix('.')}") if folder.is_dir() else []:
-        shutil.rmtree(path, ignore_errors=True)
+    for left in folder.glob(f"{name}.*{INCOMPLETE.removeprefix('.')}") if folder.is_dir() else []:
+        # Without what ``_beside`` adds.
+        discard(left, left.with_suffix("").with_suffix(""))

@@ -50,6 +50,24 @@ def test_leftovers_go_and_checkpoints_stay(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
 
 
+def test_a_write_that_is_removed_gets_no_name_any_more(tmp_path, monkeypatch):
+    """Claim: a run that lives on cannot complete, while its files go one by one, what another run is removing."""
+    make(tmp_path, "step-00000120.0a1b2c3d.incomplete", "metadata.json", "cocoa.json")
+    tried = []
+
+    def rmtree(folder, ignore_errors):
+        with pytest.raises(FileNotFoundError):
+            (tmp_path / "step-00000120.0a1b2c3d.incomplete").rename(tmp_path / "step-00000120")
+        tried.append(folder.name)
+
+    monkeypatch.setattr("megatron_cocoa.checkpoint.writer.shutil.rmtree", rmtree)
+    remove_leftovers(tmp_path)
+    assert len(tried) == 1
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir()), "under its new name it is still a leftover"
+
+
 def test_a_checkpoint_that_cannot_be_seen_is_not_taken_for_none(tmp_path, monkeypatch):
     """Claim: while a file system fails, no run starts a stage anew over its checkpoints, nor goes back to older ones.
 
