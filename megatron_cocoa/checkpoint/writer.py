@@ -6,6 +6,8 @@ folder that carries the final name is complete. A write that fails on any rank f
 
 The name beside its place is new for each write. A forked writer outlives a rank that is killed by some moments, and the
 run that goes on may write the checkpoint of the same step then: in one folder the two would cut each other's files.
+A run that takes a folder over from one that still lives renames what that one has not completed, so that it never will:
+of two renames of a folder, one fails.
 """
 
 from __future__ import annotations
@@ -51,9 +53,12 @@ class CheckpointWriter:
     Args:
         asynchronous: ``write`` returns when the state is safe from further training steps (copied to the host, or
             held by the forked process), and ``poll`` or ``wait`` completes it.
+        check_owner: called on the first rank before anything is made and before a checkpoint gets its name; raises
+            ValueError if another run has taken the output folder over.
     """
 
-    def __init__(self, *, asynchronous: bool = False) -> None:
+    def __init__(self, *, asynchronous: bool = False, check_owner: Callable[[], None] = lambda: None) -> None:
+        self._check_owner = check_owner
         # A persistent worker process dies at once on megatron-core 0.16.1 and leaves its parent waiting.
         self._queue = AsyncCallsQueue(persistent=False) if asynchronous else None
         self._process: BaseProcess | None = None
@@ -70,12 +75,13 @@ class CheckpointWriter:
             info: contents of ``cocoa.json``; the first rank's are written.
 
         Raises:
-            ValueError: if this or the earlier checkpoint cannot be written; nothing is kept of it.
+            ValueError: if this or the earlier checkpoint cannot or may not be written; nothing is kept of it.
         """
         self.wait()
+        on_first_rank(self._check_owner, is_long=True)
         start_results_queue(filesystem_async)
         work = on_first_rank(lambda: _prepare(path), f"cannot write a checkpoint under {path.parent}", is_long=True)
-        request = _guarded(
+        request = self._guarded(
             path,
             work,
             lambda: dist_checkpointing.save(
@@ -85,7 +91,7 @@ class CheckpointWriter:
         finish = functools.partial(self._finish, path, work, request.finalize_fns, info)
         request = by_threads(request)._replace(finalize_fns=[])
         if self._queue is None:
-            _guarded(path, work, lambda: _put_on_disk(request))
+            self._guarded(path, work, lambda: _put_on_disk(request))
             finish()
         else:
             self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
@@ -112,12 +118,53 @@ class CheckpointWriter:
         """Megatron's own last steps (its index of what was written), then ours: description and name."""
         dist.barrier(group=topology.file_group())
         process, self._process = self._process, None
-        _guarded(path, work, lambda: _check_ended_well(process))
+        self._guarded(path, work, lambda: _check_ended_well(process))
         # What Megatron writes here it writes on the first rank, whose failure the others would not see.
-        _guarded(path, work, lambda: _check_room(work, INDEX_BYTES))
+        self._guarded(path, work, lambda: _check_room(work, INDEX_BYTES))
         for step in megatron_steps:
-            _guarded(path, work, step)
-        on_first_rank(lambda: _rename(path, work, info), f"cannot complete the checkpoint {path}", is_long=True)
+            self._guarded(path, work, step)
+        failure = f"cannot complete the checkpoint {path}"
+        on_first_rank(lambda: self._put_in_place(path, work, info), failure, is_long=True)
+
+    def _put_in_place(self, path: Path, work: Path, info: dict[str, Any]) -> None:
+        """Describe what is in ``work``, force it to the disk, and only then give it the name."""
+        try:
+            (work / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
+            force_to_disk(work)
+            self._check_owner()
+            _rename(path, work)
+        except OSError:
+            # Another run that has begun removes what is not complete.
+            self._check_owner()
+            raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _guarded(self, path: Path, work: Path, action: Callable[[], Any]) -> Any:
+        """Run a part of a write on every rank; if it fails on one, all raise and the incomplete folder goes.
+
+        Raises:
+            ValueError: with the first rank's reason to fail, or that another run has removed the folder.
+        """
+        reason = result = None
+        try:
+            result = action()
+        except _WriterEnded as error:
+            reason = str(error)
+        except (OSError, EOFError, RuntimeError, CheckpointException) as error:
+            # torch's CheckpointException is no Exception, and carries each rank's cause. Without its process, the queue
+            # of results raises EOFError.
+            cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+            reason = f"free space on its disk, or name another output_dir. Cause: {cause}"
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason, group=topology.file_group())
+        first = next((r for r in reasons if r is not None), None)
+        if first is None:
+            return result
+        if dist.get_rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)
+        on_first_rank(self._check_owner, is_long=True)
+        raise ValueError(f"the checkpoint {path} could not be written, nothing was kept of it; {first}")
 
 
 def is_complete(path: Path) -> bool:
@@ -161,32 +208,6 @@ class _WriterEnded(Exception):
     """The process that wrote a rank's part has ended without having written it."""
 
 
-def _guarded(path: Path, work: Path, action: Callable[[], Any]) -> Any:
-    """Run a part of a write on every rank; if it fails on one, all raise and the incomplete folder goes.
-
-    Raises:
-        ValueError: with the first rank's reason to fail.
-    """
-    reason = result = None
-    try:
-        result = action()
-    except _WriterEnded as error:
-        reason = str(error)
-    except (OSError, EOFError, RuntimeError, CheckpointException) as error:
-        # torch's CheckpointException is no Exception, and carries each rank's cause. Without its process, the queue of
-        # results raises EOFError.
-        cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-        reason = f"free space on its disk, or name another output_dir. Cause: {cause}"
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason, group=topology.file_group())
-    first = next((r for r in reasons if r is not None), None)
-    if first is None:
-        return result
-    if dist.get_rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-    raise ValueError(f"the checkpoint {path} could not be written, nothing was kept of it; {first}")
-
-
 def _check_ended_well(process: BaseProcess | None) -> None:
     """Say how the process ended that wrote this rank's part in the background, unless it ended well.
 
@@ -204,10 +225,8 @@ def _check_ended_well(process: BaseProcess | None) -> None:
     raise _WriterEnded(f"{place} ended with status {process.exitcode}: its error stands above, in the log of that rank")
 
 
-def _rename(path: Path, work: Path, info: dict[str, Any]) -> None:
-    """Describe what is in ``work``, force it to the disk, and only then give it the name."""
-    (work / INFO_FILE).write_text(json.dumps(info, indent=1), encoding="utf-8")
-    force_to_disk(work)
+def _rename(path: Path, work: Path) -> None:
+    """Give ``work`` the name, in place of an earlier checkpoint."""
     previous = path.with_name(path.name + REPLACED)
     if path.exists():
         discard(previous, path)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -28,6 +30,8 @@ class LaunchInfo:
     jobs:      names of torchrun's run and of the batch system's job, which stay the same when they are restarted.
     restarted: those of ``jobs`` that this is a restart of, as far as this node knows: torchrun counts restarts on each
                node separately, without those that another node caused.
+    launcher:  torchrun's process that started this one and may restart it, told from any other of any host; None
+               without it.
     """
 
     rank: int
@@ -35,6 +39,7 @@ class LaunchInfo:
     local_rank: int
     jobs: tuple[str, ...] = ()
     restarted: tuple[str, ...] = ()
+    launcher: str | None = None
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> LaunchInfo:
@@ -48,7 +53,19 @@ class LaunchInfo:
             local_rank=int(env.get("LOCAL_RANK", "0")),
             jobs=tuple(named.values()),
             restarted=tuple(name for counter, name in named.items() if int(env.get(counter, "0"))),
+            launcher=_parent_process() if "TORCHELASTIC_RUN_ID" in env else None,
         )
+
+
+def _parent_process() -> str | None:
+    """32 digits that no other process has: by its number, its start and its host's; None where Linux hides them."""
+    try:
+        boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        # After the name, which may hold anything, in brackets.
+        started = Path(f"/proc/{os.getppid()}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, ValueError):
+        return None
+    return uuid.uuid5(boot, f"{os.getppid()} {started}").hex
 
 
 def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> None:

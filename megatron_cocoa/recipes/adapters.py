@@ -60,8 +60,10 @@ def hand_over_adapters(context: RunContext, model: Model, folder: Path, *, check
         tensors = gather_adapters(model.bare_chunks, adapter_mappings(context.table, settings))
         source = context.weight_source(checkpoint)
         base = source.folder if source.checkpoint is None else source.checkpoint
-        on_first_rank(
-            lambda: export_adapters(folder / ADAPTER_FOLDER, tensors, settings, base_model=str(base)),
-            f"the adapters could not be written to {folder / ADAPTER_FOLDER}",
-        )
+
+        def export() -> None:
+            context.owner.check()
+            export_adapters(folder / ADAPTER_FOLDER, tensors, settings, base_model=str(base))
+
+        on_first_rank(export, f"the adapters could not be written to {folder / ADAPTER_FOLDER}")
     merge_adapters(model)

@@ -22,6 +22,7 @@ from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
 from megatron_cocoa.model.build import row_multiple
 from megatron_cocoa.model.language import padded_vocab_size
+from megatron_cocoa.training.output_owner import OutputOwner
 
 TOY_FOLDER = "outputs/toy"
 """Where the toy preset's data and model folder are prepared, relative to the working directory."""
@@ -32,7 +33,7 @@ POOLS = {"heldout": "eval_heldout.jsonl", "training": "eval_train.jsonl"}
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run's settings with every path filled in, and what follows from its model folder."""
+    """One run's settings with every path filled in, what follows from its model folder, and its claim to ``output``."""
 
     settings: TrainSettings
     output: Path
@@ -42,6 +43,7 @@ class RunContext:
     table: NameTable
     hf_config: dict
     is_toy: bool
+    owner: OutputOwner
 
     def weight_source(self, checkpoint: Path | None) -> WeightSource:
         """Where a model's weights come from: ``checkpoint`` if given, else ``model.load``, else the model folder."""
@@ -105,8 +107,12 @@ def _is_loadable(checkpoint: Path) -> bool:
         return False
 
 
-def prepare_context(settings: TrainSettings) -> RunContext:
+def prepare_context(settings: TrainSettings, *, launcher: str | None = None) -> RunContext:
     """Read the model folder; without ``model.path``, make the toy model and (without ``data.path``) the toy data first.
+
+    Args:
+        settings: of the run.
+        launcher: as ``OutputOwner`` takes it.
 
     Raises:
         ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model or describes another one than ``model.load``
@@ -145,6 +151,7 @@ def prepare_context(settings: TrainSettings) -> RunContext:
         ),
         hf_config=config.to_dict(),
         is_toy=is_toy,
+        owner=OutputOwner(Path(settings.output_dir), launcher),
     )
 
 

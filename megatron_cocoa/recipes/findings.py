@@ -58,6 +58,7 @@ def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, s
             f"another sample's A; difference {gain:.3f} [{low:.3f}, {high:.3f}]",
             flush=True,
         )
+    context.owner.check()
     (context.output / RESULTS_FILE).write_text(recall_as_json(findings.recall), encoding="utf-8")
     report = context.output / REPORT_FILE
     report.write_text(render_report(_report_data(context, launch, findings, seconds, peak)), encoding="utf-8")

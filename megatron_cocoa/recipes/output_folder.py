@@ -1,7 +1,7 @@
 """The output folder of a run: the names of what lies in it, and whether a run may write there.
 
     output_dir/
-      settings.yaml  .job  results.json  report.html
+      settings.yaml  .job  .starts  results.json  report.html
       warmup/ bridge/ contrastive/ [baseline/]
         settings.yaml  summary.json  metrics.jsonl  validation.jsonl  tensorboard/  wandb.id
         checkpoints/step-00000200/    to resume the stage from, until it is complete
@@ -20,6 +20,7 @@ from megatron_cocoa.checkpoint.store import INFO_FILE
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.settings.saved import SETTINGS_FILE
 from megatron_cocoa.training.log import METRICS_FILE, VALIDATION_FILE, WANDB_FILE, import_wandb
+from megatron_cocoa.training.output_owner import STARTS_FILE
 
 JOB_FILE = ".job"
 """The job that a run belongs to, as ``LaunchInfo`` names it."""
@@ -98,14 +99,17 @@ def _is_left_by_a_start(path: Path, output: Path) -> bool:
         return True
     parts = path.relative_to(output).parts
     if len(parts) == 1:
-        return parts[0] in (SETTINGS_FILE, JOB_FILE, *UNFINISHED)
+        return parts[0] in (SETTINGS_FILE, JOB_FILE, STARTS_FILE, *UNFINISHED)
     if len(parts) == 2 and parts[1] in (METRICS_FILE, VALIDATION_FILE):
         return path.stat().st_size == 0
     return parts[1:] == (WANDB_FILE,) or parts[1] in ("tensorboard", "wandb")
 
 
 def clear_output(settings: TrainSettings) -> None:
-    """Remove what an earlier run wrote to the output folder, and nothing else."""
+    """Remove what an earlier run wrote to the output folder, and nothing else.
+
+    ``STARTS_FILE`` stays: the earlier run may still live, and is to find there that it has lost the folder.
+    """
     output = Path(settings.output_dir)
     for name in (*RUN_FILES, *UNFINISHED):
         (output / name).unlink(missing_ok=True)

@@ -9,13 +9,13 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_cocoa.checkpoint.writer import is_complete, restore_replaced
+from megatron_cocoa.checkpoint.writer import is_complete, remove_incomplete, restore_replaced
 from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.output_folder import JOB_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
 from megatron_cocoa.settings.saved import SETTINGS_FILE, settings_to_dict
-from megatron_cocoa.training.stage_checkpoints import complete_steps, remove_leftovers
+from megatron_cocoa.training.stage_checkpoints import BEST, complete_steps, remove_leftovers
 
 MAY_CHANGE = (
     "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
@@ -59,8 +59,6 @@ def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:
 def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
     """How far the stage in each folder of ``names`` has come; every rank calls it and gets what the first rank sees.
 
-    Removes what an interrupted process left half-written.
-
     Raises:
         ValueError: where the first rank cannot see it.
     """
@@ -68,9 +66,19 @@ def find_places(output: Path, names: list[str]) -> dict[str, StagePlace]:
     return on_first_rank(lambda: {name: _place(output / name) for name in names}, failure, is_long=True)
 
 
+def clear_unfinished(output: Path, names: list[str]) -> None:
+    """Remove what an interrupted process left half-written in each folder of ``names``; one rank calls it.
+
+    A process that still lives, and that the folder was taken from, completes nothing of it any more.
+    """
+    for folder in (output / name for name in names):
+        remove_leftovers(folder / STEP_CHECKPOINTS)
+        for name in (STAGE_CHECKPOINT, BEST):
+            remove_incomplete(folder, name)
+        restore_replaced(folder / STAGE_CHECKPOINT)
+
+
 def _place(folder: Path) -> StagePlace:
-    restore_replaced(folder / STAGE_CHECKPOINT)
-    remove_leftovers(folder / STEP_CHECKPOINTS)
     steps = complete_steps(folder / STEP_CHECKPOINTS)
     return StagePlace(is_complete(folder / STAGE_CHECKPOINT), steps[-1] if steps else None)
 

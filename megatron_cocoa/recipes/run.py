@@ -19,7 +19,7 @@ from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
 from megatron_cocoa.recipes.findings import Findings, describe, write_results
 from megatron_cocoa.recipes.initial_model import build_with_weights
 from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output, holds_run
-from megatron_cocoa.recipes.resume import StagePlace, after_restart, check_same_run, find_places
+from megatron_cocoa.recipes.resume import StagePlace, after_restart, check_same_run, clear_unfinished, find_places
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
 from megatron_cocoa.recipes.stage_checks import check_contrastive, check_microbatches
 from megatron_cocoa.recipes.stage_loader import build_loader
@@ -54,18 +54,23 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     """
     started = time.perf_counter()
     settings.parallel.data_parallel_size(launch.world_size)
-    context = prepare_context(settings)
+    context = prepare_context(settings, launcher=launch.launcher)
     topology.initialize(settings.parallel, launch, seed=settings.seed)
     context = replace(context, settings=after_restart(context.settings, launch))
+    # First, since what is left of a start that took no step is removed next.
+    on_first_rank(context.owner.check_restart)
     on_first_rank(lambda: check_output(context.settings))
-    places = _find_places(context)
-    _announce(context, launch, places or {})
-    loaders = _checked_loaders(context, places or {})
-    _claim_output(context, launch, is_resumed=places is not None)
+    is_resumed = _is_resumed(context)
+    _announce(context, launch)
+    loaders = _checked_loaders(context, _find_places(context) if is_resumed else {})
+    _claim_output(context, launch, is_resumed=is_resumed)
+    # A run that this one takes the folder from may have come further in the meantime.
+    places = _find_places(context) if is_resumed else {}
+    _announce_places(places)
     minutes = settings.checkpoint.time_budget_minutes
     budget = None if minutes is None else minutes * 60
     with StopWatch(budget_seconds=budget, spent_seconds=seconds_since_start) as stop:
-        stages = _Stages(context, places or {}, stop, loaders)
+        stages = _Stages(context, places, stop, loaders)
         findings = stages.run()
     for loader in loaders.values():
         loader.close()
@@ -79,8 +84,8 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     topology.shutdown()
 
 
-def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
-    """How far earlier processes of the same run have come, by stage; None if this process is the first.
+def _is_resumed(context: RunContext) -> bool:
+    """Whether this process goes on with a run that an earlier one started.
 
     Raises:
         ValueError: if the run there was started under settings that train something else.
@@ -88,20 +93,34 @@ def _find_places(context: RunContext) -> dict[str, StagePlace] | None:
     # Asked of one rank, since it is about to write what the others would look for.
     holds = on_first_rank(lambda: holds_run(context.output), f"cannot look into {context.output}")
     if not (context.settings.resume and holds):
-        return None
+        return False
     on_first_rank(lambda: check_same_run(context.settings, context.output))
-    return find_places(context.output, [*context.settings.stages, BASELINE])
+    return True
+
+
+def _find_places(context: RunContext) -> dict[str, StagePlace]:
+    return find_places(context.output, _stage_folders(context))
+
+
+def _stage_folders(context: RunContext) -> list[str]:
+    return [*context.settings.stages, BASELINE]
 
 
 def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) -> None:
     """Make the output folder this run's own, on the first rank, while the others wait.
+
+    Only now: a start that is refused takes it from nobody. And before anything else is written or removed: a run that
+    still lives there writes nothing more from then on.
 
     They wait as for files: this is the first exchange after ``_checked_loaders``, in which ranks read rows for a long
     time, and not all of them equally long.
     """
 
     def claim() -> None:
-        if not is_resumed:
+        context.owner.claim()
+        if is_resumed:
+            clear_unfinished(context.output, _stage_folders(context))
+        else:
             clear_output(context.settings)
         save_settings(context.settings, context.output / SETTINGS_FILE)
         (context.output / JOB_FILE).write_text("\n".join(launch.jobs), encoding="utf-8")
@@ -139,7 +158,7 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePlace]) -> None:
+def _announce(context: RunContext, launch: LaunchInfo) -> None:
     settings, parallel = context.settings, context.settings.parallel
     what = "Toy preset: a small random model on emoji pictures" if context.is_toy else f"Model {settings.model.path}"
     found = {name: version for name, version in device.optional_kernels().items() if version}
@@ -148,11 +167,6 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
         stand_ins["flash-attn"] = "torch's attention"
     kernels = [f"{name} {version}" for name, version in found.items()]
     kernels += [f"no {name} ({instead} instead)" for name, instead in stand_ins.items() if name not in found]
-    resumed = [
-        f"{name} {'is complete' if place.is_complete else f'goes on after step {place.step}'}"
-        for name, place in places.items()
-        if place.is_complete or place.step is not None
-    ]
     say(
         f"{what}; stages {', '.join(settings.stages)}; output {context.output}",
         f"Kernels: {'; '.join(kernels)}",
@@ -160,9 +174,18 @@ def _announce(context: RunContext, launch: LaunchInfo, places: dict[str, StagePl
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
         f"context {parallel.context_parallel_size} x data {topology.data_parallel_size()}",
         f"Weights: {context.weight_source(None).describe()}",
-        *([f"Resumed: {'; '.join(resumed)}"] if resumed else []),
         *([BARE_WARNING] if settings.contrastive.image_placeholder == "bare" else []),
     )
+
+
+def _announce_places(places: dict[str, StagePlace]) -> None:
+    resumed = [
+        f"{name} {'is complete' if place.is_complete else f'goes on after step {place.step}'}"
+        for name, place in places.items()
+        if place.is_complete or place.step is not None
+    ]
+    if resumed:
+        say(f"Resumed: {'; '.join(resumed)}")
 
 
 class _Stages:

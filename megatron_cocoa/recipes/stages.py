@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
-from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.checkpoint.writer import CheckpointWriter
 from megatron_cocoa.conversion.picture_sizes import SIZES
 from megatron_cocoa.data.feed import lost_workers_explained
 from megatron_cocoa.data.loader import StageLoader
@@ -80,7 +80,7 @@ def run_stage(
     meter = _speed_meter(context, *add_adapters(context, bare, name))
     model = wrap_data_parallel(bare, settings.parallel)
     info = _describe_checkpoint(context, stage)
-    log = _open_log(settings, folder, stage_settings.steps, done=resume_step or 0, stop=stop)
+    log = _open_log(context, folder, stage_settings.steps, done=resume_step or 0, stop=stop)
     try:
         with lost_workers_explained():
             result = train_stage(
@@ -90,7 +90,7 @@ def run_stage(
                 stage=stage_settings,
                 settings=settings,
                 log=log,
-                keeping=_keeping(settings, folder, info, resume_step, stop),
+                keeping=_keeping(context, folder, info, resume_step, stop),
                 validation=_validation(context, stage),
                 meter=meter,
             )
@@ -118,17 +118,18 @@ def _initial_model(context: RunContext, stage: str, checkpoint: Path | None, *, 
     return build_with_weights(context, checkpoint=checkpoint, **parts)
 
 
-def _open_log(settings: TrainSettings, folder: Path, steps: int, *, done: int, stop: StopWatch | None) -> StageLog:
+def _open_log(context: RunContext, folder: Path, steps: int, *, done: int, stop: StopWatch | None) -> StageLog:
     return StageLog(
         folder,
         stage=folder.name,
         steps=steps,
         is_writer=topology.is_first_rank(),
-        interval=settings.log_interval,
+        interval=context.settings.log_interval,
         done=done,
-        wandb_project=settings.wandb_project,
+        wandb_project=context.settings.wandb_project,
         # Written by one rank alone: the others hear of it when all ask whether to stop.
         on_failure=None if stop is None else stop.fail,
+        check_owner=context.owner.check,
     )
 
 
@@ -146,12 +147,15 @@ def _describe_checkpoint(context: RunContext, stage: str) -> CheckpointInfo:
 
 
 def _keeping(
-    settings: TrainSettings, folder: Path, info: CheckpointInfo, resume_step: int | None, stop: StopWatch | None
+    context: RunContext, folder: Path, info: CheckpointInfo, resume_step: int | None, stop: StopWatch | None
 ) -> StageKeeping:
-    checkpoint = settings.checkpoint
+    checkpoint = context.settings.checkpoint
     return StageKeeping(
         checkpoints=StageCheckpoints(
-            folder / STEP_CHECKPOINTS, keep=checkpoint.keep, asynchronous=checkpoint.asynchronous
+            folder / STEP_CHECKPOINTS,
+            keep=checkpoint.keep,
+            asynchronous=checkpoint.asynchronous,
+            check_owner=context.owner.check,
         ),
         info=info,
         save_interval=checkpoint.save_interval,
@@ -182,11 +186,13 @@ def _hand_over(context: RunContext, summary: StageSummary, model: Model, info: C
     folder = summary.checkpoint.parent
 
     def describe() -> None:
+        context.owner.check()
         summary.save(folder)
         save_settings(context.settings, folder / SETTINGS_FILE)
 
     on_first_rank(describe, f"cannot write to {folder}, free space on its disk and resume the run", is_long=True)
-    save_checkpoint(summary.checkpoint, model.bare_chunks, info)
+    writer = CheckpointWriter(check_owner=context.owner.check)
+    save_checkpoint(summary.checkpoint, model.bare_chunks, info, writer=writer)
     if topology.is_first_rank():
         # Nobody resumes a stage that is complete, and optimizer states are three quarters of what a run stores.
         shutil.rmtree(folder / STEP_CHECKPOINTS, ignore_errors=True)

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_cocoa.atomic import write_atomically
+from megatron_cocoa.training.output_owner import TakenOver
 
 METRICS_FILE, VALIDATION_FILE, WANDB_FILE = "metrics.jsonl", "validation.jsonl", "wandb.id"
 _NOT_IN_BAR = frozenset(
@@ -34,10 +35,13 @@ class StageLog:
         done: steps that an earlier process has done; lines after them, of steps that were lost, are removed.
         wandb_project: also log to this Weights & Biases project.
         on_failure: told why the files cannot be written, after which nothing is written any more; None raises it.
+        check_owner: ``OutputOwner.check``; called at the start, with each update of the progress bar's numbers, and
+            before a line of a validation. Lines of steps in between do another run no harm: when it begins the stage it
+            cuts their file back, by replacing it.
 
     Raises:
         ValueError: if ``wandb_project`` is given and the package is absent; without ``on_failure`` also from every
-            method, if a file cannot be written.
+            method, if a file cannot or must not be written.
     """
 
     def __init__(
@@ -51,12 +55,14 @@ class StageLog:
         done: int = 0,
         wandb_project: str | None = None,
         on_failure: Callable[[str], None] | None = None,
+        check_owner: Callable[[], None] = lambda: None,
     ):
         self.stage, self.interval, self.is_writer, self.done = stage, interval, is_writer, done
-        self.folder, self.on_failure = folder, on_failure
+        self.folder, self.on_failure, self._check_owner = folder, on_failure, check_owner
         self._opened = contextlib.ExitStack()
         if is_writer:
             with self._failing_once():
+                self._check_owner()
                 self._open(folder, steps, wandb_project)
 
     def _open(self, folder: Path, steps: int, wandb_project: str | None) -> None:
@@ -86,11 +92,14 @@ class StageLog:
         """Record one step, counted from 1. ``metrics`` are floats by name."""
         if not self.is_writer:
             return
+        is_shown = step % self.interval == 0
         with self._failing_once():
+            if is_shown:
+                self._check_owner()
             self.lines.write(json.dumps({"step": step, **metrics}) + "\n")
             self._record(step, metrics)
         self.bar.update()
-        if step % self.interval == 0 or (step == self.bar.total and not self.is_watched):
+        if is_shown or (step == self.bar.total and not self.is_watched):
             shown = {k: v for k, v in metrics.items() if k not in _NOT_IN_BAR and not (k == "skipped_steps" and not v)}
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
             if not self.is_watched:
@@ -101,6 +110,7 @@ class StageLog:
         if not self.is_writer:
             return
         with self._failing_once():
+            self._check_owner()
             if step == self.done:
                 # A stop put it off, and an earlier process that went on from there may have made up for it.
                 _cut_after(self.validations, step - 1)
@@ -135,14 +145,29 @@ class StageLog:
         """Let the writing of files end at the first error, and tell it."""
         try:
             yield
-        except OSError as error:
+        except (OSError, TakenOver) as error:
             if not self.is_writer:
                 return
             self.is_writer = False
-            message = f"the log of stage {self.stage} cannot be written to {self.folder} ({error})"
+            message = self._why(error)
             if self.on_failure is None:
                 raise ValueError(message) from error
-            self.on_failure(f"{message}: free space on its disk and resume the run from its last checkpoint")
+            self.on_failure(message)
+
+    def _why(self, error: OSError | TakenOver) -> str:
+        try:
+            # Also where a write has failed: NFS refuses one to a file that another run has replaced.
+            self._check_owner()
+        except TakenOver as taken:
+            # To close them writes to files, and ends the run at Weights & Biases that the other run goes on with.
+            self._opened.pop_all()
+            return str(taken)
+        except OSError:
+            pass
+        return (
+            f"the log of stage {self.stage} cannot be written to {self.folder} ({error}): free space on its disk and "
+            f"resume the run from its last checkpoint"
+        )
 
     def close(self) -> None:
         with self._failing_once():

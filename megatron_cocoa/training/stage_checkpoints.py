@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
@@ -25,17 +26,20 @@ class StageCheckpoints:
         folder: of the stage's checkpoints; nothing else lives there.
         keep: how many of the newest are kept.
         asynchronous: write in the background.
+        check_owner: as ``CheckpointWriter`` takes it.
     """
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, asynchronous: bool, check_owner: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder, self.keep = folder, keep
-        self._writer = CheckpointWriter(asynchronous=asynchronous)
+        self._writer = CheckpointWriter(asynchronous=asynchronous, check_owner=check_owner)
 
     def save(self, model: Model, optimizer, info: CheckpointInfo) -> None:
         """Write the checkpoint of ``info.step``; every rank calls it.
 
         Raises:
-            ValueError: if it, or the one before it, could not be written.
+            ValueError: if it, or the one before it, could not or must not be written.
         """
         save_checkpoint(
             self.folder / f"step-{info.step:08d}", model.bare_chunks, info, optimizer=optimizer, writer=self._writer

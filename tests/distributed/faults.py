@@ -20,7 +20,7 @@ from megatron_cocoa.objectives import build_objective
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
 from megatron_cocoa.recipes.initial_model import build_with_weights
-from megatron_cocoa.recipes.run import _find_places
+from megatron_cocoa.recipes.run import _is_resumed
 from megatron_cocoa.recipes.stage_loader import build_loader
 from megatron_cocoa.recipes.stage_summary import StageSummary
 from megatron_cocoa.recipes.stages import run_stage
@@ -202,7 +202,7 @@ def alone(fault: str) -> dict:
         patch.setattr(StageSummary, "save", _full_disk)
         try:
             if fault == "other settings":
-                _find_places(prepare_context(settings))
+                _is_resumed(prepare_context(settings))
             else:
                 run_stage(prepare_context(settings), "bridge", checkpoint=None, stop=StopWatch())
         except ValueError as error:

@@ -1,14 +1,15 @@
-"""A background writer that the kernel kills ends the run, instead of holding it."""
+"""A background writer that the kernel kills, or that writes what is another run's by now, ends all ranks."""
 
+import re
 import socket
 
 import pytest
 
 from tests.distributed.launch import result_of
-from tests.distributed.writers import CHECKS
+from tests.distributed.writers import KILLED, TAKEN_OVER
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", KILLED)
 def test_a_killed_writer_ends_all_ranks_at_once(request, check):
     """Claim: every rank raises the same message, which names rank, host, signal and what to change; nothing is left, in
     the folder or for the index of a later checkpoint.
@@ -21,3 +22,13 @@ def test_a_killed_writer_ends_all_ranks_at_once(request, check):
     assert "runs out of memory: give it more, set data.num_workers lower" in message
     assert max(found["waited"]) < 60 and found["left"] == [[], []]
     assert found["indexed"] == [4, 4]
+
+
+@pytest.mark.parametrize("check", TAKEN_OVER)
+def test_a_checkpoint_of_a_run_that_was_taken_over_is_not_written(request, check):
+    """Claim: every rank raises the same message, which names the other run and no disk; earlier checkpoints stay."""
+    found = result_of(request, check)
+    (message,) = set(found["messages"])
+    begun = "cannot complete the checkpoint .*: " if check.endswith("after") else ""
+    assert re.match(f"{begun}another run has started in output_dir", message), message
+    assert found["left"] == [["kept"], ["kept"]]

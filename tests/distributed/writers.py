@@ -1,4 +1,4 @@
-"""Checks of the processes that write checkpoints in the background: what all ranks do when one rank's is killed."""
+"""Checks of writes in the background: what all ranks do when one rank's process is killed, or another run begins."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
-from megatron_cocoa.checkpoint.writer import CheckpointWriter
+from megatron_cocoa.checkpoint.writer import CheckpointWriter, remove_incomplete
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.parallel import topology
+from megatron_cocoa.training.output_owner import OutputOwner
 from tests.distributed.check import Check
 from tests.distributed.folders import rank_folders
 
@@ -40,14 +41,13 @@ def killed(*, complete: str) -> dict:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_preloaded_data(*args, **kwargs)
 
-    state = {"w": ShardedTensor.from_rank_offsets("w", torch.full((4,), float(rank)), (0, rank, size))}
-    how = dict(content_metadata={"distrib_optim_sharding_type": OPTIMIZER_SHARDING}, info={"step": 1})
+    state = {"w": _part("w", float(rank))}
     writer, message = CheckpointWriter(asynchronous=True), ""
     with rank_folders() as (_, shared):
         with pytest.MonkeyPatch.context() as patch:
             if rank == size - 1:
                 patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(killed_in_the_middle))
-            writer.write(shared / "one", state, **how)
+            writer.write(shared / "one", state, **HOW)
             begun = time.monotonic()
             try:
                 if complete == "wait":
@@ -60,14 +60,62 @@ def killed(*, complete: str) -> dict:
         # Nobody looks before the first rank has removed what is incomplete.
         dist.barrier()
         left = sorted(path.name for path in shared.glob("one*"))
-        state["v"] = ShardedTensor.from_rank_offsets("v", torch.zeros(4), (0, rank, size))
-        writer.write(shared / "two", state, **how)
+        state["v"] = _part("v", 0.0)
+        writer.write(shared / "two", state, **HOW)
         writer.wait()
         indexed = len(FileSystemReader(shared / "two").read_metadata().storage_data)
-        found = (message, waited, left, indexed)
-        everyone: list = [None] * size
-        dist.all_gather_object(everyone, found)
-    return dict(zip(("messages", "waited", "left", "indexed"), map(list, zip(*everyone))))
+    return _gathered(messages=message, waited=waited, left=left, indexed=indexed)
 
 
-CHECKS = {f"writer-killed-{how}": Check(2, functools.partial(killed, complete=how)) for how in ("poll", "wait")}
+def taken_over(*, when: str) -> dict:
+    """What each rank is told where another run takes the folder, and what lies there in the end.
+
+    Args:
+        when: ``before`` a checkpoint is written, while it is ``under way``, whose folder the other run then removes, or
+            ``after`` that run has removed what it found.
+    """
+    topology.set_layout(ParallelSettings(), seed=0)
+    state, message = {"w": _part("w", 1.0)}, ""
+    with rank_folders() as (_, shared):
+        owner = OutputOwner(shared)
+        if topology.is_first_rank():
+            owner.claim()
+        writer = CheckpointWriter(asynchronous=True, check_owner=owner.check)
+        writer.write(shared / "kept", state, **HOW)
+        writer.wait()
+        try:
+            if when != "before":
+                writer.write(shared / "lost", state, **HOW)
+            if topology.is_first_rank():
+                OutputOwner(shared).claim()
+                if when == "under way":
+                    remove_incomplete(shared, "lost")
+            if when == "before":
+                writer.write(shared / "lost", state, **HOW)
+            writer.wait()
+        except ValueError as error:
+            message = str(error)
+        # Nobody looks before the first rank has removed what is incomplete.
+        dist.barrier()
+        left = sorted(path.name for path in shared.iterdir() if path.is_dir())
+    return _gathered(messages=message, left=left)
+
+
+def _part(name: str, value: float) -> ShardedTensor:
+    """This rank's four numbers of a tensor."""
+    return ShardedTensor.from_rank_offsets(name, torch.full((4,), value), (0, dist.get_rank(), dist.get_world_size()))
+
+
+def _gathered(**own) -> dict[str, list]:
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {name: [found[name] for found in everyone] for name in own}
+
+
+HOW = dict(content_metadata={"distrib_optim_sharding_type": OPTIMIZER_SHARDING}, info={"step": 1})
+KILLED = {f"writer-killed-{how}": Check(2, functools.partial(killed, complete=how)) for how in ("poll", "wait")}
+TAKEN_OVER = {
+    f"writer-taken-over-{when.replace(' ', '-')}": Check(2, functools.partial(taken_over, when=when))
+    for when in ("before", "under way", "after")
+}
+CHECKS = KILLED | TAKEN_OVER

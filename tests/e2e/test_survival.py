@@ -125,18 +125,55 @@ def test_a_killed_rank_and_a_signal_cost_no_step(tiny_folders, unbroken, tmp_pat
     assert_same_run(output, unbroken)
 
 
-def test_the_death_of_a_rank_ends_all_ranks(tiny_folders, tmp_path):
-    """Claim: nobody waits for a rank that is gone, and the message says which one and how."""
-    output = tmp_path / "output"
-    process = start(tiny_folders, output, "--parallel.tensor_model_parallel_size=2", ranks=2)
-    wait_for_step(process, output, "bridge", 2)
-    ranks = ranks_of(process)
-    ranks[1].kill()
+def contents(output: Path) -> dict[Path, bytes]:
+    """Of its files, but for TensorBoard's: a thread may still write the last step's event after the step."""
+    files = (path for path in output.rglob("*") if path.is_file() and path.parent.name != "tensorboard")
+    return {path: path.read_bytes() for path in files}
+
+
+def test_another_start_and_the_death_of_a_rank_end_all_ranks(tiny_folders, tmp_path):
+    """Claim: a run that hangs, and is started a second time in its folder, ends on all ranks when it wakes up.
+
+    It touches no file any more, and the second run goes on, from the last checkpoint. Of that one a rank dies: nobody
+    waits for a rank that is gone, and the message says which one and how.
+    """
+    output, log = tmp_path / "output", tmp_path / "output.log"
+    layout = "--parallel.tensor_model_parallel_size=2"
+    hanging = start(tiny_folders, output, layout, ranks=2)
+    wait_for_step(hanging, output, "bridge", INTERVAL + 1)
+    ranks = ranks_of(hanging)
+    for rank in ranks:
+        rank.suspend()
+    done = complete_steps(output / "bridge" / "checkpoints")[-1]
+    process = start(tiny_folders, output, layout, ranks=2)
+    deadline = time.monotonic() + SECONDS
+    while f"Resumed: bridge goes on after step {done}" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.01)
+    newer = ranks_of(process)
+    for rank in newer:
+        rank.suspend()
+    before = contents(output)
+    for rank in ranks:
+        rank.resume()
+    assert finish(hanging) != 0
+    assert not any(is_alive(rank) for rank in ranks) and contents(output) == before
+    text = log.read_text()
+    assert f"error: another run has started in output_dir {output}" in text, text[-3000:]
+    assert re.search(r"exitcode\s*: 2 ", text)
+    for rank in newer:
+        rank.resume()
+    wait_for_step(process, output, "bridge", done + INTERVAL + 1)
+    newer[1].kill()
     killed = time.monotonic()
     assert finish(process) != 0
     assert time.monotonic() - killed < 60, "torchrun gives the other ranks 30 seconds to end"
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
-    assert re.search(r"exitcode\s*: -9", output.with_suffix(".log").read_text())
+    assert not any(is_alive(rank) for rank in newer)
+    assert losses(output, "bridge") and re.search(r"exitcode\s*: -9", log.read_text())
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_full_disk_at_a_checkpoint_ends_all_ranks_with_one_message(tiny_folders, tmp_path):

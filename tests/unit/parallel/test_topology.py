@@ -22,6 +22,19 @@ def test_launch_info_reads_torchruns_environment():
     assert LaunchInfo.from_environment({}) == LaunchInfo(rank=0, world_size=1, local_rank=0)
 
 
+def test_a_launcher_is_known_again_and_told_from_others(monkeypatch):
+    """Claim: processes that one torchrun starts and restarts name it alike, those of another one otherwise."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none"}
+    launcher = LaunchInfo.from_environment(torchrun).launcher
+    again = LaunchInfo.from_environment(torchrun | {"TORCHELASTIC_RESTART_COUNT": "1"}).launcher
+    assert len(launcher) == 32 and again == launcher
+    process = topology.os.getpid()
+    monkeypatch.setattr(topology.os, "getppid", lambda: process)
+    assert LaunchInfo.from_environment(torchrun).launcher != launcher
+    monkeypatch.setattr(topology.os, "getppid", lambda: -1)
+    assert LaunchInfo.from_environment(torchrun).launcher is None, "where Linux hides the process"
+
+
 @pytest.mark.parametrize("world_size, wanted", [(8, 1), (16, 2), (64, 8)])
 def test_data_parallel_size_is_what_remains(world_size, wanted):
     """Claim: replicas are the world over tensor x pipeline x context."""

@@ -8,6 +8,7 @@ import pytest
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output
 from megatron_cocoa.settings.saved import save_settings
+from megatron_cocoa.training.output_owner import STARTS_FILE, OutputOwner
 
 
 @pytest.fixture
@@ -18,6 +19,7 @@ def output(tmp_path):
     (output / "warmup" / "tensorboard" / "events.out.tfevents.1").write_bytes(b"\0" * 88)
     (output / "warmup" / "metrics.jsonl").write_text("")
     (output / JOB_FILE).write_text("12")
+    OutputOwner(output).claim()
     save_settings(TrainSettings(seed=3), output / "settings.yaml")
     return output
 
@@ -30,7 +32,7 @@ def test_a_start_that_took_no_step_holds_no_folder(output, given):
     assert not (output / "settings.yaml").exists(), "a resume would be refused under other settings"
     check_output(settings)
     clear_output(settings)
-    assert list(output.iterdir()) == []
+    assert [path.name for path in output.iterdir()] == [STARTS_FILE], "whoever made that start may still look at it"
 
 
 @pytest.mark.parametrize("given", [{}, {"resume": True}, {"overwrite": True}], ids=str)

@@ -17,7 +17,7 @@ from megatron_cocoa.config import (
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes import resume
 from megatron_cocoa.recipes.output_folder import JOB_FILE
-from megatron_cocoa.recipes.resume import MAY_CHANGE, check_same_run
+from megatron_cocoa.recipes.resume import MAY_CHANGE, check_same_run, clear_unfinished, find_places
 from megatron_cocoa.settings.saved import save_settings, settings_to_dict
 
 BEFORE = TrainSettings(stages=("warmup", "bridge"), data=DataSettings(sources=(SourceSettings("a", "/data/a"),)))
@@ -92,6 +92,20 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_run(tmp_path, monkeypa
     (tmp_path / JOB_FILE).write_text("torchelastic a\nslurm 7")
     assert after((), ()) == settings, "the user has started it, as it says"
     assert after(*again) == replace(settings, overwrite=False, resume=True)
+
+
+def test_what_is_half_written_goes_once_the_folder_is_claimed(tmp_path):
+    """Claim: to look how far a run has come changes nothing, it may live; then each kind of unfinished checkpoint goes,
+    and one that was just being replaced has its name again."""
+    half = [f"warmup/{name}.0a1b2c3d.incomplete" for name in ("checkpoint", "best", "checkpoints/step-00000020")]
+    for name in (*half, "warmup/checkpoint.replaced", "bridge/best"):
+        (tmp_path / name).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    find_places(tmp_path, ["warmup", "bridge"])
+    assert sorted(tmp_path.rglob("*")) == before
+    clear_unfinished(tmp_path, ["warmup", "bridge", "contrastive"])
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["bridge", "bridge/best", "warmup", "warmup/checkpoint", "warmup/checkpoints"]
 
 
 def test_settings_that_cannot_be_read_stop_a_resume(tmp_path):

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from megatron_cocoa.training.log import StageLog, read_metrics
+from megatron_cocoa.training.output_owner import OutputOwner
 
 
 def write(folder, steps, *, done=0, **more):
@@ -93,6 +94,66 @@ def test_a_full_disk_is_told_once(tmp_path):
     assert "free space on its disk and resume the run" in message and not (tmp_path / "validation.jsonl").exists()
     with pytest.raises(ValueError, match="No space left on device"):
         write(tmp_path, [1])
+
+
+def owned_log(tmp_path, told, *, interval, **more):
+    owner = OutputOwner(tmp_path)
+    owner.claim()
+    how = dict(stage="warmup", steps=10, is_writer=True, on_failure=told.append, check_owner=owner.check)
+    return StageLog(tmp_path / "stage", interval=interval, **how, **more)
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("next_line", ["step", "validation"])
+def test_a_log_that_another_run_has_taken_over_is_left_alone(tmp_path, monkeypatch, next_line):
+    """Claim: it says so once, where it looks next, and touches no file from then on, also when it is closed.
+
+    Nor does it tell Weights & Biases that the run, which goes on elsewhere, has finished.
+    """
+    wandb, told = MagicMock(), []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = owned_log(tmp_path, told, interval=3, wandb_project="cocoa")
+    log.step(1, {"loss": 1.0})
+    log.step(2, {"loss": 2.0})
+    # Written by a thread.
+    log.events.flush()
+    OutputOwner(tmp_path).claim()
+    before = files(tmp_path)
+    if next_line == "step":
+        log.step(3, {"loss": 3.0})
+    else:
+        log.validation(2, {"recall@1": 0.1})
+    log.step(4, {"loss": 4.0})
+    log.close()
+    assert len(told) == 1 and f"another run has started in output_dir {tmp_path}" in told[0]
+    assert files(tmp_path) == before and not wandb.init.return_value.finish.called
+
+
+def test_a_stage_that_another_run_may_have_begun_is_not_opened(tmp_path):
+    """Claim: no line is cut from the log of a stage that the run comes to after it has lost the folder."""
+    told = []
+    owned_log(tmp_path, told, interval=1)
+    owner = OutputOwner(tmp_path)
+    owner.claim()
+    OutputOwner(tmp_path).claim()
+    write(tmp_path / "bridge", [1, 2])
+    before = files(tmp_path)
+    write(tmp_path / "bridge", [1, 2], on_failure=told.append, check_owner=owner.check)
+    assert len(told) == 1 and "another run has started" in told[0] and files(tmp_path) == before
+
+
+def test_a_file_that_another_run_has_replaced_is_told_as_that(tmp_path):
+    """Claim: where NFS refuses a line before the log has looked, nobody is sent to look for a full disk."""
+    told = []
+    log = owned_log(tmp_path, told, interval=10)
+    log.lines.close()
+    log.lines = open("/dev/full", "a", buffering=1)
+    OutputOwner(tmp_path).claim()
+    log.step(1, {"loss": 1.0})
+    assert len(told) == 1 and "another run has started" in told[0]
 
 
 def test_a_log_that_nobody_watches_gets_lines(tmp_path, capsys):
