@@ -22,14 +22,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch.distributed as dist  # noqa: E402
-
-from megatron_cocoa.config import ParallelSettings  # noqa: E402
-from megatron_cocoa.parallel import topology  # noqa: E402
-from tests.distributed.check import all_checks  # noqa: E402
-
 
 def main() -> None:
+    # Imported late: the process behind each rank's checkpoint writes imports this file again.
+    import torch.distributed as dist
+
+    from megatron_cocoa.config import ParallelSettings
+    from megatron_cocoa.parallel import topology
+    from tests.distributed.check import all_checks
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--only", nargs="*")
