@@ -1,7 +1,8 @@
 """The queue process behind Megatron's checkpoint writes, tied to the life of its rank.
 
 Megatron starts one process a rank that carries results from the forked writers back. It outlives a rank that is
-killed, with the memory of an imported torch: under ``torchrun --max-restarts`` each restart would leave another one.
+killed: under ``torchrun --max-restarts`` each restart would leave another one. And it would import torch, to hold
+results that it only hands on: seconds of the first checkpoint, and memory on every rank for as long as the run lasts.
 This module imports little, because that process imports it.
 """
 
@@ -9,10 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import pickle
+import queue
 import signal
 import sys
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
+from typing import Any
 
 from megatron_cocoa.parallel.stop_signals import STOP_SIGNALS, outlive_stop_signals
 
@@ -48,4 +52,22 @@ def start_results_queue(module) -> None:
             _manager.start(initializer=end_with_parent)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    module._results_queue = _manager.Queue()
+    module._results_queue = _SealedQueue(_manager.Queue())
+
+
+class _SealedQueue:
+    """What Megatron asks of its results queue, with values that its process sees as bytes."""
+
+    def __init__(self, carrier: queue.Queue) -> None:
+        self._carrier = carrier
+
+    def put(self, value: Any) -> None:
+        self._carrier.put(pickle.dumps(value))
+
+    def get_nowait(self) -> Any:
+        """The oldest value.
+
+        Raises:
+            queue.Empty: if there is none.
+        """
+        return pickle.loads(self._carrier.get_nowait())
