@@ -99,21 +99,23 @@ class RetrievalProbe:
 
         return embed(model, num_items=len(contents), batch_size=self.batch_size, make_batch=make_batch)
 
-    def recall(self, model: Model, *, label: str, kind: str) -> list[RecallRow]:
+    def embed_pools(self, model: Model) -> list[PoolEmbeddings]:
+        """What ``recall`` and ``examples`` look at, in the order of the pools."""
+        return [self.embed(model, pool) for pool in self.pools]
+
+    def recall(self, embeddings: list[PoolEmbeddings], *, label: str, kind: str) -> list[RecallRow]:
         """Recall rows of every pool in both directions; the same on every rank."""
         rows = []
-        for pool in self.pools:
-            found = self.embed(model, pool)
+        for pool, found in zip(self.pools, embeddings):
             for direction, result in evaluate_pairs(found.texts, found.pictures, keys=pool.keys).items():
                 rows.append(RecallRow(label, pool.name, direction, result, kind))
         return rows
 
-    def examples(self, model: Model) -> tuple[list[RetrievalStrip], dict[str, EmbeddingMap]]:
+    def examples(self, embeddings: list[PoolEmbeddings]) -> tuple[list[RetrievalStrip], dict[str, EmbeddingMap]]:
         """Hits, misses and worst queries of the held-out pool, and the map of each pool; the same on every rank."""
         strips: list[RetrievalStrip] = []
         maps: dict[str, EmbeddingMap] = {}
-        for pool in self.pools:
-            found = self.embed(model, pool)
+        for pool, found in zip(self.pools, embeddings):
             maps[POOL_NAMES[pool.name]] = principal_axes(found.texts.numpy(), found.pictures.numpy())
             if pool.name == "heldout":
                 strips = pool_examples(pool.rows, found.texts, found.pictures, thumbnail=self._thumbnail)

@@ -270,7 +270,7 @@ class _Stages:
         model = build_with_weights(self.context, checkpoint=None, with_image_decoder=False)
         settings = self.context.settings
         probe = self.probe.in_form(settings.stage(settings.stages[0]).embedding_form)
-        self.findings.recall += probe.recall(model, label="untrained", kind="untrained")
+        self.findings.recall += probe.recall(probe.embed_pools(model), label="untrained", kind="untrained")
         del model
         release_memory()
 
@@ -279,10 +279,12 @@ class _Stages:
             return
         context, findings = self.context, self.findings
         if name == BASELINE:
-            findings.recall += self.probe.recall(model, label="contrastive alone", kind="baseline")
+            found = self.probe.embed_pools(model)
+            findings.recall += self.probe.recall(found, label="contrastive alone", kind="baseline")
             return
         probe = self.probe.in_form(context.settings.stage(name).embedding_form)
-        findings.recall += probe.recall(model, label=f"after {name}", kind="stage")
+        found = probe.embed_pools(model)
+        findings.recall += probe.recall(found, label=f"after {name}", kind="stage")
         if name == "warmup":
             findings.reconstructions = reconstructions(context, model)
         if name == "bridge":
@@ -290,4 +292,4 @@ class _Stages:
                 evidence = bridge_evidence(context, model, pool=pool, label=f"after {name}, {pictures}")
                 findings.bridge += [] if evidence is None else [evidence]
         if name == context.settings.stages[-1]:
-            findings.strips, findings.maps = probe.examples(model)
+            findings.strips, findings.maps = probe.examples(found)

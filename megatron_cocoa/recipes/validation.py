@@ -41,7 +41,7 @@ class HeldOutValidation:
         for samples with so many unmasked tokens in block B.
         """
         metrics: dict[str, float] = {}
-        rows = self._probe.recall(model, label="validation", kind="validation")
+        rows = self._probe.recall(self._probe.embed_pools(model), label="validation", kind="validation")
         for row in rows:
             for k, estimate in row.result.recall.items():
                 metrics[f"recall@{k}/{row.direction}"] = estimate.value

@@ -22,7 +22,10 @@ STAGES = ("warmup", "bridge", "contrastive")
     ],
 )
 def test_a_stop_begins_neither_a_stage_nor_a_measurement(monkeypatch, after, trained, measured, stopped):
-    """Claim: the run ends where it was asked, and says so; it counts as complete only if it was measured to the end."""
+    """Claim: the run ends where it was asked, and says so; it counts as complete only if it was measured to the end.
+
+    No model is embedded twice: the examples of the last one are taken from what its recall was computed from.
+    """
     done: list[str] = []
     events = ["start"]
 
@@ -34,17 +37,21 @@ def test_a_stop_begins_neither_a_stage_nor_a_measurement(monkeypatch, after, tra
 
     class Probe:
         def __init__(self, *args):
-            self.seen = []
+            self.seen, self.embedded = [], 0
 
         def in_form(self, form):
             return self
 
-        def recall(self, model, *, label, kind):
+        def embed_pools(self, model):
+            self.embedded += 1
+            return []
+
+        def recall(self, embeddings, *, label, kind):
             self.seen.append(label.removeprefix("after "))
             events.append(f"measuring {self.seen[-1]}")
             return []
 
-        def examples(self, model):
+        def examples(self, embeddings):
             return [], {}
 
     monkeypatch.setattr(run, "run_stage", run_stage)
@@ -57,4 +64,5 @@ def test_a_stop_begins_neither_a_stage_nor_a_measurement(monkeypatch, after, tra
     stages = run._Stages(SimpleNamespace(settings=TrainSettings(evaluate=True)), {}, stop, {})
     stages.run()
     assert (done, stages.probe.seen) == (trained, measured)
+    assert stages.probe.embedded == len(measured)
     assert stages.stopped is None if stopped is None else stages.stopped.startswith(stopped)
