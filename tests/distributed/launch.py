@@ -29,8 +29,9 @@ MOST_LAUNCHES = 6
 """After as many failures the rest is given up: something is wrong with all of it."""
 
 # More ranks than a machine has GPUs, and float32 bounds: these checks run on the CPU route everywhere. Taken once:
-# tests that change their environment run while ranks start.
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+# tests that change their environment run while ranks start. On that route nothing is compiled (model/compiled.py), but
+# Megatron's decorators would import torch's compiler: a second a rank.
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
 
 _results: dict[int, Future[dict[str, dict]]] = {}
 _processes: list[subprocess.Popen] = []

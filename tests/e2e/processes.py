@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NNODES", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -16,7 +18,12 @@ def environment(**more: str) -> dict[str, str]:
     """Of the outside without a launcher's variables, this interpreter's ``torchrun`` first on PATH, one thread."""
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"} | more
+    own = {"PATH": path, "OMP_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        # Nothing is compiled there (model/compiled.py), but Megatron's decorators would import torch's compiler: a
+        # second a process.
+        own["TORCHDYNAMO_DISABLE"] = "1"
+    return inherited | own | more
 
 
 def full_disk_after(num_bytes: int) -> Callable[[], None]:
