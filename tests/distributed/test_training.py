@@ -6,8 +6,9 @@ from megatron_cocoa.config import STAGES
 from tests.distributed.launch import result_of, some_slow
 from tests.distributed.training import LAYOUTS, MOVES, UNREAD_HEADS
 
-SLOW = {"train-dp2", "train-tp2", "train-pp2"}
-"""Each is part of another layout that runs by default."""
+SLOW = {"train-dp2", "train-dp2-distributed-optimizer", "train-tp2", "train-pp2"}
+"""Each is part of another layout that runs by default; the distributed optimizer without overlaps, of one that trains
+adapters."""
 
 
 @pytest.mark.parametrize("check", some_slow((name for name in LAYOUTS if name != "train-single"), SLOW))
