@@ -24,6 +24,8 @@ else
     nodes="--nnodes $NNODES --node-rank ${NODE_RANK:?} --master-addr ${MASTER_ADDR:?}"
     nodes="$nodes --master-port ${MASTER_PORT:-29500}"
 fi
+# A store that torchrun shares with its ranks keeps their addresses of before a restart, where new ranks find them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 exec torchrun $nodes --nproc-per-node "${NPROC_PER_NODE:-1}" "$here/${0##*/}" "$@"
 : <<'# end of the Python half' # '''
 import os

@@ -32,6 +32,8 @@ class LaunchInfo:
                node separately, without those that another node caused.
     launcher:  torchrun's process that started this one and may restart it, told from any other of any host; None
                without it.
+    shares_store: torchrun may restart several ranks and shares its key-value store with them. With torch 2.13 a
+               restarted rank can find addresses of before the restart there, and fail to connect.
     """
 
     rank: int
@@ -40,6 +42,7 @@ class LaunchInfo:
     jobs: tuple[str, ...] = ()
     restarted: tuple[str, ...] = ()
     launcher: str | None = None
+    shares_store: bool = False
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> LaunchInfo:
@@ -54,6 +57,9 @@ class LaunchInfo:
             jobs=tuple(named.values()),
             restarted=tuple(name for counter, name in named.items() if int(env.get(counter, "0"))),
             launcher=_parent_process() if "TORCHELASTIC_RUN_ID" in env else None,
+            shares_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and int(env.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+            and int(env.get("WORLD_SIZE", "1")) > 1,
         )
 
 

@@ -28,6 +28,9 @@ from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.stopping import StopWatch
 
+STORE_WARNING = (
+    "WARNING: restarts by torchrun may fail to connect the ranks: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+)
 BARE_WARNING = (
     "Warning: contrastive.image_placeholder is bare, as in the authors' stage 3: pictures get the positions of text "
     "there, without rows and columns, unlike in the earlier stages and in pretraining"
@@ -174,6 +177,7 @@ def _announce(context: RunContext, launch: LaunchInfo) -> None:
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
         f"context {parallel.context_parallel_size} x data {topology.data_parallel_size()}",
         f"Weights: {context.weight_source(None).describe()}",
+        *([STORE_WARNING] if launch.shares_store else []),
         *([BARE_WARNING] if settings.contrastive.image_placeholder == "bare" else []),
     )
 

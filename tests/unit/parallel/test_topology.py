@@ -22,6 +22,16 @@ def test_launch_info_reads_torchruns_environment():
     assert LaunchInfo.from_environment({}) == LaunchInfo(rank=0, world_size=1, local_rank=0)
 
 
+@pytest.mark.parametrize(
+    "ranks, restarts, shared, warned",
+    [("2", "3", "True", True), ("2", "3", "False", False), ("2", "0", "True", False), ("1", "3", "True", False)],
+)
+def test_a_store_that_restarts_share_is_seen(ranks, restarts, shared, warned):
+    """Claim: torchrun's store is a danger where several ranks may be restarted and find what others left there."""
+    torchrun = {"TORCHELASTIC_MAX_RESTARTS": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
+    assert LaunchInfo.from_environment(torchrun | {"WORLD_SIZE": ranks}).shares_store == warned
+
+
 def test_a_launcher_is_known_again_and_told_from_others(monkeypatch):
     """Claim: processes that one torchrun starts and restarts name it alike, those of another one otherwise."""
     torchrun = {"TORCHELASTIC_RUN_ID": "none"}
