@@ -87,15 +87,26 @@ def optional_kernels() -> dict[str, str | None]:
 def usable_flash_attn() -> list[int]:
     """Major versions of flash-attn that are installed and serve this rank's GPU, the fastest first."""
     capability = (compute_capability() or (0, 0))[0]
-    serves = {3: capability == HOPPER, 4: capability >= HOPPER, 2: capability > 0}
+    serves = {3: capability == HOPPER, 4: capability >= HOPPER and _version_of_4() is not None, 2: capability > 0}
     return [major for major, can in serves.items() if can and is_installed(FLASH_ATTN[major])]
 
 
+def _version_of_4() -> str | None:
+    """Version of flash-attn 4, None where absent: flash-attn 2.8 brings an early form of its module, of no use."""
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def is_installed(module: str) -> bool:
-    """Whether ``module`` can be imported. A folder without code, as flash-attn 4 leaves beside its own, is none."""
+    """Whether ``module`` is there. A folder without code, as flash-attn 4 leaves beside its own, is none.
+
+    Nor is a part of a package that does not load.
+    """
     try:
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
+    except (ImportError, OSError):
         return False
     return spec is not None and spec.origin is not None
 
@@ -106,7 +117,7 @@ def _version(module: str) -> str:
     except (ImportError, OSError) as error:
         raise RuntimeError(f"{module} is installed but does not load ({error}): repair it or remove it") from error
     # It asks for its version by the name of another distribution.
-    return importlib.metadata.version("flash-attn-4") if module == FLASH_ATTN[4] else found
+    return _version_of_4() if module == FLASH_ATTN[4] else found
 
 
 def setup_device(local_rank: int) -> torch.device:

@@ -1,8 +1,10 @@
 """The variable-length kernels as they are called, on stand-ins that compute what the kernels are documented to."""
 
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -97,10 +99,13 @@ def varlen_func_4(
 def installed(monkeypatch):
     """Makes flash-attn packages present, by module, with the function that they have."""
     present: dict[str, ModuleType] = {}
-    find_spec = importlib.util.find_spec
+    distributions: dict[str, str] = {}
+    find_spec, version = importlib.util.find_spec, importlib.metadata.version
 
     def install(name: str, function) -> None:
         present[name] = SimpleNamespace(flash_attn_varlen_func=function)
+        if name == "flash_attn.cute":
+            distributions["flash-attn-4"] = "4.0.0b36"
         monkeypatch.setitem(varlen_kernels.importlib.sys.modules, name, present[name])
 
     def spec(name):
@@ -111,6 +116,7 @@ def installed(monkeypatch):
         return None if name.startswith("flash_attn") else find_spec(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", spec)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: distributions.get(name) or version(name))
     return install
 
 
@@ -156,3 +162,41 @@ def test_the_fastest_flash_attn_that_can_run_is_taken(installed, monkeypatch):
     assert chosen(8, 9, 10) == ["_torch_flash", "flash_attn_interface", "flash_attn.cute"]
     installed("flash_attn", varlen_func)
     assert chosen(8, 9, 10) == ["flash_attn", "flash_attn_interface", "flash_attn.cute"]
+
+
+def on_hopper(monkeypatch, folder) -> None:
+    """With the packages in ``folder``."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "compute_capability", lambda: (9, 0))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def flash_attn_2(folder, code: str) -> None:
+    """As 2.8.3 installs itself: with an early form of flash-attn 4's module, which lacks what that one depends on."""
+    (folder / "flash_attn" / "cute").mkdir(parents=True)
+    (folder / "flash_attn" / "__init__.py").write_text(code)
+    (folder / "flash_attn" / "cute" / "__init__.py").write_text("import cutlass_of_another_distribution")
+
+
+def test_what_flash_attn_2_brings_along_is_not_flash_attn_4(tmp_path, monkeypatch):
+    """Claim: a machine with flash-attn 2.8 alone uses it, on a chip that flash-attn 4 would serve."""
+    flash_attn_2(tmp_path, "__version__ = '2.8.3'")
+    with monkeypatch.context() as patch:
+        on_hopper(patch, tmp_path)
+        found = device.optional_kernels()
+        assert (found["flash-attn"], found["flash-attn 4"]) == ("2.8.3", None)
+        assert varlen_kernels.flash_kernel().args == ("flash_attn",)
+        sys.modules.pop("flash_attn")
+
+
+def test_a_flash_attn_that_does_not_load_is_named(tmp_path, monkeypatch):
+    """Claim: built for another torch, flash-attn 2 is named as what to repair, flash-attn 4's files beside or not."""
+    flash_attn_2(tmp_path, "raise ImportError('undefined symbol')")
+    described = tmp_path / "flash_attn_4-4.0.0b36.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36\n")
+    on_hopper(monkeypatch, tmp_path)
+    with pytest.raises(RuntimeError, match=r"flash_attn is installed but does not load \(undefined symbol\): repair"):
+        device.optional_kernels()
