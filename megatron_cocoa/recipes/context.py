@@ -107,12 +107,8 @@ def _is_loadable(checkpoint: Path) -> bool:
         return False
 
 
-def prepare_context(settings: TrainSettings, *, launcher: str | None = None) -> RunContext:
+def prepare_context(settings: TrainSettings) -> RunContext:
     """Read the model folder; without ``model.path``, make the toy model and (without ``data.path``) the toy data first.
-
-    Args:
-        settings: of the run.
-        launcher: as ``OutputOwner`` takes it.
 
     Raises:
         ValueError: for a folder that is no Qwen2-VL or Qwen2.5-VL model or describes another one than ``model.load``
@@ -151,7 +147,7 @@ def prepare_context(settings: TrainSettings, *, launcher: str | None = None) -> 
         ),
         hf_config=config.to_dict(),
         is_toy=is_toy,
-        owner=OutputOwner(Path(settings.output_dir), launcher),
+        owner=OutputOwner(Path(settings.output_dir)),
     )
 
 

@@ -6,6 +6,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.replica import ReplicaLoader
@@ -26,6 +28,7 @@ from megatron_cocoa.recipes.stage_loader import build_loader
 from megatron_cocoa.recipes.stage_summary import StageSummary
 from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
+from megatron_cocoa.training.output_owner import OutputOwner
 from megatron_cocoa.training.stopping import StopWatch
 
 STORE_WARNING = (
@@ -57,9 +60,9 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     """
     started = time.perf_counter()
     settings.parallel.data_parallel_size(launch.world_size)
-    context = prepare_context(settings, launcher=launch.launcher)
+    context = prepare_context(settings)
     topology.initialize(settings.parallel, launch, seed=settings.seed)
-    context = replace(context, settings=after_restart(context.settings, launch))
+    context = replace(context, settings=after_restart(context.settings, launch), owner=_owner(context, launch))
     # First, since what is left of a start that took no step is removed next.
     on_first_rank(context.owner.check_restart)
     on_first_rank(lambda: check_output(context.settings))
@@ -85,6 +88,12 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
         on_first_rank(lambda: write_results(context, launch, findings, seconds), failure, is_long=True)
     # Not after an error: other ranks may wait in a collective, which an orderly end would wait for too.
     topology.shutdown()
+
+
+def _owner(context: RunContext, launch: LaunchInfo) -> OutputOwner:
+    launchers: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(launchers, launch.launcher)
+    return OutputOwner(context.output, tuple(dict.fromkeys(name for name in launchers if name is not None)))
 
 
 def _is_resumed(context: RunContext) -> bool:

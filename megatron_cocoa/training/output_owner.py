@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 STARTS_FILE = ".starts"
-"""A line for each start of a run in the folder: its own name, and its launcher's."""
+"""A line for each start of a run in the folder: its own name, and that of a launcher of it."""
 
 
 class TakenOver(ValueError):
@@ -29,11 +30,12 @@ class OutputOwner:
 
     Args:
         output: the folder.
-        launcher: ``LaunchInfo.launcher`` of the first rank.
+        launchers: ``LaunchInfo.launcher`` of every rank, the first rank's first. All of them restart the run together,
+            and any of them may have the first rank then.
     """
 
-    def __init__(self, output: Path, launcher: str | None = None) -> None:
-        self.output, self._launcher = output, launcher
+    def __init__(self, output: Path, launchers: Sequence[str] = ()) -> None:
+        self.output, self._launchers = output, launchers
         self._line: str | None = None
 
     def claim(self) -> None:
@@ -44,9 +46,10 @@ class OutputOwner:
             OSError: if the file cannot be written.
         """
         self.check_restart()
-        start = uuid.uuid4().hex
-        # Lines of one length: where two hosts append at once, NFS keeps one of them whole.
-        line = f"{start} {self._launcher or start}"
+        start, last = uuid.uuid4().hex, self._named_launchers()[-1]
+        # A restart keeps its run's launcher as long as that takes part, whoever has the first rank. Lines of one
+        # length: where two hosts append at once, NFS keeps one of them whole.
+        line = f"{start} {last if last in self._launchers else next(iter(self._launchers), start)}"
         with (self.output / STARTS_FILE).open("a", encoding="ascii") as file:
             # The line's end comes first: a start that was killed in its line spoils no other.
             file.write(f"\n{line}")
@@ -75,13 +78,16 @@ class OutputOwner:
             TakenOver: with what to do.
             OSError: if the file cannot be read.
         """
-        launchers = [line.partition(" ")[2] for line in self._starts()]
-        if self._launcher in launchers[:-1] and launchers[-1] != self._launcher:
+        *earlier, last = self._named_launchers()
+        if last not in self._launchers and not set(self._launchers).isdisjoint(earlier):
             raise TakenOver(
                 f"torchrun has restarted a run that has left output_dir {self.output} to another one: refused, since "
                 f"the two would take it from each other in turns. If the other one has ended, start this one by hand, "
                 f"with --resume true"
             )
+
+    def _named_launchers(self) -> list[str]:
+        return [line.partition(" ")[2] for line in self._starts()]
 
     def _starts(self) -> list[str]:
         try:

@@ -7,8 +7,8 @@ from megatron_cocoa.training.output_owner import STARTS_FILE, OutputOwner, Taken
 ONE, OTHER = "1" * 32, "2" * 32
 
 
-def claimed(folder, launcher=None) -> OutputOwner:
-    owner = OutputOwner(folder, launcher)
+def claimed(folder, *launchers: str) -> OutputOwner:
+    owner = OutputOwner(folder, launchers)
     owner.claim()
     return owner
 
@@ -54,17 +54,33 @@ def test_a_launcher_does_not_take_back_what_it_has_left(tmp_path):
     claimed(tmp_path, ONE)
     claimed(tmp_path, ONE).check()
     newer = claimed(tmp_path, OTHER)
-    restarted = OutputOwner(tmp_path, ONE)
+    restarted = OutputOwner(tmp_path, [ONE])
     for refuses in (restarted.check_restart, restarted.claim):
         with pytest.raises(TakenOver, match="torchrun has restarted a run that has left"):
             refuses()
     newer.check()
-    OutputOwner(tmp_path, OTHER).check_restart()
+    OutputOwner(tmp_path, [OTHER]).check_restart()
     claimed(tmp_path, OTHER)
     # A launcher that has not come as far as to claim the folder, and starts without one: in a shell, one after another.
     claimed(tmp_path, "3" * 32)
     claimed(tmp_path)
     claimed(tmp_path).check()
+
+
+def test_a_run_on_several_nodes_is_known_whichever_has_the_first_rank(tmp_path):
+    """Claim: nodes that join and are lost let a run restart; none of its nodes takes back what it was taken from.
+
+    torchrun counts ranks by the nodes' addresses, so a node that joins may get the first rank from one that stays.
+    """
+    joining = "3" * 32
+    claimed(tmp_path, ONE, OTHER)
+    claimed(tmp_path, joining, ONE, OTHER)
+    claimed(tmp_path, ONE, OTHER)
+    claimed(tmp_path, OTHER, ONE)
+    claimed(tmp_path, "4" * 32)
+    for launchers in ([ONE, OTHER], [OTHER, ONE]):
+        with pytest.raises(TakenOver, match="torchrun has restarted a run that has left"):
+            OutputOwner(tmp_path, launchers).check_restart()
 
 
 def test_starts_at_the_same_moment_leave_one_owner(tmp_path):
