@@ -41,15 +41,18 @@ def holds_run(output: Path) -> bool:
     return (output / SETTINGS_FILE).is_file()
 
 
-def check_output(settings: TrainSettings) -> None:
+def check_output(settings: TrainSettings) -> bool:
     """Refuse an output folder that cannot be written, or that holds something which this run would destroy.
 
     That is an earlier run, unless it is resumed or ``overwrite`` gives it up, anything that no run wrote, and the
     model or checkpoint that this run starts from. What is left of a start that never took a step is no run. Weights &
     Biases without its package is refused here as well, since it would be missed only once the model is loaded.
 
-    Nothing is removed yet but the settings of such a start. Call it on the first rank alone: it writes a file to see
-    whether it can, which other ranks would find.
+    Nothing is removed yet: such a start may still live, and this one may still be refused. Call it on the first rank
+    alone: it writes a file to see whether it can, which other ranks would find.
+
+    Returns:
+        Whether there is an earlier run.
 
     Raises:
         ValueError: naming the folder or the package, and what to change.
@@ -64,10 +67,6 @@ def check_output(settings: TrainSettings) -> None:
         _check_earlier_run(output, settings)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not was_trained:
-            # A corrected command may resume: it must not be compared with the settings of the start that failed.
-            for name in (SETTINGS_FILE, *UNFINISHED):
-                (output / name).unlink(missing_ok=True)
         probe = output / PROBE
         try:
             probe.write_bytes(b"\0" * 65536)
@@ -75,6 +74,7 @@ def check_output(settings: TrainSettings) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {output} cannot be written: {error}; free space or name another one") from error
+    return was_trained
 
 
 def _check_earlier_run(output: Path, settings: TrainSettings) -> None:

@@ -20,7 +20,7 @@ from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.evidence import bridge_evidence, reconstructions
 from megatron_cocoa.recipes.findings import Findings, describe, write_results
 from megatron_cocoa.recipes.initial_model import build_with_weights
-from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output, holds_run
+from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output
 from megatron_cocoa.recipes.resume import StagePlace, after_restart, check_same_run, clear_unfinished, find_places
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
 from megatron_cocoa.recipes.stage_checks import check_contrastive, check_microbatches
@@ -63,10 +63,9 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     context = prepare_context(settings)
     topology.initialize(settings.parallel, launch, seed=settings.seed)
     context = replace(context, settings=after_restart(context.settings, launch), owner=_owner(context, launch))
-    # First, since what is left of a start that took no step is removed next.
     on_first_rank(context.owner.check_restart)
-    on_first_rank(lambda: check_output(context.settings))
-    is_resumed = _is_resumed(context)
+    holds_run = on_first_rank(lambda: check_output(context.settings))
+    is_resumed = _is_resumed(context, holds_run=holds_run)
     _announce(context, launch)
     loaders = _checked_loaders(context, _find_places(context) if is_resumed else {})
     _claim_output(context, launch, is_resumed=is_resumed)
@@ -96,15 +95,15 @@ def _owner(context: RunContext, launch: LaunchInfo) -> OutputOwner:
     return OutputOwner(context.output, tuple(dict.fromkeys(name for name in launchers if name is not None)))
 
 
-def _is_resumed(context: RunContext) -> bool:
+def _is_resumed(context: RunContext, *, holds_run: bool) -> bool:
     """Whether this process goes on with a run that an earlier one started.
+
+    Settings of a start that took no step are compared with nothing: they may be what has been corrected.
 
     Raises:
         ValueError: if the run there was started under settings that train something else.
     """
-    # Asked of one rank, since it is about to write what the others would look for.
-    holds = on_first_rank(lambda: holds_run(context.output), f"cannot look into {context.output}")
-    if not (context.settings.resume and holds):
+    if not (context.settings.resume and holds_run):
         return False
     on_first_rank(lambda: check_same_run(context.settings, context.output))
     return True

@@ -202,7 +202,7 @@ def alone(fault: str) -> dict:
         patch.setattr(StageSummary, "save", _full_disk)
         try:
             if fault == "other settings":
-                _is_resumed(prepare_context(settings))
+                _is_resumed(prepare_context(settings), holds_run=True)
             else:
                 run_stage(prepare_context(settings), "bridge", checkpoint=None, stop=StopWatch())
         except ValueError as error:

@@ -26,11 +26,15 @@ def output(tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_a_start_that_took_no_step_holds_no_folder(output, given):
-    """Claim: the corrected command runs in the same folder, whether it resumes or not, and twice if need be."""
+    """Claim: the corrected command runs in the same folder, whether it resumes or not, and twice if need be.
+
+    Until it takes the folder it leaves everything: a start that lives there, and has no step yet, goes on with it.
+    """
     settings = TrainSettings(output_dir=str(output), **given)
-    check_output(settings)
-    assert not (output / "settings.yaml").exists(), "a resume would be refused under other settings"
-    check_output(settings)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    for _ in range(2):
+        assert not check_output(settings), "a resume would be refused under other settings"
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
     clear_output(settings)
     assert [path.name for path in output.iterdir()] == [STARTS_FILE], "whoever made that start may still look at it"
 
@@ -46,7 +50,8 @@ def test_a_disk_that_was_full_holds_no_folder(tmp_path, monkeypatch, given):
     assert list(tmp_path.iterdir()) == []
     for name in (".write-test", ".settings.yaml.incomplete"):
         (tmp_path / name).write_text("half")
-    check_output(settings)
+    assert not check_output(settings)
+    clear_output(settings)
     assert list(tmp_path.iterdir()) == []
 
 
