@@ -133,6 +133,8 @@ def _claim_output(context: RunContext, launch: LaunchInfo, *, is_resumed: bool) 
             clear_unfinished(context.output, _stage_folders(context))
         else:
             clear_output(context.settings)
+        # To remove much takes long, and the settings of a run that has started in the meantime are to stay.
+        context.owner.check()
         save_settings(context.settings, context.output / SETTINGS_FILE)
         (context.output / JOB_FILE).write_text("\n".join(launch.jobs), encoding="utf-8")
 

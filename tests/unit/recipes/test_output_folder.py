@@ -2,10 +2,13 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.parallel.topology import LaunchInfo
+from megatron_cocoa.recipes import run
 from megatron_cocoa.recipes.output_folder import JOB_FILE, check_output, clear_output
 from megatron_cocoa.settings.saved import save_settings
 from megatron_cocoa.training.output_owner import STARTS_FILE, OutputOwner
@@ -53,6 +56,21 @@ def test_a_disk_that_was_full_holds_no_folder(tmp_path, monkeypatch, given):
     assert not check_output(settings)
     clear_output(settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_is_overtaken_while_it_clears_the_folder_leaves_it(output, monkeypatch):
+    """Claim: of two starts that overwrite one run, the settings of the one that has the folder stay."""
+
+    def clear_slowly(settings: TrainSettings) -> None:
+        clear_output(settings)
+        OutputOwner(output).claim()
+        save_settings(TrainSettings(seed=5), output / "settings.yaml")
+
+    monkeypatch.setattr(run, "clear_output", clear_slowly)
+    context = SimpleNamespace(output=output, settings=TrainSettings(output_dir=str(output)), owner=OutputOwner(output))
+    with pytest.raises(ValueError, match="another run has started"):
+        run._claim_output(context, LaunchInfo(rank=0, world_size=1, local_rank=0), is_resumed=False)
+    assert "seed: 5" in (output / "settings.yaml").read_text() and not (output / JOB_FILE).exists()
 
 
 @pytest.mark.parametrize(
