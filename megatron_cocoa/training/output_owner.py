@@ -91,6 +91,7 @@ class OutputOwner:
 
     def _starts(self) -> list[str]:
         try:
-            return (self.output / STARTS_FILE).read_text(encoding="ascii").split("\n")
+            # A file that a host's crash has spoilt ends the run as another start does, not the first rank alone.
+            return (self.output / STARTS_FILE).read_text(encoding="ascii", errors="replace").split("\n")
         except FileNotFoundError:
             return [""]

@@ -33,8 +33,8 @@ def test_a_process_that_claims_no_folder_is_refused_nothing(tmp_path):
 def test_a_start_that_was_killed_in_its_line_spoils_no_other(tmp_path):
     """Claim: neither the next start nor the looks of the last one trip over half a line, and the earlier run ends."""
     first = claimed(tmp_path)
-    for half in ("\n", "\n1234"):
-        with (tmp_path / STARTS_FILE).open("a") as file:
+    for half in (b"\n", b"\n1234", b"\n\xff\0"):
+        with (tmp_path / STARTS_FILE).open("ab") as file:
             file.write(half)
         with pytest.raises(TakenOver):
             first.check()
