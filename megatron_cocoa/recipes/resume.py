@@ -75,7 +75,7 @@ def clear_unfinished(output: Path, names: list[str]) -> None:
         remove_leftovers(folder / STEP_CHECKPOINTS)
         for name in (STAGE_CHECKPOINT, BEST):
             remove_incomplete(folder, name)
-        restore_replaced(folder / STAGE_CHECKPOINT)
+            restore_replaced(folder / name)
 
 
 def _place(folder: Path) -> StagePlace:

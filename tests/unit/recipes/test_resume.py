@@ -98,14 +98,14 @@ def test_what_is_half_written_goes_once_the_folder_is_claimed(tmp_path):
     """Claim: to look how far a run has come changes nothing, it may live; then each kind of unfinished checkpoint goes,
     and one that was just being replaced has its name again."""
     half = [f"warmup/{name}.0a1b2c3d.incomplete" for name in ("checkpoint", "best", "checkpoints/step-00000020")]
-    for name in (*half, "warmup/checkpoint.replaced", "bridge/best"):
+    for name in (*half, "warmup/checkpoint.replaced", "warmup/best.replaced", "bridge/best"):
         (tmp_path / name).mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     find_places(tmp_path, ["warmup", "bridge"])
     assert sorted(tmp_path.rglob("*")) == before
     clear_unfinished(tmp_path, ["warmup", "bridge", "contrastive"])
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == ["bridge", "bridge/best", "warmup", "warmup/checkpoint", "warmup/checkpoints"]
+    assert left == ["bridge", "bridge/best", "warmup", "warmup/best", "warmup/checkpoint", "warmup/checkpoints"]
 
 
 def test_settings_that_cannot_be_read_stop_a_resume(tmp_path):
