@@ -12,8 +12,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_cocoa.checkpoint import helper_process
 
 
+@pytest.fixture
+def own_process(monkeypatch):
+    """Leaves no process behind: other tests look at this one's children."""
+    monkeypatch.setattr(helper_process, "_manager", None)
+    yield
+    helper_process._manager.shutdown()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_results_pass_through_a_process_without_torch():
+def test_results_pass_through_a_process_without_torch(own_process):
     """Claim: what a writer puts in comes out as it was, and the process that holds it meanwhile imports no torch."""
     megatron = SimpleNamespace(_results_queue=None)
     helper_process.start_results_queue(megatron)
