@@ -32,7 +32,7 @@ from megatron_cocoa.training.output_owner import OutputOwner
 from megatron_cocoa.training.stopping import StopWatch
 
 STORE_WARNING = (
-    "WARNING: restarts by torchrun may fail to connect the ranks: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    "Warning: restarts by torchrun may fail to connect the ranks: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 )
 BARE_WARNING = (
     "Warning: contrastive.image_placeholder is bare, as in the authors' stage 3: pictures get the positions of text "
