@@ -40,6 +40,7 @@ from megatron_cocoa.config import (  # noqa: E402
     TrainSettings,
 )
 from megatron_cocoa.model.flops import step_flops  # noqa: E402
+from megatron_cocoa.model.schedule import microbatches_ahead  # noqa: E402
 from megatron_cocoa.parallel import device, topology  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -148,10 +149,11 @@ def compare(folder: Path, config, stage: str, distribution: str, args: argparse.
         if any(abs(a - b) > TOLERANCE[args.dtype] * abs(b) for a, b in zip(mine, theirs)):
             raise SystemExit(f"{stage}, {distribution}: first steps differ; (loss, norm) of ours, reference: {losses}")
     work = ours.workload(batches)
-    extra = int(stage == "contrastive" and len(batches) > 1)
+    ahead = microbatches_ahead(len(batches), num_chunks=1) if stage == "contrastive" else 0
     flops = [
-        step_flops(ours.architecture, w, extra_forward_passes=extra).hardware
-        for w in (work, reference.workload(padded, work))
+        step_flops(ours.architecture, work, extra_forward_passes=ahead / len(batches)).hardware,
+        # Caching in Hugging Face's form runs all micro-batches forward twice.
+        step_flops(ours.architecture, reference.workload(padded, work), extra_forward_passes=int(ahead > 0)).hardware,
     ]
     measured = measure_pairs(
         lambda: ours.step(batches), lambda: reference.step(padded), repeats=args.repeats, warmup=0

@@ -74,7 +74,7 @@ class StepFlops:
 
     parts: tuple[PartFlops, ...]
     tail: tuple[PartFlops, ...] = ()
-    extra_forward_passes: int = 0
+    extra_forward_passes: float = 0
 
     @property
     def forward(self) -> int:
@@ -89,7 +89,7 @@ class StepFlops:
     def hardware(self) -> int:
         every = self.parts + self.tail
         once = sum(part.forward + part.backward + part.recomputed for part in every)
-        return once + self.extra_forward_passes * sum(part.forward for part in every)
+        return once + round(self.extra_forward_passes * sum(part.forward for part in every))
 
 
 def step_flops(
@@ -100,7 +100,7 @@ def step_flops(
     recompute: RecomputeSettings = RecomputeSettings(),
     repeats_whole_mlps: bool = False,
     pipeline_stages: int = 1,
-    extra_forward_passes: int = 0,
+    extra_forward_passes: float = 0,
     language_adapter_parameters: int = 0,
     vision_adapter_parameters: int = 0,
     decoder_layers: int = 1,
@@ -120,7 +120,7 @@ def step_flops(
             (see ``model/layer.py``).
         pipeline_stages: parts of the language model (virtual chunks included), each of which counts its recomputed
             MLPs by itself. Adapters in them are not counted again.
-        extra_forward_passes: 1 where a step runs forward once more without gradients (gradient caching).
+        extra_forward_passes: share of the workload that runs forward once more without gradients (gradient caching).
         language_adapter_parameters, vision_adapter_parameters: elements of low-rank adapters (whole model, not
             sharded) on the linears of all layers; each costs two operations a row, and they train.
         decoder_layers: of the image decoder.

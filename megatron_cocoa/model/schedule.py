@@ -24,6 +24,15 @@ BeforeForward = Callable[[tuple[int, int]], None]
 """Called with ``(index of the micro-batch, index of the chunk)`` just before each forward run of a chunk."""
 
 
+def microbatches_ahead(number: int, *, num_chunks: int) -> int:
+    """How many of ``number`` micro-batches gradient caching runs forward ahead of the pass with gradients.
+
+    All but the last, whose pass with gradients can come first and gives its embeddings. Interleaved chunks take whole
+    rounds of micro-batches alone, so that there it is all of them.
+    """
+    return number if num_chunks > 1 else number - 1
+
+
 def run_microbatches(
     model: Model,
     batches: Sequence[PackedBatch],

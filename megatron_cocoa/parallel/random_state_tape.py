@@ -15,7 +15,10 @@ from megatron_cocoa.parallel.random_states import RandomStates, random_states, s
 
 
 class RandomStateTape:
-    """Records random states by key in a first pass and sets them again in a second one."""
+    """Records random states by key in a first pass and sets them again in a second one.
+
+    What runs between the two passes, or at the start of the second without a replay, draws on from the first.
+    """
 
     def __init__(self) -> None:
         self._states: dict[Hashable, RandomStates] = {}
@@ -25,15 +28,13 @@ class RandomStateTape:
         """Remember the states as they are now, before the run ``key``."""
         self._states[key] = random_states()
 
-    def end_of_recording(self) -> None:
-        """Remember where the stream goes on after both passes."""
-        self._after = random_states()
-
     def replay(self, key: Hashable) -> None:
-        """Set the states as they were before the run ``key``."""
+        """Set the states as they were before the run ``key``; the first call ends what is drawn for the first time."""
+        if self._after is None:
+            self._after = random_states()
         set_random_states(self._states[key])
 
     def go_on(self) -> None:
-        """Leave the states as the first pass left them, in whatever order the second one ran."""
-        assert self._after is not None, "end_of_recording comes first"
-        set_random_states(self._after)
+        """Leave the states as they were before the first replay, in whatever order the runs came after it."""
+        if self._after is not None:
+            set_random_states(self._after)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.model.schedule import microbatches_ahead
 from megatron_cocoa.objectives.contrastive import ROWS_PER_BLOCK
 from megatron_cocoa.planning.activations import GPU_KERNELS, Kernels
 from megatron_cocoa.planning.microbatch import microbatch_memory
@@ -88,8 +89,9 @@ def stage_memory(
         sharers = replicas * settings.parallel.context_parallel_size
         activations, transient = _activations(architecture, settings, pack, kernels, rank, number)
         if rank == settings.parallel.pipeline_model_parallel_size - 1 and exchange:
-            # With one micro-batch the graph is still there while the global loss is differentiated.
-            beside = activations if number == 1 else 0
+            # One micro-batch's graph is there while the global loss is differentiated, if it did not run ahead.
+            is_kept = microbatches_ahead(number, num_chunks=settings.parallel.num_chunks) < number
+            beside = activations if is_kept else 0
             transient = max(activations + transient, beside + exchange) - activations
         # Gradients are reduced when the last backward pass is over and activations are gone.
         transient = max(activations + transient, _reduction(settings, kernels, held.trainable, sharers)) - activations

@@ -16,6 +16,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.config import ParallelSettings, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.flops import step_flops
 from megatron_cocoa.model.layout_checks import check_layout
+from megatron_cocoa.model.schedule import microbatches_ahead
 from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.planning.memory import HEADROOM, RankMemory, stage_memory
 from megatron_cocoa.planning.packs import PackShape, expected_microbatches, expected_pack
@@ -144,7 +145,8 @@ def _cost(
     parallel, recompute = settings.parallel, settings.recompute
     number = expected_microbatches(architecture, settings, stage, data_parallel_size=replicas)
     repeated = RECOMPUTE_COST[recompute.language] + RECOMPUTE_COST[recompute.vision] / 4
-    caching = 0.3 if stage == "contrastive" and number > 1 else 0.0
+    ahead = microbatches_ahead(number, num_chunks=parallel.num_chunks) if stage == "contrastive" else 0
+    caching = 0.3 * ahead / number
     exchange = 1 + 0.06 * math.log2(parallel.tensor_model_parallel_size)
     bubble = 1 + (parallel.pipeline_model_parallel_size - 1) / number
     launches = 1 + 500 * parallel.tensor_model_parallel_size / pack.tokens

@@ -3,7 +3,8 @@
 A local objective is a sum over units: counts are summed over the data-parallel ranks first, then each micro-batch
 is differentiated by itself. A global objective couples all samples of the step: embeddings are computed, gathered
 once, and differentiated; their gradients then flow back per micro-batch (gradient caching, arXiv 2101.06983), under
-the random states of the first pass, so that dropout is the same in both.
+the random states of the first pass, so that dropout is the same in both. The last micro-batch opens the second pass
+and runs in it alone: its graph is kept while the loss is computed, which saves one forward run a step.
 Either way the gradient is that of one process with one big batch, whatever the layout.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_cocoa.batch import ModelOutput, PackedBatch
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.model.schedule import run_microbatches
+from megatron_cocoa.model.schedule import microbatches_ahead, run_microbatches
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import from_last_stage
@@ -80,43 +81,39 @@ def sum_counts(counts: Sequence[dict[str, int]]) -> dict[str, float]:
 
 
 def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch], detailed: bool) -> Metrics:
-    if len(batches) == 1:
-        return _single_pass(model, objective, batches, detailed)
+    ahead = microbatches_ahead(len(batches), num_chunks=len(model.chunks))
     tape = RandomStateTape()
-    collected = run_microbatches(model, batches, _collect, forward_only=True, before_forward=tape.record)
-    tape.end_of_recording()
+    collected: list[tuple[Tensor, Tensor | None]] = []
+    if ahead:
+        collected += run_microbatches(model, batches[:ahead], _collect, forward_only=True, before_forward=tape.record)
+    # Those whose embeddings are not known yet come first.
+    order = [*range(ahead, len(batches)), *range(ahead)]
     gradients: list[Tensor] = []
     metrics: dict[str, Tensor] = {}
-    if collected:
-        gradients, metrics = _cached_gradients(objective, batches, collected, detailed)
 
-    def surrogate(index: int, output: ModelOutput, batch: PackedBatch):
+    def replay(key: tuple[int, int]) -> None:
+        place, chunk = key
+        if order[place] < ahead:
+            tape.replay((order[place], chunk))
+
+    def surrogate(place: int, output: ModelOutput, batch: PackedBatch):
+        index = order[place]
+        if index >= ahead:
+            collected.append(_collect(index, output, batch)[1])
+        if not gradients:
+            found, values = _cached_gradients(objective, batches, collected, detailed)
+            gradients.extend(found)
+            metrics.update(values)
         loss = (output.embeddings.float() * gradients[index]).sum()
         if output.logit_scale is not None:
             # In every micro-batch, since gradient reduction may overlap with the last one's backward pass.
             loss = loss + output.logit_scale * gradients[-1] / (len(batches) * number_of_copies())
         return loss, None
 
-    run_microbatches(model, batches, surrogate, before_forward=tape.replay)
+    run_microbatches(model, [batches[index] for index in order], surrogate, before_forward=replay)
     tape.go_on()
     # Only now: reading them waits for the device, which would have nothing to do while the second pass is prepared.
     return _floats(metrics)
-
-
-def _single_pass(model: Model, objective: GlobalObjective, batches: Sequence[PackedBatch], detailed: bool) -> Metrics:
-    """With one micro-batch a rank, the graph is still there when the embeddings have been gathered."""
-
-    def loss_function(index: int, output: ModelOutput, batch: PackedBatch):
-        scale = output.logit_scale
-        if scale is not None:
-            # The value as it is, the gradient divided by the ranks that each compute the whole of it.
-            scale = scale.detach() + (scale - scale.detach()) / number_of_copies()
-        pairs = gather_pairs([batch], [output.embeddings], scale)
-        loss, metrics = objective.embedding_loss(pairs, detailed=detailed)
-        return loss, {**metrics, "loss": loss.detach()}
-
-    returned = run_microbatches(model, batches, loss_function)
-    return _floats(returned[0]) if returned else {}
 
 
 def _collect(index: int, output: ModelOutput, batch: PackedBatch):

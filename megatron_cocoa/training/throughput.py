@@ -32,7 +32,7 @@ class SpeedMeter:
     vision_adapter_parameters: int = 0
 
     def metrics(
-        self, workload: Workload, *, samples: int, seconds: float, extra_forward_passes: int = 0
+        self, workload: Workload, *, samples: int, seconds: float, extra_forward_passes: float = 0
     ) -> dict[str, float]:
         """Speed of one step, or of several together.
 
@@ -41,7 +41,7 @@ class SpeedMeter:
                 all-reduce over data parallel *without* context parallel).
             samples: of the global batch; pairs in stage ``contrastive``.
             seconds: wall time, data wait included.
-            extra_forward_passes: 1 where embeddings were cached by a forward pass of their own.
+            extra_forward_passes: share of the micro-batches that ran forward once more, to cache their embeddings.
 
         Returns:
             ``tokens_per_second_per_gpu`` (tail rows are no tokens), ``samples_per_second_per_gpu``,

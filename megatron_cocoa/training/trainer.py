@@ -16,6 +16,7 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.config import StageSettings, TrainSettings
 from megatron_cocoa.model.build import Model
+from megatron_cocoa.model.schedule import microbatches_ahead
 from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective
 from megatron_cocoa.parallel import device
@@ -228,7 +229,7 @@ class _StageTrainer:
             "grad_norm": grad_norm,
             "lr": self.schedule.get_lr({}),
             "tokens": workload.tokens,
-            **self._speed(workload, seconds, is_cached=len(batches) > 1),
+            **self._speed(workload, seconds, num_microbatches=len(batches)),
             "skipped_steps": progress.skipped,
             "skipped_samples": skipped_samples,
             "memory_gib": memory_bytes() / 2**30,
@@ -258,13 +259,17 @@ class _StageTrainer:
             )
         return Workload.from_counts(dict(zip(counts, numbers))), skipped
 
-    def _speed(self, workload: Workload, seconds: float, *, is_cached: bool) -> Metrics:
+    def _speed(self, workload: Workload, seconds: float, *, num_microbatches: int) -> Metrics:
         if self.meter is None:
             return {}
-        # Gradient caching runs the forward pass twice, of which only one counts as useful.
-        extra = int(isinstance(self.objective, GlobalObjective) and is_cached)
+        # Gradient caching runs micro-batches forward twice, of which only one run counts as useful.
+        is_cached = isinstance(self.objective, GlobalObjective)
+        twice = microbatches_ahead(num_microbatches, num_chunks=len(self.model.chunks)) if is_cached else 0
         return self.meter.metrics(
-            workload, samples=self.stage.global_batch_size, seconds=seconds, extra_forward_passes=extra
+            workload,
+            samples=self.stage.global_batch_size,
+            seconds=seconds,
+            extra_forward_passes=twice / num_microbatches,
         )
 
     def _count(self, applied: bool, *, tokens: int, seconds: float) -> None:

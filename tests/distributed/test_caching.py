@@ -14,10 +14,11 @@ def test_both_passes_draw_the_same_dropout(request, check):
     """Claim: every stage and virtual chunk replays its own random states, those of tensor parallelism included.
 
     The second pass computes the first one's embeddings to the last bit, whatever order its schedule runs the chunks
-    in; without replay they are far from it, so that the comparison sees every mask.
+    in; without replay they are far from it, so that the comparison sees every mask. The last of the four micro-batches
+    runs once, but where chunks are interleaved.
     """
     found = result_of(request, check)
-    assert found["with_replay_compared"] == 4 and found["with_replay"] == 0.0, found
+    assert found["with_replay_compared"] == (4 if "vpp" in check else 3) and found["with_replay"] == 0.0, found
     assert found["without_replay"] > 0.1, found
 
 
