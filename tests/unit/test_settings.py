@@ -148,6 +148,12 @@ def test_presets_carry_the_published_recipe(preset):
     assert [s.stage(name).lr_warmup_steps for name in s.stages] == [100, 100, 200]
 
 
+@pytest.mark.parametrize("preset", available_presets())
+def test_presets_prepare_data_ahead(preset):
+    """Claim: a run by a preset does not leave its GPU idle while its own process decodes pictures."""
+    assert parse_settings(["--preset", preset, *FOLDERS]).data.num_workers > 0
+
+
 HEADS_KV_LAYERS_GPUS = {
     "qwen2-vl-2b": (12, 2, 28, 8),
     "qwen2-vl-7b": (28, 4, 28, 8),
