@@ -74,7 +74,13 @@ def attend_with(
         calls = table.plans["varlen"] = build_calls(table, query.device)
     outputs = []
     for call in calls:
-        whole = isinstance(call.k_rows, slice)
-        k, v = (x[call.k_rows] if whole else x.index_select(0, call.k_rows) for x in (key, value))
-        outputs.append(kernel(query[call.q_rows], k, v, call, scale))
+        k, v = (_pick(x, call.k_rows) for x in (key, value))
+        outputs.append(kernel(_pick(query, call.q_rows), k, v, call, scale))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _pick(x: Tensor, rows: Tensor | slice) -> Tensor:
+    if not isinstance(rows, slice):
+        return x.index_select(0, rows)
+    # A slice of all rows would still copy its gradient into one of zeros.
+    return x if rows == slice(0, len(x)) else x[rows]

@@ -146,6 +146,21 @@ def test_plain_packs_need_no_gather():
     assert call.k_rows == slice(0, 15)
 
 
+@pytest.mark.parametrize("kind", MaskKind)
+def test_a_kernel_that_takes_the_whole_pack_gets_the_tensors_themselves(kind):
+    """Claim: no copy stands between a layer and its kernel, in either pass, unless rows are gathered."""
+    table = compile_segments(kind, [5, 2, 8], [2, 5, 9])
+    inputs, taken = tensors(15, (2, 1), 0), []
+
+    def kernel(query, key, value, call, scale):
+        taken.extend([query, key, value])
+        return query
+
+    varlen.attend_with(kernel, *inputs, table, 1.0)
+    own = 3 if kind in (MaskKind.CAUSAL, MaskKind.BIDIRECTIONAL) else 1
+    assert all(x is y for x, y in zip(taken[:own], inputs))
+
+
 def test_rotation_turns_pairs_of_channels():
     """Claim: channel pairs ``(i, i + dim / 2)`` turn as complex numbers by their angle."""
     generator = torch.Generator().manual_seed(0)
