@@ -16,7 +16,9 @@ utilisation.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +44,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 FP8 = {"delayed": ("delayed", False), "delayed, tower too": ("delayed", True), "tensorwise": ("tensorwise", False)}
 """Recipe, and whether the tower's linears run in it, by what the table calls it."""
 HEADS = {"3b": (16, 2), "7b": (28, 4)}
+TEST_SECONDS = 400
 
 
 def correctness(tiny: bool, recipes: list[str]) -> dict[str, object]:
@@ -50,13 +54,33 @@ def correctness(tiny: bool, recipes: list[str]) -> dict[str, object]:
         wanted = next(iter(attention.dense_forms(problem).values()))()
         ours = problem.segments(attend_function("sdpa", on_gpu=False))
         return {"largest_error": attention.check(problem, ours, wanted, "sdpa")}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "tests/gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    lines = done.stdout.strip().splitlines()
-    failed = [line for line in lines if line.startswith("FAILED")]
-    if done.returncode:
-        raise RuntimeError(f"{lines[-1] if lines else done.stderr[-500:]}: {'; '.join(failed)}")
-    return {"summary": lines[-1]}
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "tests/gpu", "-p", "no:cacheprovider"]
+    return {"summary": run_tests(command, TEST_SECONDS)}
+
+
+def run_tests(command: list[str], seconds: float) -> str:
+    """Run pytest with ``-v`` and return the last line that it prints.
+
+    Raises:
+        RuntimeError: naming the tests that failed, also where they did not end in ``seconds``; all that was printed
+            goes to stderr. Runs that they started are ended then: sections after this one are timed.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    late = ""
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        late = f"not done after {seconds} s"
+        for part in (process, *psutil.Process(process.pid).children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.kill()
+        printed, _ = process.communicate()
+    last = printed.strip().rpartition("\n")[2].strip("= ")
+    if late or process.returncode:
+        print(printed, file=sys.stderr)
+        failed = re.findall(r"^(tests/.+?) (?:FAILED|ERROR)\b", printed, re.MULTILINE)
+        raise RuntimeError("; ".join([late or last, *failed]))
+    return last
 
 
 def attention_section(tiny: bool, recipes: list[str]) -> dict[str, object]:

@@ -1,14 +1,16 @@
 """The suite that waits for a GPU: its code runs, its arithmetic is right, and a failing section stops no other."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from benchmarks import gpu_suite
+from benchmarks import attention, gpu_suite
 from benchmarks.gpu_steps import Depth, StepCase, extrapolate
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +56,58 @@ def test_a_failing_section_is_recorded_and_the_others_run(monkeypatch):
     results = dict(gpu_suite.run_sections(["correctness", "step_3b"], True, []))
     assert results["correctness"]["failed"] == "RuntimeError: out of memory" and "failed" not in results["step_3b"]
     assert "correctness: FAILED: RuntimeError: out of memory" in gpu_suite.table(results)
+
+
+RUNNING = """
+import subprocess, sys, time
+print("tests/gpu/test_a.py::test_b[stopped, x] PASSED     [ 10%]")
+print("tests/gpu/test_a.py::test_c[delayed, y] FAILED     [ 20%]", flush=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+open(sys.argv[1], "w").write(str(child.pid))
+time.sleep(100)
+"""
+
+
+def test_tests_that_take_too_long_are_named_as_far_as_they_failed_and_leave_no_run(tmp_path):
+    """Claim: what has failed by then is known, and no process of theirs takes the GPU from the sections after them."""
+    place = tmp_path / "child"
+    with pytest.raises(RuntimeError, match=r"not done after 4 s; tests/gpu/test_a.py::test_c\[delayed, y\]$"):
+        gpu_suite.run_tests([sys.executable, "-c", RUNNING, str(place)], 4)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(place.read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("code, outcome", [(0, "3 passed in 2s"), (1, "3 passed in 2s; tests/a.py::test_c")])
+def test_what_the_tests_say_at_their_end(code, outcome):
+    """Claim: the summary of a good run is kept, and the names of what failed in another."""
+    printed = f"tests/a.py::test_c {'FAILED' if code else 'PASSED'} [100%]\n==== 3 passed in 2s ====\n"
+    command = [sys.executable, "-c", f"print({printed!r}); raise SystemExit({code})"]
+    if not code:
+        assert gpu_suite.run_tests(command, 60) == outcome
+        return
+    with pytest.raises(RuntimeError, match=f"^{outcome}$"):
+        gpu_suite.run_tests(command, 60)
+
+
+@pytest.mark.parametrize(
+    "message, is_refusal",
+    [
+        ("No available kernel. Aborting execution.", True),
+        ("cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_dense_form_that_a_kernel_refuses_is_left_out(message, is_refusal):
+    """Claim: one form without a kernel does not end the comparison, but a mistake does."""
+
+    def run():
+        raise RuntimeError(message)
+
+    if is_refusal:
+        assert not attention._fits(run)
+        return
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        attention._fits(run)
 
 
 def test_whole_models_cost_is_that_of_their_layers():
