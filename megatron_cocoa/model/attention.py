@@ -157,8 +157,8 @@ class SegmentAttention(MegatronModule):
         """Attention of this rank's heads.
 
         Args:
-            query: ``(tokens_local, 1, heads_local, head_dim)``.
-            key, value: ``(tokens_local, 1, key_value_heads_local, head_dim)``.
+            query: ``(tokens_local, 1, heads_local, head_dim)``, or without the 1.
+            key, value: the same of ``key_value_heads_local``.
             packed_seq_params: the shared context; masks come from it alone, the other arguments are unused.
 
         Returns:
@@ -168,7 +168,8 @@ class SegmentAttention(MegatronModule):
             ValueError: if the segment table does not cover the rows at hand.
         """
         context = packed_seq_params
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if query.dim() == 4:
+            query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context_group is not None:
             query, key, value = self._to_heads(query, key, value)
         table = context.segments_of(self.layer_number)

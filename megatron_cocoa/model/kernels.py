@@ -8,6 +8,8 @@ module is imported where a tensor lives on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -43,23 +45,62 @@ def _swiglu_gradient_kernel(x, grad, out, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    x, cos, sin, out, heads, per_group, half, sign,
-    x_token, x_group, x_head, out_token, out_group, out_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    x, cos, sin, out, heads, half, sign, x_token, x_head, out_token, out_head, HEADS: tl.constexpr, HALF: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    group, head_of_group = head // per_group, head % per_group
     channel = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (channel < half)
     c = tl.load(cos + token * half + channel, mask=channel < half).to(tl.float32)
     s = tl.load(sin + token * half + channel, mask=channel < half).to(tl.float32) * sign
-    source = x + token * x_token + group * x_group + head_of_group * x_head + channel
+    source = x + token * x_token + head * x_head + channel
     first = tl.load(source, mask=inside).to(tl.float32)
     second = tl.load(source + half, mask=inside).to(tl.float32)
-    target = out + token * out_token + group * out_group + head_of_group * out_head + channel
+    target = out + token * out_token + head * out_head + channel
     tl.store(target, first * c - second * s, mask=inside)
     tl.store(target + half, second * c + first * s, mask=inside)
+
+
+@triton.jit
+def _split_kernel(
+    fused, query, key, value, cos, sin, rows, parts, half, JOIN: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr
+):
+    """A row is a head, a key or a value of a token. Its place apart is one of three: masks choose."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, HALF)[None, :]
+    inside = (row < rows) & (channel < half)
+    part, per_group = row % parts, parts - 2
+    group = token * (rows // parts) + row // parts
+    is_query, is_key, is_value = inside & (part < per_group), inside & (part == per_group), inside & (part > per_group)
+    whole = fused + (token * rows + row) * 2 * half + channel
+    q = query + (group * per_group + part) * 2 * half + channel
+    k = key + group * 2 * half + channel
+    v = value + group * 2 * half + channel
+    c = tl.load(cos + token * half + channel, mask=channel < half).to(tl.float32)
+    s = tl.load(sin + token * half + channel, mask=channel < half).to(tl.float32)
+    if JOIN:
+        s = -s
+        first = tl.load(q, mask=is_query, other=0.0).to(tl.float32)
+        first += tl.load(k, mask=is_key, other=0.0).to(tl.float32) + tl.load(v, mask=is_value, other=0.0).to(tl.float32)
+        second = tl.load(q + half, mask=is_query, other=0.0).to(tl.float32)
+        second += tl.load(k + half, mask=is_key, other=0.0).to(tl.float32)
+        second += tl.load(v + half, mask=is_value, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(whole, mask=inside).to(tl.float32)
+        second = tl.load(whole + half, mask=inside).to(tl.float32)
+    low = tl.where(is_value, first, first * c - second * s)
+    high = tl.where(is_value, second, second * c + first * s)
+    if JOIN:
+        tl.store(whole, low, mask=inside)
+        tl.store(whole + half, high, mask=inside)
+    else:
+        tl.store(q, low, mask=is_query)
+        tl.store(q + half, high, mask=is_query)
+        tl.store(k, low, mask=is_key)
+        tl.store(k + half, high, mask=is_key)
+        tl.store(v, low, mask=is_value)
+        tl.store(v + half, high, mask=is_value)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -85,27 +126,42 @@ def _grid(x: Tensor, width: int) -> tuple[int, int]:
     return x.numel() // (2 * width), triton.cdiv(width, BLOCK)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float, out: Tensor) -> Tensor:
-    """Each half-split pair of channels, turned by its angle times ``sign``.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
+    """Each half-split pair of channels, turned by its angle times ``sign``; contiguous.
 
     Args:
-        x: ``(tokens, heads, head_dim)`` or ``(tokens, groups, heads_of_group, head_dim)``, any strides.
+        x: ``(tokens, heads, head_dim)``, any strides.
         cos, sin: ``(tokens, head_dim / 2)``; best contiguous, else they are copied.
-        out: for the result, of the shape of ``x``, channels contiguous; may be a part of a longer tensor.
-
-    Returns:
-        ``out``.
     """
-    if x.dim() == 3:
-        rotate(x.unsqueeze(1), cos, sin, sign=sign, out=out.unsqueeze(1))
-        return out
-    tokens, groups, per_group, dim = x.shape
-    heads, half = groups * per_group, dim // 2
+    tokens, heads, dim = x.shape
+    out = x.new_empty(x.shape)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if out.numel():
-        wide = triton.next_power_of_2(half)
-        together = triton.next_power_of_2(min(heads, max(1, BLOCK // wide)))
+        together, wide = _rows_and_channels(heads, dim // 2)
         kernel = _rotate_kernel[tokens, triton.cdiv(heads, together)]
-        tables, strides = (cos.contiguous(), sin.contiguous()), (*x.stride()[:3], *out.stride()[:3])
-        kernel(x, *tables, out, heads, per_group, half, sign, *strides, HEADS=together, HALF=wide, num_warps=4)
+        tables, strides = (cos.contiguous(), sin.contiguous()), (*x.stride()[:2], *out.stride()[:2])
+        kernel(x, *tables, out, heads, dim // 2, sign, *strides, HEADS=together, HALF=wide, num_warps=4)
     return out
+
+
+def split_and_rotate(fused: Tensor, apart: Sequence[Tensor], cos: Tensor, sin: Tensor, *, join: bool) -> None:
+    """Write ``fused``, queries and keys turned, to the tensors ``apart``; or with ``join`` these, turned back, to it.
+
+    Args:
+        fused: contiguous ``(tokens, groups, heads / groups + 2, head_dim)``.
+        apart: contiguous queries ``(tokens, heads, head_dim)``, keys and values ``(tokens, groups, head_dim)``.
+        cos, sin: as of ``rotate``.
+    """
+    tokens, groups, parts, dim = fused.shape
+    if fused.numel():
+        rows, half = groups * parts, dim // 2
+        together, wide = _rows_and_channels(rows, half)
+        kernel = _split_kernel[tokens, triton.cdiv(rows, together)]
+        tensors = (fused, *apart, cos.contiguous(), sin.contiguous())
+        kernel(*tensors, rows, parts, half, JOIN=join, ROWS=together, HALF=wide, num_warps=4)
+
+
+def _rows_and_channels(rows: int, half: int) -> tuple[int, int]:
+    """What one program works on."""
+    wide = triton.next_power_of_2(half)
+    return triton.next_power_of_2(min(rows, max(1, BLOCK // wide))), wide

@@ -21,11 +21,11 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0, out=x.new_empty(x.shape))
+        return _turned(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _turn(grad, *ctx.saved_tensors, -1.0, out=grad.new_empty(grad.shape)), None, None
+        return _turned(grad, *ctx.saved_tensors, -1.0), None, None
 
 
 class _SplitAndRotate(torch.autograd.Function):
@@ -35,29 +35,45 @@ class _SplitAndRotate(torch.autograd.Function):
     def forward(ctx, fused: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.shape = tokens, groups, parts, dim = fused.shape
-        query, key, value = (fused.new_empty(tokens, groups, n, dim) for n in (parts - 2, 1, 1))
-        _turn(fused[:, :, :-2], cos, sin, 1.0, out=query)
-        _turn(fused[:, :, -2:-1], cos, sin, 1.0, out=key)
-        value.copy_(fused[:, :, -1:])
-        return query.view(tokens, -1, dim), key.squeeze(2), value.squeeze(2)
+        query, key, value = (fused.new_empty(tokens, groups * n, dim) for n in (parts - 2, 1, 1))
+        if is_on_gpu(fused):
+            from megatron_cocoa.model import kernels
+
+            kernels.split_and_rotate(fused.contiguous(), (query, key, value), cos, sin, join=False)
+        else:
+            _turn(fused[:, :, :-2], cos, sin, 1.0, out=query.view(tokens, groups, parts - 2, dim))
+            _turn(fused[:, :, -2], cos, sin, 1.0, out=key)
+            value.copy_(fused[:, :, -1])
+        return query, key, value
 
     @staticmethod
     def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
         cos, sin = ctx.saved_tensors
         tokens, groups, parts, dim = ctx.shape
         fused = query.new_empty(ctx.shape)
-        _turn(query.reshape(tokens, groups, parts - 2, dim), cos, sin, -1.0, out=fused[:, :, :-2])
-        _turn(key.unsqueeze(2), cos, sin, -1.0, out=fused[:, :, -2:-1])
-        fused[:, :, -1] = value
+        if is_on_gpu(query):
+            from megatron_cocoa.model import kernels
+
+            apart = [x.contiguous() for x in (query, key, value)]
+            kernels.split_and_rotate(fused, apart, cos, sin, join=True)
+        else:
+            _turn(query.reshape(tokens, groups, parts - 2, dim), cos, sin, -1.0, out=fused[:, :, :-2])
+            _turn(key, cos, sin, -1.0, out=fused[:, :, -2])
+            fused[:, :, -1] = value
         return fused, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, *, out: Tensor) -> Tensor:
-    """``x`` ``(tokens, ..., head_dim)``, turned by ``sign`` times the angle of its token, in ``out`` of its shape."""
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """``x`` ``(tokens, heads, head_dim)``, turned by ``sign`` times the angle of its token."""
     if is_on_gpu(x):
         from megatron_cocoa.model import kernels
 
-        return kernels.rotate(x, cos, sin, sign=sign, out=out)
+        return kernels.rotate(x, cos, sin, sign=sign)
+    return _turn(x, cos, sin, sign, out=x.new_empty(x.shape))
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float, *, out: Tensor) -> Tensor:
+    """``_turned`` on a CPU, of ``(tokens, ..., head_dim)``, in ``out`` of its shape."""
     # Both halves go into one buffer: concatenating a few channels costs a CPU more than the rotation itself.
     half = x.shape[-1] // 2
     wide = x.to(cos.dtype)

@@ -34,9 +34,12 @@ class SegmentSelfAttention(SelfAttention):
             self._context = None
 
     def get_query_key_value_tensors(self, *args, split_qkv: bool = True, **kwargs) -> tuple[Tensor, ...]:
-        """``(tokens, 1, heads_local, head_dim)`` and twice ``(tokens, 1, key_value_heads_local, head_dim)``."""
+        """``(tokens, heads_local, head_dim)`` and twice ``(tokens, key_value_heads_local, head_dim)``.
+
+        Where Megatron splits, with its dimension for the batch, of one sequence, after the tokens.
+        """
         if not self.core_attention.takes_rotated or self._context.cos is None:
             return super().get_query_key_value_tensors(*args, split_qkv=split_qkv, **kwargs)
         fused, _ = super().get_query_key_value_tensors(*args, split_qkv=False, **kwargs)
         fused = fused.view(fused.shape[0], fused.shape[2], -1, self.hidden_size_per_attention_head)
-        return tuple(x.unsqueeze(1) for x in split_and_rotate(fused, self._context.cos, self._context.sin))
+        return split_and_rotate(fused, self._context.cos, self._context.sin)

@@ -1,5 +1,7 @@
 """Every attention backend that runs without a GPU against a dense softmax, outputs and gradients."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from megatron_cocoa import model
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.model import flex, sdpa, sdpa_plan, varlen
+from megatron_cocoa.model import flex, rope, sdpa, sdpa_plan, varlen
 from megatron_cocoa.model.attention import attend_function
 from megatron_cocoa.model.rope import rotate, split_and_rotate
 from megatron_cocoa.model.segments import SegmentTable, compile_segments
@@ -190,6 +193,25 @@ def test_split_and_rotation_are_megatrons_split_then_the_rotation(groups, per_gr
     torch.autograd.backward(wanted, gradients)
     for x, y in zip([*found, mine.grad], [*wanted, theirs.grad]):
         assert x.is_contiguous() and torch.equal(x, y)
+
+
+def test_a_gpu_takes_a_projection_apart_by_one_kernel_each_way(monkeypatch):
+    """Claim: the host launches one kernel a layer and direction, on contiguous tensors, whatever gradients it gets."""
+    calls = []
+
+    def kernel(fused, apart, cos, sin, *, join):
+        assert all(x.is_contiguous() for x in (fused, *apart))
+        assert [x.shape for x in apart] == [(7, 6, 8), (7, 2, 8), (7, 2, 8)]
+        calls.append(join)
+        for x in [fused] if join else apart:
+            x.zero_()
+
+    monkeypatch.setattr(rope, "is_on_gpu", lambda x: True)
+    monkeypatch.setattr(model, "kernels", SimpleNamespace(split_and_rotate=kernel), raising=False)
+    fused, angles = torch.randn(7, 2, 5, 8, requires_grad=True), torch.randn(7, 4)
+    found = split_and_rotate(fused, angles.cos(), angles.sin())
+    torch.autograd.backward(found, [torch.randn(x.shape[::-1]).permute(2, 1, 0) for x in found])
+    assert calls == [False, True] and fused.grad.shape == fused.shape
 
 
 def test_backends_that_cannot_serve_are_refused():
