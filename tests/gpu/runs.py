@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_cocoa.config import ModelSettings
@@ -68,9 +70,16 @@ def stopped(*more: str, recipe: str | None = None) -> Run:
             whole, process = (start(folders, path, *arguments) for path in (unbroken, output))
             for begun in (whole, process):
                 ends.callback(finish, begun)
+            # Before its first step: to look through all processes takes seconds beside tests that keep Python busy,
+            # in which the stage could come to its end.
+            ranks: list[psutil.Process] = []
+            while not ranks:
+                assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
+                time.sleep(0.1)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    ranks = ranks_of(process)
             wait_for_step(process, output, "bridge", 4)
-            (rank,) = ranks_of(process)
-            rank.send_signal(signal.SIGTERM)
+            ranks[0].send_signal(signal.SIGTERM)
             assert finish(process) == 0 and finish(whole) == 0, unbroken.with_suffix(".log").read_text()[-3000:]
         assert len(losses(output, "bridge")) < len(losses(unbroken, "bridge"))
         assert finish(start(folders, output, *arguments)) == 0, output.with_suffix(".log").read_text()[-3000:]
