@@ -87,7 +87,9 @@ def _common(model: ModelSettings, parallel: ParallelSettings) -> dict:
         init_method=init_method_normal(INITIALIZER_RANGE),
         output_layer_init_method=init_method_normal(INITIALIZER_RANGE),
         gradient_accumulation_fusion=False,
-        deallocate_pipeline_outputs=on_gpu,
+        # Interleaved stages send while they go on computing. Megatron-Core 0.16 would free what is still on its way,
+        # and 0.19 waits for it instead.
+        deallocate_pipeline_outputs=on_gpu and parallel.virtual_pipeline_model_parallel_size is None,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

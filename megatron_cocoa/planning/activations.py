@@ -24,7 +24,8 @@ class Kernels:
     remakes_inputs: linears behind a norm, an activation or attention make their input again (this project's local
         layers); Transformer Engine's keep it.
     gradient_in_place: an activation's gradient is written over its input (on a CPU).
-    releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``).
+    releases_outputs: a pipeline stage frees what it has sent on (Megatron's ``deallocate_pipeline_outputs``), unless
+        stages are interleaved.
     copies_reductions: a reduce-scatter works on a copy of its input (gloo; NCCL writes where it reads).
     bool_masks: dropout keeps a byte an entry; else its mask is as wide as what it drops (on a CPU).
     """

@@ -133,7 +133,7 @@ def _language_layers(
     layers = [of_mode[mode] for mode in modes]
     layer, last = layers[-1], of_layer(recompute=modes[-1], read=read)
     saved = sum(layer.saved for layer in layers) + pack.tokens * text.head_dim * shape.element
-    if not kernels.releases_outputs and (chunks > 1 or not is_last):
+    if chunks > 1 or not (kernels.releases_outputs or is_last):
         saved += shape.rows_outside(rows) * shape.hidden * shape.element
     # Of the last layer; or of one before it, when the last is gone (of another chunk, when it may still be there).
     gone, before = last.saved if chunks == 1 else 0, layers[max(0, number - 2)]

@@ -1,4 +1,4 @@
-"""Modules that a layer is built of."""
+"""Modules that a layer is built of, and what their configs ask of Megatron on a GPU."""
 
 from types import SimpleNamespace
 
@@ -9,8 +9,12 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing import assert_close
 
+from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings
 from megatron_cocoa.model.activations import SwiGLU
 from megatron_cocoa.model.specs import adding_its_bias, adding_its_bias_alone
+from megatron_cocoa.model.transformer_configs import build_configs
+from megatron_cocoa.parallel import device
+from tests.unit.published import published_architecture
 
 pytestmark = pytest.mark.usefixtures("single_rank")
 
@@ -57,3 +61,14 @@ def test_the_product_adds_the_bias_of_a_rank_alone(ranks, caller_adds):
     linear = adding_its_bias_alone(RowParallel)(4, 4, config=config, skip_bias_add=True, input_is_parallel=True)
     assert linear.skip_bias_add == caller_adds
     assert linear.gemm_bias_unfused_add == caller_adds
+
+
+@pytest.mark.parametrize("on_gpu, chunks, is_freed", [(True, None, True), (True, 2, False), (False, None, False)])
+def test_an_output_that_may_still_be_on_its_way_is_not_freed(monkeypatch, on_gpu, chunks, is_freed):
+    """Claim: Megatron frees a stage's output after it has waited for its sending, never beside it."""
+    monkeypatch.setattr(device, "has_gpu", lambda: on_gpu)
+    parallel = ParallelSettings(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
+    architecture, parts = published_architecture("Qwen2.5-VL-7B"), dict(model=ModelSettings(), parallel=parallel)
+    found = build_configs(architecture, **parts, recompute=RecomputeSettings()).language
+    assert found.deallocate_pipeline_outputs == is_freed
+    assert not (found.deallocate_pipeline_outputs and found.overlap_p2p_comm)

@@ -104,6 +104,20 @@ def test_in_flight_micro_batches():
     assert passes == [2 * 3 + 4 + 1, 2 * 2 + 4 + 1, 2 * 1 + 4 + 1, 4 + 1]
 
 
+@pytest.mark.parametrize("chunks, is_freed", [(None, True), (2, False)])
+def test_what_a_stage_has_sent_on_is_freed_unless_stages_are_interleaved(chunks, is_freed):
+    """Claim: an output counts until its backward pass where its sending may still be under way."""
+    architecture = published_architecture("qwen2.5-vl-7b")
+    parallel = ParallelSettings(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
+    settings = replace(settings_of("qwen2.5-vl-7b"), parallel=parallel)
+    pack = expected_pack(architecture, settings, "bridge", data_parallel_size=1)
+    freeing, keeping = (
+        stage_memory(architecture, settings, "bridge", world_size=2, pack=pack, kernels=kernels)[0].activations
+        for kernels in (GPU_KERNELS, replace(GPU_KERNELS, releases_outputs=False))
+    )
+    assert (freeing < keeping) == is_freed and freeing <= keeping
+
+
 def test_memory_moves_with_what_saves_it():
     """Claim: each means of saving memory saves it where it should: recompute, sharded optimizer, TP, SP.
 
