@@ -102,8 +102,13 @@ def step_section(shape: str) -> Callable[[bool, list[str]], dict[str, object]]:
                 found[label] = {"absent": "Transformer Engine is not installed, or there is no GPU"}
                 continue
             case = StepCase(name, recipe, tiny, fp8_vision)
-            found[label] = extrapolate(case, depths, [measure_step(case, depth) for depth in depths])
-            if recipe:
+            try:
+                found[label] = extrapolate(case, depths, [measure_step(case, depth) for depth in depths])
+            except Exception as error:
+                # What the other precisions took minutes for is worth keeping.
+                found[label] = failure(error)
+            release_memory()
+            if recipe and not any("failed" in found[of] for of in (plain, label)):
                 times = found[plain]["extrapolated_seconds"] / found[label]["extrapolated_seconds"]
                 found[label]["times_bf16"] = round(times, 3)
         return found
@@ -126,10 +131,21 @@ def run_sections(names: list[str], tiny: bool, recipes: list[str]) -> Iterator[t
         try:
             result = SECTIONS[name](tiny, recipes)
         except (Exception, SystemExit) as error:
-            result = {"failed": f"{type(error).__name__}: {error}", "where": traceback.format_exc()[-2000:]}
+            result = failure(error)
         result["section_seconds"] = round(time.perf_counter() - begun, 1)
         release_memory()
         yield name, result
+
+
+def failure(error: BaseException) -> dict[str, object]:
+    """What stands for a result that there is none of."""
+    where = "".join(traceback.format_exception(error))[-2000:]
+    return {"failed": f"{type(error).__name__}: {error}", "where": where}
+
+
+def has_failed(result: dict[str, object]) -> bool:
+    """Whether a section, or one of its rows, has no result."""
+    return any("failed" in part for part in (result, *result.values()) if isinstance(part, dict))
 
 
 def table(results: dict[str, dict[str, object]]) -> str:
@@ -156,6 +172,8 @@ def _attention_line(row: dict) -> str:
 def _step_line(name: str, label: str, row: dict) -> str:
     if "absent" in row:
         return f"{name} {label}: {row['absent']}"
+    if "failed" in row:
+        return f"{name} {label}: FAILED: {row['failed']}"
     mfu = "no peak known" if row["mfu"] is None else f"MFU {row['mfu']:.1%}"
     memory = row["extrapolated_peak_bytes"] / 2**30
     times = f", {row['times_bf16']}x BF16" if "times_bf16" in row else ""
@@ -192,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.tiny:
         print("tiny sizes on a CPU: no number below says anything about a GPU")
     print(table(results))
-    return int(any("failed" in result for result in results.values()))
+    return int(any(has_failed(result) for result in results.values()))
 
 
 if __name__ == "__main__":

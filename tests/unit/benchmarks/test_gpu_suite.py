@@ -58,6 +58,24 @@ def test_a_failing_section_is_recorded_and_the_others_run(monkeypatch):
     assert "correctness: FAILED: RuntimeError: out of memory" in gpu_suite.table(results)
 
 
+def test_a_precision_that_fails_leaves_the_others_their_figures(monkeypatch):
+    """Claim: one recipe that does not fit costs its own row alone, and the suite's exit code."""
+
+    def extrapolate(case, depths, points):
+        if case.fp8_vision:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"extrapolated_seconds": 1.0 if case.recipe else 2.0}
+
+    monkeypatch.setattr(gpu_suite, "measure_step", lambda case, depth: {})
+    monkeypatch.setattr(gpu_suite, "extrapolate", extrapolate)
+    monkeypatch.setattr(gpu_suite.device, "optional_kernels", lambda: {"Transformer Engine": "2.20.2"})
+    found = gpu_suite.SECTIONS["step_3b"](False, list(gpu_suite.FP8))
+    assert found["tensorwise"]["times_bf16"] == 2.0 and "extrapolated_seconds" in found["delayed"]
+    assert found["delayed, tower too"]["failed"] == "OutOfMemoryError: out of memory" and gpu_suite.has_failed(found)
+    line = gpu_suite.table({"step_3b": {"delayed, tower too": found["delayed, tower too"]}})
+    assert line == "step_3b delayed, tower too: FAILED: OutOfMemoryError: out of memory"
+
+
 RUNNING = """
 import subprocess, sys, time
 print("tests/gpu/test_a.py::test_b[stopped, x] PASSED     [ 10%]")
