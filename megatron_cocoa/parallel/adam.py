@@ -40,14 +40,19 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update every parameter that has a gradient; each group counts its own steps."""
+        """Update every parameter that has a gradient; each group counts its own steps, those of other ranks if it has
+        no parameter here.
+        """
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            if group["params"] and not params:
                 continue
             done = int(group.get("step", 0))
             group["step"] = done + 1
+            if not params:
+                # The distributed optimizer gave them to other ranks, and a checkpoint keeps the count of the first.
+                continue
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

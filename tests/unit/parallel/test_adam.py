@@ -61,6 +61,21 @@ def test_step_is_in_the_group_and_survives_a_reload():
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed))
 
 
+def test_a_group_counts_its_steps_where_all_of_it_lies_on_other_ranks():
+    """Claim: of whatever rank a checkpoint keeps the counts, a resumed group goes on from its own.
+
+    Megatron's distributed optimizer cuts one long buffer: a rank may get a part of one large matrix and no norm.
+    """
+    params, split = groups()
+    optimizer = GroupStepAdamW(split, lr=1e-2)
+    optimizer.param_groups[1]["params"] = []
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert [group["step"] for group in optimizer.state_dict()["param_groups"]] == [3, 3]
+
+
 def test_coupled_decay_is_refused():
     """Claim: L2 regularisation is not passed off as weight decay."""
     with pytest.raises(ValueError, match="adam_w_mode=True"):
