@@ -45,62 +45,64 @@ def _swiglu_gradient_kernel(x, grad, out, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    x, cos, sin, out, heads, half, sign, x_token, x_head, out_token, out_head, HEADS: tl.constexpr, HALF: tl.constexpr
-):
+    x, cos, sin, out, heads, sign, x_token, x_head, out_token, out_head,
+    HALF: tl.constexpr, HEADS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    channel = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (channel < half)
-    c = tl.load(cos + token * half + channel, mask=channel < half).to(tl.float32)
-    s = tl.load(sin + token * half + channel, mask=channel < half).to(tl.float32) * sign
+    channel = tl.arange(0, WIDE)[None, :]
+    inside = (head < heads) & (channel < HALF)
+    c = tl.load(cos + token * HALF + channel, mask=channel < HALF).to(tl.float32)
+    s = tl.load(sin + token * HALF + channel, mask=channel < HALF).to(tl.float32) * sign
     source = x + token * x_token + head * x_head + channel
     first = tl.load(source, mask=inside).to(tl.float32)
-    second = tl.load(source + half, mask=inside).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside).to(tl.float32)
     target = out + token * out_token + head * out_head + channel
     tl.store(target, first * c - second * s, mask=inside)
-    tl.store(target + half, second * c + first * s, mask=inside)
+    tl.store(target + HALF, second * c + first * s, mask=inside)
 
 
 @triton.jit
 def _split_kernel(
-    fused, query, key, value, cos, sin, rows, parts, half, JOIN: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr
-):
+    fused, query, key, value, cos, sin, rows, parts,
+    JOIN: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """A row is a head, a key or a value of a token. Its place apart is one of three: masks choose."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.arange(0, HALF)[None, :]
-    inside = (row < rows) & (channel < half)
+    channel = tl.arange(0, WIDE)[None, :]
+    inside = (row < rows) & (channel < HALF)
     part, per_group = row % parts, parts - 2
     group = token * (rows // parts) + row // parts
     is_query, is_key, is_value = inside & (part < per_group), inside & (part == per_group), inside & (part > per_group)
-    whole = fused + (token * rows + row) * 2 * half + channel
-    q = query + (group * per_group + part) * 2 * half + channel
-    k = key + group * 2 * half + channel
-    v = value + group * 2 * half + channel
-    c = tl.load(cos + token * half + channel, mask=channel < half).to(tl.float32)
-    s = tl.load(sin + token * half + channel, mask=channel < half).to(tl.float32)
+    whole = fused + (token * rows + row) * 2 * HALF + channel
+    q = query + (group * per_group + part) * 2 * HALF + channel
+    k = key + group * 2 * HALF + channel
+    v = value + group * 2 * HALF + channel
+    c = tl.load(cos + token * HALF + channel, mask=channel < HALF).to(tl.float32)
+    s = tl.load(sin + token * HALF + channel, mask=channel < HALF).to(tl.float32)
     if JOIN:
         s = -s
         first = tl.load(q, mask=is_query, other=0.0).to(tl.float32)
         first += tl.load(k, mask=is_key, other=0.0).to(tl.float32) + tl.load(v, mask=is_value, other=0.0).to(tl.float32)
-        second = tl.load(q + half, mask=is_query, other=0.0).to(tl.float32)
-        second += tl.load(k + half, mask=is_key, other=0.0).to(tl.float32)
-        second += tl.load(v + half, mask=is_value, other=0.0).to(tl.float32)
+        second = tl.load(q + HALF, mask=is_query, other=0.0).to(tl.float32)
+        second += tl.load(k + HALF, mask=is_key, other=0.0).to(tl.float32)
+        second += tl.load(v + HALF, mask=is_value, other=0.0).to(tl.float32)
     else:
         first = tl.load(whole, mask=inside).to(tl.float32)
-        second = tl.load(whole + half, mask=inside).to(tl.float32)
+        second = tl.load(whole + HALF, mask=inside).to(tl.float32)
     low = tl.where(is_value, first, first * c - second * s)
     high = tl.where(is_value, second, second * c + first * s)
     if JOIN:
         tl.store(whole, low, mask=inside)
-        tl.store(whole + half, high, mask=inside)
+        tl.store(whole + HALF, high, mask=inside)
     else:
         tl.store(q, low, mask=is_query)
-        tl.store(q + half, high, mask=is_query)
+        tl.store(q + HALF, high, mask=is_query)
         tl.store(k, low, mask=is_key)
-        tl.store(k + half, high, mask=is_key)
+        tl.store(k + HALF, high, mask=is_key)
         tl.store(v, low, mask=is_value)
-        tl.store(v + half, high, mask=is_value)
+        tl.store(v + HALF, high, mask=is_value)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
         together, wide = _rows_and_channels(heads, dim // 2)
         kernel = _rotate_kernel[tokens, triton.cdiv(heads, together)]
         tables, strides = (cos.contiguous(), sin.contiguous()), (*x.stride()[:2], *out.stride()[:2])
-        kernel(x, *tables, out, heads, dim // 2, sign, *strides, HEADS=together, HALF=wide, num_warps=4)
+        kernel(x, *tables, out, heads, sign, *strides, HALF=dim // 2, HEADS=together, WIDE=wide, num_warps=4)
     return out
 
 
@@ -154,11 +156,11 @@ def split_and_rotate(fused: Tensor, apart: Sequence[Tensor], cos: Tensor, sin: T
     """
     tokens, groups, parts, dim = fused.shape
     if fused.numel():
-        rows, half = groups * parts, dim // 2
-        together, wide = _rows_and_channels(rows, half)
+        rows = groups * parts
+        together, wide = _rows_and_channels(rows, dim // 2)
         kernel = _split_kernel[tokens, triton.cdiv(rows, together)]
         tensors = (fused, *apart, cos.contiguous(), sin.contiguous())
-        kernel(*tensors, rows, parts, half, JOIN=join, ROWS=together, HALF=wide, num_warps=4)
+        kernel(*tensors, rows, parts, JOIN=join, HALF=dim // 2, ROWS=together, WIDE=wide, num_warps=4)
 
 
 def _rows_and_channels(rows: int, half: int) -> tuple[int, int]:
