@@ -89,7 +89,7 @@ class CheckpointWriter:
             ),
         )
         finish = functools.partial(self._finish, path, work, request.finalize_fns, info)
-        request = by_threads(request)._replace(finalize_fns=[])
+        request = self._guarded(path, work, lambda: _staged(by_threads(request)))._replace(finalize_fns=[])
         if self._queue is None:
             self._guarded(path, work, lambda: _put_on_disk(request))
             finish()
@@ -195,13 +195,22 @@ def _async_strategy() -> dict[str, str]:
     return {"async_strategy": "mcore"} if "async_strategy" in known else {}
 
 
+def _staged(request: AsyncRequest) -> AsyncRequest:
+    """``request`` with copies of a GPU's tensors in host memory, which live as long as it does: until all is written.
+
+    They lie in pinned memory, which a forked process does not copy but share. Megatron-Core 0.16 drops them as soon as
+    it has forked; torch then gives their memory to the next batch, and the process writes that in their place.
+    """
+    if request.preload_fn is None:
+        return request
+    rank, _, results = request.async_fn_args
+    return request._replace(async_fn_args=(rank, request.preload_fn(), results), preload_fn=None)
+
+
 def _put_on_disk(request: AsyncRequest) -> None:
     """``AsyncRequest.execute_sync`` without its barrier, which waits no longer than a GPU's collectives do."""
-    arguments = list(request.async_fn_args)
-    if request.preload_fn is not None:
-        arguments[1] = request.preload_fn()
     if request.async_fn is not None:
-        request.async_fn(*arguments, **request.async_fn_kwargs)
+        request.async_fn(*request.async_fn_args, **request.async_fn_kwargs)
 
 
 class _WriterEnded(Exception):

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.distributed.launch import result_of
-from tests.distributed.writers import KILLED, TAKEN_OVER
+from tests.distributed.writers import KILLED, RECYCLED, TAKEN_OVER, WITHOUT_MEMORY
 
 
 @pytest.mark.parametrize("check", KILLED)
@@ -32,3 +32,18 @@ def test_a_checkpoint_of_a_run_that_was_taken_over_is_not_written(request, check
     begun = "cannot complete the checkpoint .*: " if check.endswith("after") else ""
     assert re.match(f"{begun}another run has started in output_dir", message), message
     assert found["left"] == [["kept"], ["kept"]]
+
+
+@pytest.mark.parametrize("check", RECYCLED)
+def test_a_background_write_keeps_the_memory_that_it_writes_from(request, check):
+    """Claim: what a checkpoint holds is the state when it was begun, wherever training takes memory in the meantime."""
+    assert result_of(request, check)["written"] == [1.0] * 4 + [2.0] * 4
+
+
+@pytest.mark.parametrize("check", WITHOUT_MEMORY)
+def test_a_rank_without_memory_for_its_copy_ends_all_ranks(request, check):
+    """Claim: every rank raises the same message with the cause, none waits for the one that failed; nothing is left."""
+    found = result_of(request, check)
+    (message,) = set(found["messages"])
+    assert "could not be written, nothing was kept of it" in message and "CUDA error: out of memory" in message
+    assert found["left"] == [[], []]

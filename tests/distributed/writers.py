@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
 import time
+import weakref
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.checkpoint.writer import CheckpointWriter, remove_incomplete
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.parallel import topology
@@ -65,6 +68,65 @@ def killed(*, complete: str) -> dict:
         writer.wait()
         indexed = len(FileSystemReader(shared / "two").read_metadata().storage_data)
     return _gathered(messages=message, waited=waited, left=left, indexed=indexed)
+
+
+def recycled() -> dict:
+    """What is written of ones and twos where memory that a rank no longer needs is filled with something else.
+
+    Such is a GPU's pinned memory: a forked process shares it, and torch hands it on.
+    """
+    topology.set_layout(ParallelSettings(), seed=0)
+    write_preloaded_data = FileSystemWriterAsync.write_preloaded_data
+    may_write = multiprocessing.get_context("fork").Event()
+
+    def lent(tensor):
+        memory = tensor.clone().share_memory_()
+        tensor = memory.view_as(memory)
+        weakref.finalize(tensor, memory.fill_, -1.0)
+        return tensor
+
+    def preload_tensors(buckets, non_blocking=True):
+        return [
+            (file, key, (data, [(item, lent(tensor)) for item, tensor in tensors]))
+            for file, key, (data, tensors) in buckets
+        ]
+
+    def late(*args, **kwargs):
+        assert may_write.wait(60)
+        return write_preloaded_data(*args, **kwargs)
+
+    writer = CheckpointWriter(asynchronous=True)
+    with rank_folders() as (_, shared), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(preload_tensors))
+        patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(late))
+        writer.write(shared / "one", {"w": _part("w", dist.get_rank() + 1.0)}, **HOW)
+        may_write.set()
+        writer.wait()
+        return {"written": TorchDistReader(shared / "one").read("w").tolist()}
+
+
+def without_memory(*, asynchronous: bool) -> dict:
+    """What each rank is told where the last rank's host has no memory left for its part, and what lies there then."""
+    topology.set_layout(ParallelSettings(), seed=0)
+
+    def preload_tensors(buckets, non_blocking=True):
+        raise RuntimeError("CUDA error: out of memory")
+
+    message = ""
+    with rank_folders() as (_, shared):
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == dist.get_world_size() - 1:
+                patch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(preload_tensors))
+            writer = CheckpointWriter(asynchronous=asynchronous)
+            try:
+                writer.write(shared / "one", {"w": _part("w", 1.0)}, **HOW)
+                writer.wait()
+            except ValueError as error:
+                message = str(error)
+        # Nobody looks before the first rank has removed what is incomplete.
+        dist.barrier()
+        left = sorted(path.name for path in shared.glob("one*"))
+    return _gathered(messages=message, left=left)
 
 
 def taken_over(*, when: str) -> dict:
@@ -118,4 +180,11 @@ TAKEN_OVER = {
     f"writer-taken-over-{when.replace(' ', '-')}": Check(2, functools.partial(taken_over, when=when))
     for when in ("before", "under way", "after")
 }
-CHECKS = KILLED | TAKEN_OVER
+RECYCLED = {"writer-recycled": Check(2, recycled)}
+WITHOUT_MEMORY = {
+    f"writer-without-memory-{'background' if asynchronous else 'at-once'}": Check(
+        2, functools.partial(without_memory, asynchronous=asynchronous)
+    )
+    for asynchronous in (True, False)
+}
+CHECKS = KILLED | TAKEN_OVER | RECYCLED | WITHOUT_MEMORY
