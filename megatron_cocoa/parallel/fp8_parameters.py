@@ -9,8 +9,10 @@ a pretrained weight has lost what was rounded off, and has half a step of the gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from torch import Tensor, nn
 
 LARGEST_E4M3 = 448.0
@@ -47,3 +49,11 @@ def set_values(parameter: nn.Parameter, values: Tensor) -> None:
         kept = values.to("cpu", copy=True)
         setattr(parameter, _GET, lambda: kept)
         setattr(parameter, _CLEAR, lambda: forget_construction(parameter))
+
+
+def follow_gathered(parameters: Iterable[nn.Parameter]) -> None:
+    """Make anew what Transformer Engine keeps beside trained FP8 parameters, their copies by columns, after a gather.
+
+    The backward pass multiplies by those copies.
+    """
+    post_all_gather_processing([p for p in parameters if p.requires_grad and is_float8tensor(p)])

@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.model.build import Model
+from megatron_cocoa.parallel.fp8_parameters import follow_gathered
 
 
 def wrap_data_parallel(model: Model, parallel: ParallelSettings) -> Model:
@@ -75,6 +76,8 @@ def gather_parameters(model: Model) -> None:
     """End training: gather the last update, and gather no more; every rank calls it."""
     for chunk in _with_hooks(model):
         chunk.disable_forward_pre_hook(param_sync=True)
+        # Megatron-Core 0.16 leaves this to the hooks, which find nothing to do after a gather without them.
+        follow_gathered(chunk.parameters())
 
 
 def _with_hooks(model: Model) -> list[DistributedDataParallel]:
