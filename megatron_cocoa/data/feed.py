@@ -7,6 +7,7 @@ its position alone, there is no state in a worker that a checkpoint would have t
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -76,9 +77,7 @@ def packs_from(planner: StepPlanner, start: int, *, num_workers: int) -> Iterato
 
 def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) -> Iterator[Made]:
     # Forked workers share the rows, which may be gigabytes, and the caches of tokens.
-    shared = dict(
-        batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork", worker_init_fn=_outlive_stop_signals
-    )
+    shared = dict(batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork", worker_init_fn=_begin_worker)
     plans = DataLoader(_Plans(planner), sampler=steps, num_workers=1, **shared)
     packs = DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared)
     with lost_workers_explained():
@@ -109,9 +108,12 @@ def lost_workers_explained() -> Iterator[None]:
         ) from None
 
 
-def _outlive_stop_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """A worker that is gone would end its rank before the last checkpoint; it ends when asked, or with the rank."""
     outlive_stop_signals()
+    # What the rank has left for the collector may hold memory of its GPU, which nobody can give back here: that ends
+    # the worker with an error of CUDA. And to look through all that the rank has copies the pages that it lies in.
+    gc.freeze()
 
 
 def _as_it_is(value: object) -> object:
