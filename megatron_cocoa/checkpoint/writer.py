@@ -39,6 +39,7 @@ from megatron_cocoa.checkpoint.helper_process import start_results_queue
 from megatron_cocoa.checkpoint.placement import force_to_disk, sync_folder
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.parallel.collectives import on_first_rank
+from megatron_cocoa.parallel.fp8_parameters import whole_values
 
 INFO_FILE, INDEX_FILE = "cocoa.json", "metadata.json"
 INCOMPLETE, REPLACED = ".incomplete", ".replaced"
@@ -200,11 +201,20 @@ def _staged(request: AsyncRequest) -> AsyncRequest:
 
     They lie in pinned memory, which a forked process does not copy but share. Megatron-Core 0.16 drops them as soon as
     it has forked; torch then gives their memory to the next batch, and the process writes that in their place.
+
+    Weights in FP8 are written as what they stand for, as later releases do: Transformer Engine would keep its own form
+    on the host as well, which no reader of checkpoints knows.
     """
     if request.preload_fn is None:
         return request
+    # A partial of FileSystemWriterAsync.preload_tensors.
+    preload, (buckets, *how) = request.preload_fn.func, request.preload_fn.args
+    whole = [
+        (file, key, (data, [(item, whole_values(tensor)) for item, tensor in tensors]))
+        for file, key, (data, tensors) in buckets
+    ]
     rank, _, results = request.async_fn_args
-    return request._replace(async_fn_args=(rank, request.preload_fn(), results), preload_fn=None)
+    return request._replace(async_fn_args=(rank, preload(whole, *how), results), preload_fn=None)
 
 
 def _put_on_disk(request: AsyncRequest) -> None:

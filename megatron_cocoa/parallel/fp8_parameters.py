@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor, post_all_gather_processing
 from torch import Tensor, nn
 
 LARGEST_E4M3 = 448.0
@@ -57,3 +57,8 @@ def follow_gathered(parameters: Iterable[nn.Parameter]) -> None:
     The backward pass multiplies by those copies.
     """
     post_all_gather_processing([p for p in parameters if p.requires_grad and is_float8tensor(p)])
+
+
+def whole_values(tensor: Tensor) -> Tensor:
+    """``tensor``; of one in FP8 its values in the dtype that it stands for, in host memory."""
+    return dequantize_fp8_tensor(tensor).cpu() if is_float8tensor(tensor) else tensor

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.distributed.launch import result_of
-from tests.distributed.writers import KILLED, RECYCLED, TAKEN_OVER, WITHOUT_MEMORY
+from tests.distributed.writers import KILLED, RECYCLED, ROUNDED, TAKEN_OVER, WITHOUT_MEMORY
 
 
 @pytest.mark.parametrize("check", KILLED)
@@ -47,3 +47,10 @@ def test_a_rank_without_memory_for_its_copy_ends_all_ranks(request, check):
     (message,) = set(found["messages"])
     assert "could not be written, nothing was kept of it" in message and "CUDA error: out of memory" in message
     assert found["left"] == [[], []]
+
+
+@pytest.mark.parametrize("check", ROUNDED)
+def test_weights_in_fp8_are_written_as_plain_tensors(request, check):
+    """Claim: whoever reads a checkpoint needs no Transformer Engine, whatever form it keeps on the host."""
+    found = result_of(request, check)
+    assert found["written"] == [1.0] * 8 and set(found["classes"]) == {"Tensor"}

@@ -20,7 +20,7 @@ from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.checkpoint.writer import CheckpointWriter, remove_incomplete
 from megatron_cocoa.config import ParallelSettings
-from megatron_cocoa.parallel import topology
+from megatron_cocoa.parallel import fp8_parameters, topology
 from megatron_cocoa.training.output_owner import OutputOwner
 from tests.distributed.check import Check
 from tests.distributed.folders import rank_folders
@@ -105,6 +105,37 @@ def recycled() -> dict:
         return {"written": TorchDistReader(shared / "one").read("w").tolist()}
 
 
+class Rounded(torch.Tensor):
+    """Stands for a weight in FP8, which keeps its form wherever it is copied to, and holds halves of its values."""
+
+    def dequantize(self, **kwargs) -> torch.Tensor:
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+def rounded() -> dict:
+    """What is written of weights in FP8, and of which class."""
+    topology.set_layout(ParallelSettings(), seed=0)
+    classes = []
+    write_preloaded_data = FileSystemWriterAsync.write_preloaded_data
+
+    def watched(transforms, index, bucket, *args, **kwargs):
+        classes.extend(type(tensor).__name__ for _, tensor in bucket[2][1])
+        return write_preloaded_data(transforms, index, bucket, *args, **kwargs)
+
+    def preload_tensors(buckets, non_blocking=True):
+        return buckets
+
+    with rank_folders() as (_, shared), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8_parameters, "is_float8tensor", lambda tensor: isinstance(tensor, Rounded))
+        patch.setattr(fp8_parameters, "dequantize_fp8_tensor", Rounded.dequantize)
+        patch.setattr(FileSystemWriterAsync, "preload_tensors", staticmethod(preload_tensors))
+        patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(watched))
+        part = _part("w", 0.5)
+        part.data = part.data.as_subclass(Rounded)
+        CheckpointWriter().write(shared / "one", {"w": part}, **HOW)
+        return {"written": TorchDistReader(shared / "one").read("w").tolist(), "classes": classes}
+
+
 def without_memory(*, asynchronous: bool) -> dict:
     """What each rank is told where the last rank's host has no memory left for its part, and what lies there then."""
     topology.set_layout(ParallelSettings(), seed=0)
@@ -187,4 +218,5 @@ WITHOUT_MEMORY = {
     )
     for asynchronous in (True, False)
 }
-CHECKS = KILLED | TAKEN_OVER | RECYCLED | WITHOUT_MEMORY
+ROUNDED = {"writer-rounded": Check(2, rounded)}
+CHECKS = KILLED | TAKEN_OVER | RECYCLED | WITHOUT_MEMORY | ROUNDED
