@@ -66,7 +66,8 @@ def killed(*, complete: str) -> dict:
         state["v"] = _part("v", 0.0)
         writer.write(shared / "two", state, **HOW)
         writer.wait()
-        indexed = len(FileSystemReader(shared / "two").read_metadata().storage_data)
+        # Megatron-Core 0.19 lists what all ranks share as well.
+        indexed = sum(part.fqn in state for part in FileSystemReader(shared / "two").read_metadata().storage_data)
     return _gathered(messages=message, waited=waited, left=left, indexed=indexed)
 
 
