@@ -137,7 +137,7 @@ def _fits(run: Callable[[], list[Tensor]]) -> bool:
         return False
     except RuntimeError as error:
         # cuDNN may find out at the first call, or in its backward pass, that it has no plan for a form.
-        if not any(refusal in str(error) for refusal in ("No available kernel", "cuDNN")):
+        if not any(refusal in str(error) for refusal in ("No available kernel", "cuDNN Frontend error")):
             raise
         return False
     finally:

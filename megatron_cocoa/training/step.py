@@ -4,7 +4,8 @@ A local objective is a sum over units: counts are summed over the data-parallel 
 is differentiated by itself. A global objective couples all samples of the step: embeddings are computed, gathered
 once, and differentiated; their gradients then flow back per micro-batch (gradient caching, arXiv 2101.06983), under
 the random states of the first pass, so that dropout is the same in both. The last micro-batch opens the second pass
-and runs in it alone: its graph is kept while the loss is computed, which saves one forward run a step.
+and runs in it alone: its graph is kept while the loss is computed, which saves one forward run a step. Interleaved
+pipelines, which take whole rounds of micro-batches, run all of them twice.
 Either way the gradient is that of one process with one big batch, whatever the layout.
 """
 
@@ -91,6 +92,15 @@ def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[Pac
     gradients: list[Tensor] = []
     metrics: dict[str, Tensor] = {}
 
+    def differentiate() -> None:
+        found, values = _cached_gradients(objective, batches, collected, detailed)
+        gradients.extend(found)
+        metrics.update(values)
+
+    if len(collected) == len(batches):
+        # Now, while no graph is held: under interleaving the second pass holds those of several micro-batches.
+        differentiate()
+
     def replay(key: tuple[int, int]) -> None:
         place, chunk = key
         if order[place] < ahead:
@@ -100,10 +110,7 @@ def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[Pac
         index = order[place]
         if index >= ahead:
             collected.append(_collect(index, output, batch)[1])
-        if not gradients:
-            found, values = _cached_gradients(objective, batches, collected, detailed)
-            gradients.extend(found)
-            metrics.update(values)
+            differentiate()
         loss = (output.embeddings.float() * gradients[index]).sum()
         if output.logit_scale is not None:
             # In every micro-batch, since gradient reduction may overlap with the last one's backward pass.

@@ -75,20 +75,29 @@ def recorded_embeddings():
 
 
 def replayed_dropout(parallel_degrees: dict, recompute: bool) -> dict[str, float]:
-    """Differences of the second pass from the first: embeddings, with replay and without, and the states after."""
+    """Differences of the second pass from the first: embeddings, with replay and without, and the states after.
+
+    Also the pass in which the loss is computed, 0 on ranks that do not.
+    """
     parallel = ParallelSettings(**parallel_degrees)
     topology.set_layout(parallel, seed=0)
     model, context = dropping_model(parallel, RECOMPUTE if recompute else RecomputeSettings())
-    found: dict[str, float] = {}
-    replay = RandomStateTape.replay
+    found: dict[str, float] = {"loss_in_pass": 0}
+    replay, differentiate = RandomStateTape.replay, training_step._cached_gradients
     for name in ("with_replay", "without_replay"):
         if name == "without_replay":
             RandomStateTape.replay = lambda tape, key: None
         try:
             with recorded_embeddings() as passes:
+
+                def noted(*args, passes=passes):
+                    found["loss_in_pass"] = len(passes)
+                    return differentiate(*args)
+
+                training_step._cached_gradients = noted
                 gradients_at(model, context, OBJECTIVE, PACKS * topology.data_parallel_size())
         finally:
-            RandomStateTape.replay = replay
+            RandomStateTape.replay, training_step._cached_gradients = replay, differentiate
         first, second = passes
         found[name] = max((float((second[key] - first[key]).abs().max()) for key in first), default=0.0)
         found[f"{name}_compared"] = len(first)

@@ -118,6 +118,20 @@ def test_what_a_stage_has_sent_on_is_freed_unless_stages_are_interleaved(chunks,
     assert (freeing < keeping) == is_freed and freeing <= keeping
 
 
+@pytest.mark.parametrize("chunks, is_beside", [(None, True), (2, False)])
+def test_the_contrastive_loss_is_computed_beside_one_graph_unless_stages_are_interleaved(chunks, is_beside):
+    """Claim: where the loss of a large global batch decides, the last stage holds it beside a micro-batch's graph."""
+    architecture = published_architecture("qwen2.5-vl-7b")
+    parallel = ParallelSettings(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks)
+    given = settings_of("qwen2.5-vl-7b", "--contrastive.global_batch_size=131072", "--contrastive.micro_batch_size=8")
+    settings = replace(given, parallel=parallel)
+    pack = expected_pack(architecture, settings, "contrastive", data_parallel_size=1)
+    last = stage_memory(architecture, settings, "contrastive", world_size=2, pack=pack)[-1]
+    embeddings = 2 * 131072 * architecture.text.hidden_size * 4
+    assert last.activations > 0 and last.activations + last.transient > 4 * embeddings
+    assert (last.transient > 4 * embeddings) == is_beside
+
+
 def test_memory_moves_with_what_saves_it():
     """Claim: each means of saving memory saves it where it should: recompute, sharded optimizer, TP, SP.
 

@@ -43,7 +43,7 @@ def test_copies_by_columns_follow_fp8_weights_that_are_gathered_for_reading(monk
         chunk.done.append("copied")
 
     monkeypatch.setattr(fp8_parameters, "is_float8tensor", lambda parameter: True)
-    monkeypatch.setattr(fp8_parameters, "post_all_gather_processing", post_all_gather_processing, raising=False)
+    monkeypatch.setattr(fp8_parameters, "post_all_gather_processing", post_all_gather_processing)
     model = Model([chunk], SimpleNamespace(param_sync_func=None), architecture=None)
     with whole_parameters(model):
         assert chunk.done == ["gathered", "copied"]

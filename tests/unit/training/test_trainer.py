@@ -1,10 +1,14 @@
-"""A step whose loss or gradient is not finite leaves the weights alone."""
+"""Parts of a step: what is not finite leaves the weights alone, and what ran twice counts."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_cocoa.training.trainer import _apply
+from megatron_cocoa.config import TrainSettings
+from megatron_cocoa.model.workload import Workload
+from megatron_cocoa.objectives import build_objective
+from megatron_cocoa.training.trainer import _apply, _StageTrainer
 
 
 class Optimizer:
@@ -43,3 +47,20 @@ def test_a_loss_that_is_not_finite_is_not_applied():
 def test_a_finite_step_is_applied_once():
     optimizer = Optimizer(2.5)
     assert _apply(optimizer, {"loss": 1.0}, 2.5) == (True, 2.5) and optimizer.steps == 1
+
+
+@pytest.mark.parametrize(
+    "stage, number, chunks, twice",
+    [("contrastive", 4, 1, 0.75), ("contrastive", 1, 1, 0.0), ("contrastive", 4, 2, 1.0), ("bridge", 4, 1, 0.0)],
+)
+def test_forward_runs_of_gradient_caching_count_for_the_hardware(stage, number, chunks, twice):
+    """Claim: all micro-batches but the last run forward twice, all if interleaved, and those of no other stage."""
+    asked = {}
+    trainer = SimpleNamespace(
+        meter=SimpleNamespace(metrics=lambda workload, **options: asked.update(options)),
+        objective=build_objective(stage, TrainSettings()),
+        model=SimpleNamespace(chunks=[None] * chunks),
+        stage=TrainSettings().stage(stage),
+    )
+    _StageTrainer._speed(trainer, Workload(), 1.0, num_microbatches=number)
+    assert asked["extra_forward_passes"] == twice
