@@ -86,7 +86,7 @@ def _global_step(model: Model, objective: GlobalObjective, batches: Sequence[Pac
     tape = RandomStateTape()
     collected: list[tuple[Tensor, Tensor | None]] = []
     if ahead:
-        collected += run_microbatches(model, batches[:ahead], _collect, forward_only=True, before_forward=tape.record)
+        collected = run_microbatches(model, batches[:ahead], _collect, forward_only=True, before_forward=tape.record)
     # Those whose embeddings are not known yet come first.
     order = [*range(ahead, len(batches)), *range(ahead)]
     gradients: list[Tensor] = []

@@ -79,7 +79,8 @@ def stopped(*more: str, recipe: str | None = None) -> Run:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     ranks = ranks_of(process)
             wait_for_step(process, output, "bridge", 4)
-            ranks[0].send_signal(signal.SIGTERM)
+            (rank,) = ranks
+            rank.send_signal(signal.SIGTERM)
             assert finish(process) == 0 and finish(whole) == 0, unbroken.with_suffix(".log").read_text()[-3000:]
         assert len(losses(output, "bridge")) < len(losses(unbroken, "bridge"))
         assert finish(start(folders, output, *arguments)) == 0, output.with_suffix(".log").read_text()[-3000:]
