@@ -55,9 +55,9 @@ def _sums_by_sample(model: Model, batch: PackedBatch, owner: torch.Tensor) -> li
     group = parallel_state.get_context_parallel_group()
 
     def collect(index, output, moved):
-        inside, _ = local_rows(moved.num_tokens, group).select(moved.text_positions, output.token_nll.device)
+        tokens = local_rows(moved.num_tokens, group).select(moved.text_positions, output.token_nll.device)
         sums = output.token_nll.new_zeros(len(batch.sample_lengths), dtype=torch.float32)
-        sums.index_add_(0, owner.to(sums.device)[inside], output.token_nll.detach().float())
+        sums.index_add_(0, tokens.of(owner.to(sums.device)), output.token_nll.detach().float())
         return output.token_nll.sum(), sums
 
     found = _run_forward(model, batch, collect)
@@ -79,9 +79,9 @@ def predict_units(model: Model, batch: PackedBatch) -> PredictedUnits:
 
     def collect(index, output, moved):
         group = parallel_state.get_context_parallel_group()
-        inside, _ = local_rows(moved.num_tokens, group).select(moved.unit_positions, output.predicted_units.device)
+        units = local_rows(moved.num_tokens, group).select(moved.unit_positions, output.predicted_units.device)
         whole = output.predicted_units.new_zeros(len(moved.unit_positions), output.predicted_units.shape[1])
-        whole[inside] = output.predicted_units.detach()
+        whole[units.entries] = output.predicted_units.detach()
         dist.all_reduce(whole, group=group)
         return output.predicted_units.sum(), whole.float()
 

@@ -30,12 +30,21 @@ from megatron_cocoa.parallel.device import upload
 class Selection(NamedTuple):
     """Those of a list of global rows that lie on this context-parallel rank.
 
-    entries: int64 ``(selected,)``: their indices in the list.
+    entries: int64 ``(selected,)``: their indices in the list, in order.
     rows:    int64 ``(selected,)``: their row numbers within this rank's share.
+    is_all:  no context parallelism: every entry is here.
     """
 
     entries: Tensor
     rows: Tensor
+    is_all: bool
+
+    def of(self, values: Tensor) -> Tensor:
+        """``(selected, ...)``: of ``(entries, ...)``, one for each of the list, those that belong to ``rows``.
+
+        ``values`` itself where all are here: targets of masked units are as large as the pixels that they hide.
+        """
+        return values if self.is_all else values.index_select(0, self.entries)
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,10 @@ class LocalRows:
             target: device of the result.
         """
         if self.is_whole:
-            return Selection(torch.arange(positions.shape[0], device=target), upload(positions, target))
+            return Selection(torch.arange(positions.shape[0], device=target), upload(positions, target), is_all=True)
         inside = ((positions >= self.first) & (positions < self.last)).nonzero().squeeze(1)
         rows = positions.index_select(0, inside) - self.first
-        return Selection(upload(inside, target), upload(rows, target))
+        return Selection(upload(inside, target), upload(rows, target), is_all=False)
 
 
 def local_rows(tokens: int, group) -> LocalRows:

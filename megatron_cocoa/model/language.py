@@ -113,6 +113,8 @@ class LanguageModel(LanguageModule):
             value, so that they take no part in a softmax.
         """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if weight is not None and self.pre_process:
+            weight = _WithoutWaiting.apply(weight)
         logits, _ = self.output_layer(hidden_rows.unsqueeze(1), weight=weight)
         logits = logits.squeeze(1)
         first = logits.shape[-1] * self.tp_group.rank()
@@ -134,3 +136,24 @@ class LanguageModel(LanguageModule):
         """
         logits = self.logits(hidden_rows).unsqueeze(1)
         return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).squeeze(1)
+
+
+class _WithoutWaiting(torch.autograd.Function):
+    """The embedding matrix as output layer, whose gradient is added to DDP's FP32 buffer as soon as it is known.
+
+    Autograd hands a parameter the sum over its uses. The matrix is the first and the last to be read, so that the
+    output layer's gradient, as large as the matrix, would lie there through the backward pass of all layers. Without
+    DDP, or where a hook changes the gradient (frozen rows), it takes autograd's way.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor | None:
+        if not hasattr(ctx.weight, "main_grad") or ctx.weight._backward_hooks:
+            return gradient
+        ctx.weight.main_grad.add_(gradient)
+        return None

@@ -180,13 +180,13 @@ class QwenVL(MegatronModule):
         output = ModelOutput()
         text_rows, embedding_rows, _ = read_rows.tensor_split(reads.ends)
         if reads.text is not None:
-            labels = batch.text_labels.index_select(0, reads.text.entries)
+            labels = reads.text.of(batch.text_labels)
             output.token_nll = self.language_model.token_nll(text_rows, labels)
         if reads.units is not None and self.image_decoder is not None:
             output.predicted_units = self.image_decoder(hidden_states, context, reads.units.rows)
-            output.unit_targets = batch.unit_targets.index_select(0, reads.units.entries)
+            output.unit_targets = reads.units.of(batch.unit_targets)
             if batch.unit_patches is not None:
-                output.unit_patches = batch.unit_patches.index_select(0, reads.units.entries)
+                output.unit_patches = reads.units.of(batch.unit_patches)
         if reads.embeddings is not None:
             total = batch.embedding_positions.shape[0]
             output.embeddings = gather_embeddings(embedding_rows, reads.embeddings.entries, total, self.context_group)

@@ -20,7 +20,7 @@ from megatron_cocoa.planning.shapes import element_size, language_shape, tower_s
 class MicrobatchMemory:
     """Bytes of one micro-batch on one rank: what each part saves, and its moments beyond that.
 
-    waiting: the output layer's gradient, where it is the embedding matrix and waits for that one's.
+    waiting: the output layer's gradient, where it is the embedding matrix with frozen rows and waits for that one's.
     """
 
     tower: int
@@ -78,6 +78,8 @@ def microbatch_memory(
     kept_pixels = 0 if settings.frozen_parts.vision else pixels
     vocabulary = _vocabulary_rows(architecture, settings) * shape.hidden * shape.element if is_first else 0
     is_shared = architecture.tie_word_embeddings and is_first and is_last and pack.supervised > 0
+    # If all rows train it is added to DDP's buffer at once.
+    waits = is_shared and settings.frozen_parts.language
     return MicrobatchMemory(
         tower=tower.saved + kept_pixels,
         language=layers.saved,
@@ -86,7 +88,7 @@ def microbatch_memory(
         language_backward=layers.moment,
         head_moment=heads.moment + pixels - kept_pixels,
         embedding_gradient=_gradients(settings) * vocabulary + rows * shape.hidden * shape.element,
-        waiting=vocabulary if is_shared else 0,
+        waiting=vocabulary if waits else 0,
     )
 
 
@@ -225,8 +227,9 @@ def _heads(
     """Of the heads; their moment is the loss's.
 
     The cross-entropy keeps its softmax in FP32 and meets logits, or their gradient, in the model's dtype; then comes
-    the gradient of the output layer's weight. The pixels' error is taken in FP32, beside prediction and two copies
-    of the targets in the model's dtype, and its difference is kept, in whose place its gradient comes.
+    the gradient of the output layer's weight. The pixels' error is taken in FP32, beside prediction and targets in the
+    model's dtype (and those targets that lie in this context-parallel share), and its difference is kept, in whose
+    place its gradient comes.
     """
     text, vision, context = architecture.text, architecture.vision, settings.parallel.context_parallel_size
     shape = language_shape(architecture, settings.model, settings.parallel)
@@ -248,7 +251,7 @@ def _heads(
         before = settings.warmup.decoder_layers - 1
         pixels = units * vision.merge_unit * vision.patch_dim
         saved += before * layer.saved + last.saved + units * shape.hidden * shape.element + pixels * 4
-        error = pixels * (3 * shape.element + (4 if shape.element == 4 else 12) - 4)
+        error = pixels * ((2 if context == 1 else 3) * shape.element + (4 if shape.element == 4 else 12) - 4)
         working = max(last.working, layer.working - last.saved if before else 0)
         moment = max(moment, error, working - pixels * 4)
     return _Part(saved, moment)

@@ -229,14 +229,14 @@ def compare_heads(model: Model, mine: list, result: HuggingFaceResult) -> dict[s
     def loss_function(index: int, output: ModelOutput, batch: PackedBatch):
         members = mine[index][1]
         rows = local_rows(batch.num_tokens, group)
-        inside, _ = rows.select(batch.text_positions, output.token_nll.device)
-        compare("loss", output.token_nll, torch.cat([result.loss[i] for i in members])[inside])
+        inside = rows.select(batch.text_positions, output.token_nll.device)
+        compare("loss", output.token_nll, inside.of(torch.cat([result.loss[i] for i in members])))
         compare("hidden", output.embeddings, torch.stack([result.hidden[i][result.samples[i].bridge] for i in members]))
         # Every context-parallel rank holds all embeddings and hands each its own rows' gradient.
         loss = output.token_nll.sum() / result.rows + (output.embeddings * result.probe[members]).sum()
         if output.predicted_units is not None:
-            inside, _ = rows.select(batch.unit_positions, output.predicted_units.device)
-            compare("pixels", output.predicted_units, torch.cat([result.pixels[i] for i in members])[inside])
+            inside = rows.select(batch.unit_positions, output.predicted_units.device)
+            compare("pixels", output.predicted_units, inside.of(torch.cat([result.pixels[i] for i in members])))
             squares = (output.predicted_units - output.unit_targets).square().sum()
             loss = loss + PIXEL_WEIGHT * squares / result.units
         return loss, loss.detach()

@@ -70,12 +70,42 @@ def test_padded_vocabulary_columns_take_no_part(tiny):
     assert tiny.chunk.full_logits(rows).shape == (len(rows), vocabulary)
 
 
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_tied_matrix_gives_its_gradient_as_output_layer_at_once(tiny, factor):
+    """Claim: beside DDP's buffer it does not wait for the layers' backward pass, unless a hook has a say in it."""
+    language = tiny.chunk.language_model
+    weight = language.shared_embedding_or_output_weight()
+    of_layers, seen = torch.randn(6, 64, requires_grad=True), []
+    of_layers.register_hook(lambda grad: seen.append(weight.main_grad.clone()))
+    weight.main_grad = torch.zeros_like(weight)
+    hook = None if factor is None else weight.register_hook(lambda grad: factor * grad)
+    try:
+        hidden = 3 * of_layers
+        language.logits(hidden)[:, : language.vocab_size].square().sum().backward()
+        waited = weight.grad
+    finally:
+        del weight.main_grad
+        weight.grad = None
+        if hook is not None:
+            hook.remove()
+    with torch.no_grad():
+        wanted = 2 * (hidden @ weight.T).T @ hidden
+        wanted[language.vocab_size :] = 0
+    # Float32 sums of six products of order 100.
+    if factor is None:
+        assert waited is None
+        assert_close(seen[0], wanted, rtol=1e-5, atol=1e-4)
+    else:
+        assert not seen[0].any()
+        assert_close(waited, factor * wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_image_decoder_reads_masked_rows_alone(tiny_with_decoder):
     """Claim: one row of pixels for each masked unit, in the batch's order, with its targets beside it."""
     batch = pack(tiny_with_decoder, with_units=True)
     output = tiny_with_decoder.chunk(batch)
     assert output.predicted_units.shape == batch.unit_targets.shape == (3, 4 * 3 * 2 * 7 * 7)
-    assert torch.equal(output.unit_targets, batch.unit_targets)
+    assert output.unit_targets is batch.unit_targets
     backwards = replace(
         batch, unit_positions=batch.unit_positions.flip(0), unit_targets=batch.unit_targets.flip(0)
     )
