@@ -42,39 +42,34 @@ class PictureError(ValueError):
         self.reason = reason
 
 
-def read_picture(
-    source: Path | IO[bytes], *, name: str | Path | None = None, max_pixels: int = MAX_SOURCE_PIXELS
-) -> Image.Image:
+def read_picture(source: Path | IO[bytes], *, name: str | Path | None = None) -> Image.Image:
     """Decode a picture to 8-bit RGB at its own size.
 
     Args:
         source: a file, or its bytes as a stream.
         name: for error messages; the file's path by default.
-        max_pixels: more are refused.
 
     Raises:
         PictureError: with a reason and the numbers, for whatever cannot be decoded to that.
     """
     name = name or source
-    with _opened(source, name, max_pixels) as image:
-        return accept_picture(image, name, max_pixels=max_pixels)
+    with _opened(source, name) as image:
+        return accept_picture(image, name)
 
 
-def picture_size(
-    source: Path | IO[bytes], *, name: str | Path | None = None, max_pixels: int = MAX_SOURCE_PIXELS
-) -> tuple[int, int]:
+def picture_size(source: Path | IO[bytes], *, name: str | Path | None = None) -> tuple[int, int]:
     """``(height, width)`` by the header alone, before any EXIF rotation.
 
     Raises:
         PictureError: for what ``read_picture`` refuses by the header.
     """
     name = name or source
-    with _opened(source, name, max_pixels) as image:
-        check_size(image, name, max_pixels)
+    with _opened(source, name) as image:
+        _check_size(image, name)
         return image.height, image.width
 
 
-def accept_picture(image: Image.Image, name: str | Path, *, max_pixels: int = MAX_SOURCE_PIXELS) -> Image.Image:
+def accept_picture(image: Image.Image, name: str | Path) -> Image.Image:
     """8-bit RGB of an opened picture, upright, at its own size; what is too large is refused before it is decoded.
 
     Where nothing has to change that is ``image`` itself.
@@ -82,12 +77,12 @@ def accept_picture(image: Image.Image, name: str | Path, *, max_pixels: int = MA
     Raises:
         PictureError: naming ``name``, with a reason and the numbers, for whatever cannot be decoded to that.
     """
-    check_size(image, name, max_pixels)
-    with _decoding(name, max_pixels):
+    _check_size(image, name)
+    with _decoding(name):
         return _to_rgb(_upright(image), name)
 
 
-def check_size(image: Image.Image, name: str | Path, max_pixels: int) -> None:
+def _check_size(image: Image.Image, name: str | Path) -> None:
     """Refuse by the header what would be too large or too thin.
 
     Raises:
@@ -96,10 +91,9 @@ def check_size(image: Image.Image, name: str | Path, max_pixels: int) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise PictureError("unreadable_picture", f"{name} is {width} x {height} pixels")
-    if width * height > max_pixels:
-        raise PictureError(
-            "too_large", f"{name} is {width} x {height} = {width * height} pixels, at most {max_pixels} are decoded"
-        )
+    if width * height > MAX_SOURCE_PIXELS:
+        found = f"{name} is {width} x {height} = {width * height} pixels"
+        raise PictureError("too_large", f"{found}, at most {MAX_SOURCE_PIXELS} are decoded")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise PictureError(
             "aspect_ratio", f"{name} is {width} x {height} pixels: at most {MAX_ASPECT_RATIO} to 1 is accepted"
@@ -107,11 +101,11 @@ def check_size(image: Image.Image, name: str | Path, max_pixels: int) -> None:
 
 
 @contextmanager
-def _opened(source: Path | IO[bytes], name: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(source: Path | IO[bytes], name: str | Path) -> Iterator[Image.Image]:
     # Path.is_file would raise for a name that is too long.
     if isinstance(source, Path) and not os.path.isfile(source):
         raise PictureError("missing_picture", f"{name} is not a file")
-    with _decoding(name, max_pixels):
+    with _decoding(name):
         # Pillow warns of large pictures by its own limit; ours is checked before decoding. The filters are the whole
         # process's, so that threads take turns.
         with _FILTERS_LOCK, warnings.catch_warnings():
@@ -122,13 +116,13 @@ def _opened(source: Path | IO[bytes], name: str | Path, max_pixels: int) -> Iter
 
 
 @contextmanager
-def _decoding(name: str | Path, max_pixels: int) -> Iterator[None]:
+def _decoding(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (PictureError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError("too_large", f"{name}: at most {max_pixels} pixels are decoded: {error}") from error
+        raise PictureError("too_large", f"{name}: at most {MAX_SOURCE_PIXELS} pixels are decoded: {error}") from error
     except Exception as error:
         # For broken files Pillow's decoders raise nearly everything: SyntaxError, struct.error, KeyError and so on.
         raise PictureError("unreadable_picture", f"{name} cannot be decoded: {error!r}") from error

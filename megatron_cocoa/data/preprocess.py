@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from megatron_cocoa.config.checks import nearest_multiples
-from megatron_cocoa.data.decode import MAX_SOURCE_PIXELS, PictureError, accept_picture, picture_size, read_picture
+from megatron_cocoa.data.decode import PictureError, accept_picture, picture_size, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.patches import PatchCutter
 from megatron_cocoa.data.size_cache import SizeCache
@@ -38,7 +38,6 @@ class PictureLoader:
         min_image_tokens, max_image_tokens: merged units of a picture, where ``image_size`` is None; None for the
             processor's own limits.
         cache_bytes: 8-bit pixels kept in memory.
-        max_source_pixels: a file that announces more is refused before it is decoded.
 
     Attributes:
         cutter: turns pictures into patches; small, unlike the cache beside it.
@@ -59,7 +58,6 @@ class PictureLoader:
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
         cache_bytes: int = CACHE_BYTES,
-        max_source_pixels: int = MAX_SOURCE_PIXELS,
     ) -> None:
         found = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
         needed = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
@@ -79,7 +77,6 @@ class PictureLoader:
         self._vision = vision
         self._image_size = image_size
         self._pixel_limits = limits_in_pixels(processor, min_tokens=min_image_tokens, max_tokens=max_image_tokens)
-        self._max_source_pixels = max_source_pixels
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._cache: OrderedDict[PictureRef, np.ndarray] = OrderedDict()
@@ -121,7 +118,7 @@ class PictureLoader:
                 self._cache.move_to_end(image_path)
                 return picture
         source = open_picture(image_path, self._root)
-        picture = self._resize(read_picture(source, name=str(image_path), max_pixels=self._max_source_pixels))
+        picture = self._resize(read_picture(source, name=str(image_path)))
         picture.setflags(write=False)
         with self._lock:
             self.num_decoded += 1
@@ -146,7 +143,7 @@ class PictureLoader:
         found = self._sizes.get(image_path)
         if found is None:
             source = open_picture(image_path, self._root)
-            found = picture_size(source, name=str(image_path), max_pixels=self._max_source_pixels)
+            found = picture_size(source, name=str(image_path))
             self._sizes.put(image_path, found)
         height, width = self._target_size(*found)
         return 1, height // size, width // size
@@ -164,7 +161,7 @@ class PictureLoader:
         Raises:
             PictureError: as ``load``, for the picture itself.
         """
-        picture = self._resize(accept_picture(image, name, max_pixels=self._max_source_pixels))
+        picture = self._resize(accept_picture(image, name))
         picture.setflags(write=False)
         return picture
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_cocoa.data import decode
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
@@ -116,12 +117,13 @@ def reason_of(call):
     return caught.value.reason, str(caught.value)
 
 
-def test_a_bomb_is_refused_by_its_header(tmp_path):
+def test_a_bomb_is_refused_by_its_header(tmp_path, monkeypatch):
     """The pixels are never decoded: the file is cut off right after its header, and the size is what it fails on."""
     Image.new("1", (5000, 4000)).save(tmp_path / "bomb.png")
     data = (tmp_path / "bomb.png").read_bytes()[:60]
     (tmp_path / "bomb.png").write_bytes(data)
-    reason, message = reason_of(lambda: read_picture(tmp_path / "bomb.png", max_pixels=10_000_000))
+    monkeypatch.setattr(decode, "MAX_SOURCE_PIXELS", 10_000_000)
+    reason, message = reason_of(lambda: read_picture(tmp_path / "bomb.png"))
     assert reason == "too_large" and "20000000" in message and "10000000" in message
 
 
