@@ -131,7 +131,7 @@ def replace_units(
     *,
     vision: VisionGeometry,
     by_patch: bool = False,
-) -> np.ndarray:
+) -> None:
     """Overwrite masked merged units, or single patches, in place, before the vision tower sees them.
 
     Args:
@@ -140,20 +140,15 @@ def replace_units(
         noise: float32 ``(masked, unit_dim or patch_dim)``, or None for each one's own mean per colour channel.
         vision: sizes.
         by_patch: patches are masked.
-
-    Returns:
-        float32, shaped as ``noise``: the original pixels.
     """
     patches = 1 if by_patch else vision.patches_per_unit
     units = pixel_values.reshape(-1, patches * vision.patch_dim)
-    originals = units[masked]
     if noise is None:
         per_channel = vision.patch_dim // vision.channels
-        by_channel = originals.reshape(-1, patches, vision.channels, per_channel)
+        by_channel = units[masked].reshape(-1, patches, vision.channels, per_channel)
         means = by_channel.mean(axis=(1, 3), keepdims=True)
-        noise = np.broadcast_to(means, by_channel.shape).reshape(originals.shape)
+        noise = np.broadcast_to(means, by_channel.shape).reshape(-1, units.shape[1])
     units[masked] = noise
-    return originals
 
 
 def normalize_targets(units: np.ndarray, *, vision: VisionGeometry) -> np.ndarray:

@@ -63,24 +63,20 @@ class DeferredFloats:
         fields: dict[str, Tensor] = {}
         if self.grid_thw and (self.needs_pixels or self.makes_targets):
             pixels = self.cutter(self._cut_apart())
-            originals = pixels.reshape(-1, vision.unit_dim)[self.masked]
-            by_patch = self.masked_patches is not None
-            hidden = self.masked_patches if by_patch else self.masked
-            replace_units(pixels, hidden, self._drawn(), vision=vision, by_patch=by_patch)
             if self.makes_targets:
-                targets = normalize_targets(originals, vision=vision) if self.normalize_unit_targets else originals
+                targets = pixels.reshape(-1, vision.unit_dim)[self.masked]
+                targets = normalize_targets(targets, vision=vision) if self.normalize_unit_targets else targets
             if self.needs_pixels:
+                by_patch = self.masked_patches is not None
+                hidden = self.masked_patches if by_patch else self.masked
+                replace_units(pixels, hidden, self._drawn(), vision=vision, by_patch=by_patch)
                 fields["pixel_values"] = torch.from_numpy(pixels)
         if self.is_supervised:
             fields["unit_targets"] = torch.from_numpy(targets)
         return fields
 
     def _drawn(self) -> np.ndarray | None:
-        """float32 ``(masked_units, unit_dim)`` or ``(masked_patches, patch_dim)``; None for each one's own mean,
-        or where nobody sees it.
-        """
-        if not self.needs_pixels:
-            return None
+        """float32 ``(masked_units, unit_dim)`` or ``(masked_patches, patch_dim)``; None for each one's own mean."""
         vision = self.cutter.vision
         width = vision.unit_dim if self.masked_patches is None else vision.patch_dim
         drawn = [noise.draw(width) for noise in self.noise]

@@ -104,9 +104,8 @@ def test_masked_units_are_replaced_and_everything_else_stays(kind):
     pixels = rng.normal(size=(5 * 4, VISION.patch_dim)).astype(np.float32)
     before, masked = pixels.copy(), np.array([1, 3])
     noise = unit_noise(kind, 2)
-    originals = corruption.replace_units(pixels, masked, noise, vision=VISION)
+    corruption.replace_units(pixels, masked, noise, vision=VISION)
     units, old = pixels.reshape(5, -1), before.reshape(5, -1)
-    np.testing.assert_array_equal(originals, old[masked])
     np.testing.assert_array_equal(units[[0, 2, 4]], old[[0, 2, 4]])
     if kind != "mean":
         np.testing.assert_array_equal(units[masked], noise)
