@@ -27,14 +27,13 @@ def evaluation_builder(
     image_size: int | None = None,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
-    tokens_per_microbatch: int | None = None,
     pad_to_multiple_of: int = 1,
     needs_pixels: bool = True,
     form: EmbeddingForm = EmbeddingForm(),
 ) -> tuple[SampleBuilder, PackOptions]:
     """What the functions below need, for pictures under ``data_path`` and the model in ``model_path``.
 
-    ``form`` is the one that the model was trained to embed in.
+    ``form`` is the one that the model was trained to embed in. Packs are as long as their samples: each runs by itself.
 
     Raises:
         ValueError: as ``PictureLoader``, ``load_processor`` and ``PackOptions``.
@@ -58,7 +57,6 @@ def evaluation_builder(
         pictures=pictures,
         vision=vision,
         pad_token_id=bundle.pad_token_id,
-        tokens_per_microbatch=tokens_per_microbatch,
         pad_to_multiple_of=pad_to_multiple_of,
         needs_pixels=needs_pixels,
         embedding_mask=MaskKind(form.attention),

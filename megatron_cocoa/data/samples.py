@@ -279,7 +279,7 @@ def split_content(content: Content, *, has_picture: bool = False) -> tuple[list[
     """Pieces of text, and the pictures between them in the order in which the text shows them.
 
     Args:
-        content: checked (``sources.checked_content``): marks and pictures agree.
+        content: checked (``row_parsing.checked_content``): marks and pictures agree.
         has_picture: the one picture is in memory: its mark splits the text, and no reference is returned.
     """
     if has_picture:
