@@ -47,29 +47,21 @@ class PackShape:
 
 
 def expected_pack(
-    architecture: QwenVLArchitecture,
-    settings: TrainSettings,
-    stage: str,
-    *,
-    data_parallel_size: int,
-    text_tokens: int = TEXT_TOKENS,
+    architecture: QwenVLArchitecture, settings: TrainSettings, stage: str, *, data_parallel_size: int
 ) -> PackShape:
     """The largest pack that a stage is expected to meet, under variable-length kernels.
 
-    Every sample holds one picture of the stage's size; where that is None, as much picture as ``data.max_length``
-    leaves room for. In stage ``contrastive`` both sides of each pair and its hard negatives do: tasks that retrieve
-    pictures with pictures have them, and a run must not end at the first batch of such a task. Under
-    ``data.tokens_per_microbatch`` there are as many samples as fit.
-
-    Args:
-        text_tokens: of each sample beside its picture.
+    Every sample holds ``TEXT_TOKENS`` and one picture of the stage's size; where that is None, as much picture as
+    ``data.max_length`` leaves room for. In stage ``contrastive`` both sides of each pair and its hard negatives do:
+    tasks that retrieve pictures with pictures have them, and a run must not end at the first batch of such a task.
+    Under ``data.tokens_per_microbatch`` there are as many samples as fit.
 
     Raises:
         ValueError: if a sample would be longer than ``data.max_length``, or batch sizes do not divide.
     """
     values = settings.stage(stage)
     rows = _samples_per_row(settings, stage)
-    units, length = _expected_sample(architecture, settings, stage, text_tokens)
+    units, length = _expected_sample(architecture, settings, stage)
     budget = settings.data.tokens_per_microbatch
     if budget is None:
         samples = values.samples_per_microbatch(data_parallel_size) * rows
@@ -77,14 +69,14 @@ def expected_pack(
         samples = min(max(1, budget // length), values.samples_per_rank(data_parallel_size) * rows)
     supervised, masked_units = 0, 0
     if stage == "warmup":
-        supervised = round(samples * text_tokens * settings.warmup.text_mask_ratio)
+        supervised = round(samples * TEXT_TOKENS * settings.warmup.text_mask_ratio)
         ratio = settings.warmup.unit_mask_ratio
         if settings.warmup.masked_unit == "patch":
             # A unit is predicted where any of its patches is hidden.
             ratio = 1 - (1 - ratio) ** architecture.vision.merge_unit
         masked_units = round(samples * units * ratio)
     elif stage == "bridge":
-        supervised = round(samples * text_tokens * settings.bridge.target_mask_ratio)
+        supervised = round(samples * TEXT_TOKENS * settings.bridge.target_mask_ratio)
     return PackShape(
         tokens=budget or samples * length,
         patches=samples * units * architecture.vision.merge_unit,
@@ -96,12 +88,7 @@ def expected_pack(
 
 
 def expected_microbatches(
-    architecture: QwenVLArchitecture,
-    settings: TrainSettings,
-    stage: str,
-    *,
-    data_parallel_size: int,
-    text_tokens: int = TEXT_TOKENS,
+    architecture: QwenVLArchitecture, settings: TrainSettings, stage: str, *, data_parallel_size: int
 ) -> int:
     """Packs that a rank is expected to run in a step.
 
@@ -114,7 +101,7 @@ def expected_microbatches(
     values, budget = settings.stage(stage), settings.data.tokens_per_microbatch
     if budget is None:
         return values.num_microbatches(data_parallel_size)
-    _, length = _expected_sample(architecture, settings, stage, text_tokens)
+    _, length = _expected_sample(architecture, settings, stage)
     per_pack = max(1, budget // (length * _samples_per_row(settings, stage)))
     number = -(-values.samples_per_rank(data_parallel_size) // per_pack)
     parallel = settings.parallel
@@ -127,20 +114,18 @@ def _samples_per_row(settings: TrainSettings, stage: str) -> int:
     return 2 + settings.contrastive.num_hard_negatives if stage == "contrastive" else 1
 
 
-def _expected_sample(
-    architecture: QwenVLArchitecture, settings: TrainSettings, stage: str, text_tokens: int
-) -> tuple[int, int]:
+def _expected_sample(architecture: QwenVLArchitecture, settings: TrainSettings, stage: str) -> tuple[int, int]:
     """Merged units of a sample's picture, and its tokens."""
     values = settings.stage(stage)
     side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
     limit = settings.data.max_length
-    units = max(limit - text_tokens, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
+    units = max(limit - TEXT_TOKENS, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
     # A picture stands between a start and an end token, unless it stands bare.
     marks = 2 if values.embedding_form.image_placeholder == "full" else 0
-    length = units + marks + text_tokens if values.image_size is not None else limit
+    length = units + marks + TEXT_TOKENS if values.image_size is not None else limit
     if length > limit:
         raise ValueError(
-            f"a sample of stage {stage} has {units} image and {text_tokens} text tokens, above data.max_length {limit}"
+            f"a sample of stage {stage} has {units} image and {TEXT_TOKENS} text tokens, above data.max_length {limit}"
         )
     return units, length
 

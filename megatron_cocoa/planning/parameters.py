@@ -21,14 +21,12 @@ class RankParameters:
     """Elements on one rank of a pipeline stage.
 
     trainable, frozen: with and without gradient; a tied matrix counts on each rank that holds it.
-    largest:           the largest trainable tensor, whose gradient lives beside the FP32 buffer for a moment.
     in_fp32:           of ``trainable``: DoRA's magnitudes, which are FP32 whatever the model's dtype.
     fp8:               those whose products run in FP8.
     """
 
     trainable: int
     frozen: int
-    largest: int
     in_fp32: int = 0
     fp8: Fp8Weights = Fp8Weights()
 
@@ -76,7 +74,6 @@ def rank_parameters(
     return RankParameters(
         trainable=sum(trainable),
         frozen=sum(size for size, trains in tensors if not trains),
-        largest=max(trainable, default=0),
         in_fp32=sum(magnitudes),
         fp8=fp8_weights(architecture, settings, language_layers=layers, with_tower=is_first),
     )

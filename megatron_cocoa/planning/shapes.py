@@ -19,7 +19,6 @@ class LayerShape:
     ffn: int
     heads: int
     gated: bool
-    rms_norm: bool
     tensor_parallel: int
     sequence_parallel: bool
     context_parallel: int
@@ -41,7 +40,6 @@ def language_shape(architecture: QwenVLArchitecture, model: ModelSettings, paral
         ffn=text.intermediate_size,
         heads=text.num_attention_heads,
         gated=True,
-        rms_norm=True,
         tensor_parallel=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         context_parallel=parallel.context_parallel_size,
@@ -59,7 +57,6 @@ def tower_shape(architecture: QwenVLArchitecture, model: ModelSettings, parallel
         ffn=padded_vision_ffn(architecture, model.vision_ffn_multiple),
         heads=vision.num_heads,
         gated=vision.gated,
-        rms_norm=vision.normalization == "RMSNorm",
         tensor_parallel=parallel.tensor_model_parallel_size,
         sequence_parallel=False,
         context_parallel=1,
