@@ -110,7 +110,8 @@ class QwenVLArchitecture:
         text = _text(config.text_config)
         if vision.out_hidden_size != text.hidden_size:
             raise ValueError(
-                f"the tower emits {vision.out_hidden_size} features, the language model has {text.hidden_size}"
+                f"config.json: the tower emits {vision.out_hidden_size} features, the language model takes "
+                f"{text.hidden_size}: use the file that came with the weights"
             )
         return cls(
             model_type=config.model_type,

@@ -34,14 +34,10 @@ def check_layout(
         num_attention_heads=text.num_attention_heads, tensor_parallel=tp, context_parallel=cp, name="language model"
     )
     check_head_split(num_attention_heads=vision.num_heads, tensor_parallel=tp, context_parallel=1, name="tower")
-    if tp > text.num_key_value_heads and tp % text.num_key_value_heads:
+    if max(tp, text.num_key_value_heads) % min(tp, text.num_key_value_heads):
         raise ValueError(
             f"tensor parallel size {tp} is neither a divisor nor a multiple of num_key_value_heads "
-            f"{text.num_key_value_heads}"
-        )
-    if tp <= text.num_key_value_heads and text.num_key_value_heads % tp:
-        raise ValueError(
-            f"num_key_value_heads {text.num_key_value_heads} is not divisible by tensor parallel size {tp}"
+            f"{text.num_key_value_heads}: choose one that is"
         )
     _check_divides(text.intermediate_size, tp, "intermediate_size of the language model")
     ffn = padded_vision_ffn(architecture, model.vision_ffn_multiple)
@@ -76,7 +72,10 @@ def _check_divides(number: int, tp: int, name: str, remedy: str = "choose anothe
 def _check_pipeline(layers: int, pp: int, parallel: ParallelSettings) -> None:
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     if pp == 1 and (first is not None or last is not None):
-        raise ValueError("num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages")
+        raise ValueError(
+            "num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages: set them to null, or "
+            "parallel.pipeline_model_parallel_size to 2 or more"
+        )
     fixed = [n for n in (first, last) if n is not None]
     remaining, stages = layers - sum(fixed), pp - len(fixed)
     remedy = (
@@ -96,7 +95,10 @@ def _check_pipeline(layers: int, pp: int, parallel: ParallelSettings) -> None:
     chunks = parallel.virtual_pipeline_model_parallel_size
     per_stage = layers_per_stage(layers, parallel)
     if chunks and any(n % chunks for n in per_stage):
-        raise ValueError(f"{per_stage} layers per stage are not divisible by {chunks} virtual stages")
+        raise ValueError(
+            f"{per_stage} layers per stage are not divisible by {chunks} virtual stages: change "
+            f"parallel.virtual_pipeline_model_parallel_size or the layers of the first and last stage"
+        )
 
 
 def layers_per_stage(layers: int, parallel: ParallelSettings) -> list[int]:

@@ -35,7 +35,7 @@ ARCHITECTURE = QwenVLArchitecture.from_huggingface(reference.tiny_config("qwen2_
             dict(num_attention_heads=24, num_key_value_heads=6),
             dict(num_heads=4),
             dict(tensor_model_parallel_size=4),
-            "num_key_value_heads 6 is not divisible by tensor parallel size 4",
+            "tensor parallel size 4 is neither a divisor nor a multiple of num_key_value_heads 6: choose one that is",
         ),
         (
             dict(num_attention_heads=24, num_key_value_heads=3),
@@ -78,13 +78,13 @@ ARCHITECTURE = QwenVLArchitecture.from_huggingface(reference.tiny_config("qwen2_
             {},
             {},
             dict(num_layers_in_last_pipeline_stage=2),
-            "num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages",
+            "num_layers_in_first/last_pipeline_stage need a pipeline of at least two stages: set them to null",
         ),
         (
             {},
             {},
             dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4),
-            r"\[2\] layers per stage are not divisible by 4 virtual stages",
+            r"\[2\] layers per stage are not divisible by 4 virtual stages: change parallel.virtual_pipeline",
         ),
     ],
 )
