@@ -90,13 +90,12 @@ def export_huggingface(
         check_target(target, Path(keep), marker="config.json", kind="model folder", overwrite=overwrite)
     _check_places(source, target, overwrite)
     left_out = [] if names is None else _check_names(names, table)
-    left_out = left_out if write_own is None else []
     item_bytes = dtype.itemsize if dtype else _WIDEST_ITEM
     shards = _plan_shards(table, max_shard_bytes, item_bytes)
     spell = nested_spelling if spelling == "nested" else str
-    writer = _ShardWriter(tensors, dtype, spell, left_out if write_own is None else [])
+    writer = _ShardWriter(tensors, dtype, spell, left_out)
     weight_map: dict[str, str] = {}
-    files, num_bytes = [], 0
+    files, num_bytes, beside = [], 0, ()
     room = dtype.itemsize * sum(torch.Size(shape).numel() for shape in table.hf_shapes.values()) if dtype else 0
     with new_folder(target, num_bytes=room) as work:
         for number, mappings in enumerate(shards, start=1):
@@ -108,7 +107,8 @@ def export_huggingface(
         if len(shards) > 1:
             _write_json(work / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
         _copy_companions(source, work, writer.dtypes)
-        beside = () if write_own is None else (write_own(work),)
+        if write_own is not None:
+            left_out, beside = [], (write_own(work),)
     return ExportReport(target, tuple(files), len(weight_map), num_bytes, tuple(left_out), beside)
 
 

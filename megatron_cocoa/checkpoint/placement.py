@@ -16,7 +16,8 @@ from pathlib import Path
 INCOMPLETE_SUFFIX = ".incomplete"
 """Folders of this name are being written, or were when their writer was killed."""
 
-_REPLACED_SUFFIX = ".replaced"
+REPLACED_SUFFIX = ".replaced"
+"""Of a folder that another one is about to replace."""
 
 
 def check_target(target: Path, source: Path, *, marker: str, kind: str, overwrite: bool) -> None:
@@ -79,7 +80,7 @@ def new_folder(target: Path, *, num_bytes: int = 0) -> Iterator[Path]:
 def leftovers(target: Path) -> list[Path]:
     """Folders that killed writers of ``target`` left beside it; one that is being written now is among them."""
     target = _real(target)
-    suffixes = (INCOMPLETE_SUFFIX, _REPLACED_SUFFIX)
+    suffixes = (INCOMPLETE_SUFFIX, REPLACED_SUFFIX)
     return [path for suffix in suffixes for path in sorted(target.parent.glob(f".{target.name}.*{suffix}"))]
 
 
@@ -93,7 +94,7 @@ def _put_in_place(work: Path, target: Path) -> None:
     if not target.exists():
         os.rename(work, target)
     else:
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{_REPLACED_SUFFIX}")
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{REPLACED_SUFFIX}")
         os.rename(target, aside)
         try:
             os.rename(work, target)

@@ -24,8 +24,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
-from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE, CheckpointWriter, is_complete
+from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE, TorchDistReader
+from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter, is_complete
 from megatron_cocoa.config import EmbeddingForm
 
 IMPORT_STAGE = "import"
@@ -176,7 +176,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if not is_whole:
         state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} {state}: needed a folder with {INDEX_FILE} and {INFO_FILE}")
+        raise ValueError(f"{folder} {state}: needed a folder with {BACKEND_FILE} and {INFO_FILE}")
     try:
         return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:

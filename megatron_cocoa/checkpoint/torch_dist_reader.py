@@ -22,6 +22,7 @@ from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX
 
 METADATA_FILE = ".metadata"
 BACKEND_FILE = "metadata.json"
+"""What Megatron writes last."""
 
 _UNUSED_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "pathlib")
 _KNOWN: dict[tuple[str, str], Any] = {

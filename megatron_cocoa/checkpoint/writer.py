@@ -36,13 +36,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.bucket_threads import by_threads
 from megatron_cocoa.checkpoint.helper_process import start_results_queue
-from megatron_cocoa.checkpoint.placement import force_to_disk, sync_folder
+from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX, REPLACED_SUFFIX, force_to_disk, sync_folder
+from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.fp8_parameters import whole_values
 
-INFO_FILE, INDEX_FILE = "cocoa.json", "metadata.json"
-INCOMPLETE, REPLACED = ".incomplete", ".replaced"
+INFO_FILE = "cocoa.json"
 
 INDEX_BYTES = 2**26
 """Room that a checkpoint's index is sure to find; some kilobytes for each tensor of each rank."""
@@ -176,7 +176,7 @@ def is_complete(path: Path) -> bool:
             complete checkpoint would be trained again, and written over.
     """
     try:
-        for name in (INFO_FILE, INDEX_FILE):
+        for name in (INFO_FILE, BACKEND_FILE):
             json.loads((path / name).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
@@ -185,7 +185,7 @@ def is_complete(path: Path) -> bool:
 
 def restore_replaced(path: Path) -> None:
     """Give a checkpoint its name back if a run was ended just between the two renames that replace it."""
-    previous = path.with_name(path.name + REPLACED)
+    previous = path.with_name(path.name + REPLACED_SUFFIX)
     if previous.exists() and not path.exists():
         previous.rename(path)
 
@@ -246,7 +246,7 @@ def _check_ended_well(process: BaseProcess | None) -> None:
 
 def _rename(path: Path, work: Path) -> None:
     """Give ``work`` the name, in place of an earlier checkpoint."""
-    previous = path.with_name(path.name + REPLACED)
+    previous = path.with_name(path.name + REPLACED_SUFFIX)
     if path.exists():
         discard(previous, path)
         path.rename(previous)
@@ -278,7 +278,7 @@ def _check_room(folder: Path, num_bytes: int) -> None:
 
 def _beside(path: Path) -> Path:
     """A name that nothing has, of those that ``remove_incomplete`` removes."""
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{INCOMPLETE}")
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{INCOMPLETE_SUFFIX}")
 
 
 def discard(folder: Path, path: Path) -> None:
@@ -299,6 +299,6 @@ def remove_incomplete(folder: Path, name: str) -> None:
     into the folder and keep it from going. Nothing is lost: no reader takes it for a checkpoint, and the next write
     tries again.
     """
-    for left in folder.glob(f"{name}.*{INCOMPLETE.removeprefix('.')}") if folder.is_dir() else []:
+    for left in folder.glob(f"{name}.*{INCOMPLETE_SUFFIX.removeprefix('.')}") if folder.is_dir() else []:
         # Without what ``_beside`` adds.
         discard(left, left.with_suffix("").with_suffix(""))
