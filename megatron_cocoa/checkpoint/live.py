@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,20 +24,11 @@ class LoadReport:
         loaded: global Megatron names of the parameters that were filled.
         left: names of this project's own parameters, which kept their initial values.
         hf_names: Hugging Face tensors that were read; over all ranks together they must be all of them.
-        ignored: keys on disk that are not weights of the model, each with the reason.
     """
 
     loaded: tuple[str, ...]
     left: tuple[str, ...]
     hf_names: frozenset[str]
-    ignored: dict[str, str]
-
-    def summary(self) -> str:
-        """One line for the log."""
-        return (
-            f"{len(self.loaded)} parameters loaded from {len(self.hf_names)} Hugging Face tensors, {len(self.left)} of "
-            f"our own left as initialised, {len(self.ignored)} keys on disk ignored"
-        )
 
 
 def global_name(module: nn.Module, name: str) -> str:
@@ -92,14 +83,13 @@ def load_huggingface_weights(
     """
     reader = source if isinstance(source, HuggingFaceReader) else HuggingFaceReader(source)
     try:
-        coverage = check_coverage(reader, table)
-        report = fill_parameters(
+        check_coverage(reader, table)
+        return fill_parameters(
             modules, reader.read, table, tp_rank=tp_rank, tp_size=tp_size, mean_row=mean_row, used_rows=used_rows
         )
     finally:
         if reader is not source:
             reader.close()
-    return replace(report, ignored=coverage.ignored)
 
 
 @torch.no_grad()
@@ -129,7 +119,7 @@ def fill_parameters(
             copy_shard(parameter, mapping, tensor, tp_rank=tp_rank, tp_size=tp_size)
             loaded.append(name)
             hf_names.update(mapping.hf_names)
-    return LoadReport(tuple(loaded), tuple(left), frozenset(hf_names), {})
+    return LoadReport(tuple(loaded), tuple(left), frozenset(hf_names))
 
 
 @torch.no_grad()
