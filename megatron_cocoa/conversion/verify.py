@@ -7,7 +7,6 @@ which needs no table: a tensor that the table puts in the wrong place or layout 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,20 +23,13 @@ _SHOWN = 20
 _PRECISION = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def verify(
-    huggingface: str | Path,
-    megatron: str | Path,
-    *,
-    source: Literal["huggingface", "megatron"],
-    say: Callable[[str], None] = print,
-) -> bool:
-    """Run both checks, say what they found, and tell whether both passed.
+def verify(huggingface: str | Path, megatron: str | Path, *, source: Literal["huggingface", "megatron"]) -> bool:
+    """Run both checks, print what they found, and tell whether both passed.
 
     Args:
         huggingface: model folder.
         megatron: distributed checkpoint.
         source: which of the two the other was made from.
-        say: takes each line of the result.
 
     Raises:
         ValueError: if one of the two cannot be read.
@@ -47,13 +39,13 @@ def verify(
         table = table_of(Path(megatron), tensors, Path(huggingface))
         multiple, stored = tensors.vision_ffn_multiple, tensors.dtypes
     weights = compare_weights(huggingface, megatron, table, source=source)
-    say(f"{weights.num_tensors - len(weights.different)} of {weights.num_tensors} tensors are equal bit for bit")
+    print(f"{weights.num_tensors - len(weights.different)} of {weights.num_tensors} tensors are equal bit for bit")
     for line in weights.different[:_SHOWN]:
-        say(f"  different: {line}")
+        print(f"  different: {line}")
     round_to = _cast_to(huggingface, stored, source)
     agreements = compare_forward(huggingface, megatron, vision_ffn_multiple=multiple, round_to=round_to)
     for agreement in agreements:
-        say(agreement.line())
+        print(agreement.line())
     return not weights.different and all(agreement.passed for agreement in agreements)
 
 

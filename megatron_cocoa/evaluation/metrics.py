@@ -166,13 +166,11 @@ def retrieval_ranks(
     query_keys: Sequence[Hashable],
     candidate_keys: Sequence[Hashable],
     block_rows: int = 512,
-    tie_tolerance: float = TIE_TOLERANCE,
 ) -> RetrievalRanks:
-    """Where each query's best right candidate stands among all candidates, ties counted apart.
+    """Where each query's best right candidate stands among all candidates, ties within ``TIE_TOLERANCE`` counted apart.
 
     Args:
         queries, candidates, query_keys, candidate_keys, block_rows: as in ``evaluate_retrieval``.
-        tie_tolerance: difference of cosines up to which two candidates tie.
 
     Raises:
         ValueError: if a side is empty, keys do not fit the rows, an embedding is zero or not finite, or a query
@@ -189,7 +187,7 @@ def retrieval_ranks(
     columns = []
     for start, cosines in _cosine_blocks(queries, candidates, block_rows):
         right = wanted[start : start + cosines.shape[0], None] == offered[None, :]
-        columns.append(_rank_block(cosines, right, tie_tolerance))
+        columns.append(_rank_block(cosines, right))
     better, tied_wrong, tied_right, tied_before, num_right = (torch.cat(parts).cpu() for parts in zip(*columns))
     orphans = torch.nonzero(num_right == 0).flatten().tolist()
     if orphans:
@@ -253,11 +251,11 @@ def _miss_probability(block: int, right: int, drawn: int) -> float:
     return math.prod((block - right - i) / (block - i) for i in range(drawn))
 
 
-def _rank_block(cosines: Tensor, right: Tensor, tolerance: float) -> tuple[Tensor, ...]:
+def _rank_block(cosines: Tensor, right: Tensor) -> tuple[Tensor, ...]:
     """The five columns of ``RetrievalRanks`` for one block of queries."""
     best = cosines.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
-    tied = (cosines - best).abs() <= tolerance
-    better = (cosines > best + tolerance) & ~right
+    tied = (cosines - best).abs() <= TIE_TOLERANCE
+    better = (cosines > best + TIE_TOLERANCE) & ~right
     tied_right, tied_wrong = tied & right, tied & ~right
     # Columns before the first tied right one: those whose running count of tied right ones is still zero.
     before = tied_right.cumsum(dim=1) == 0

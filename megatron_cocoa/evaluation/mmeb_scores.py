@@ -55,21 +55,14 @@ class TaskScore:
         return self.num_ties == self.num_pred
 
 
-def score_task(
-    queries: np.ndarray,
-    items: np.ndarray,
-    candidates: Sequence[np.ndarray],
-    *,
-    tie_tolerance: float = TIE_TOLERANCE,
-) -> TaskScore:
-    """Rank each query's own candidates by cosine similarity.
+def score_task(queries: np.ndarray, items: np.ndarray, candidates: Sequence[np.ndarray]) -> TaskScore:
+    """Rank each query's own candidates by cosine similarity; those within ``TIE_TOLERANCE`` of the best tie with it.
 
     Args:
         queries: float ``(queries, hidden)``, any scale.
         items: float ``(items, hidden)``.
         candidates: for each query int64 ``(candidates,)``, rows of ``items``, the right one first. A row that occurs
             again in a list is the same thing and no tie.
-        tie_tolerance: cosines that are this close to the best tie with it.
 
     Raises:
         ValueError: if there are not as many lists as queries, or a vector is zero or not finite.
@@ -83,9 +76,9 @@ def score_task(
     chances = []
     for row, (cosines, offered) in enumerate(zip(_cosines(unit_queries, unit_items, candidates), candidates)):
         right = offered == offered[0]
-        best = cosines >= cosines.max() - tie_tolerance
+        best = cosines >= cosines.max() - TIE_TOLERANCE
         predictions[row] = int(np.argmax(best))
-        better = cosines > cosines[0] + tie_tolerance
+        better = cosines > cosines[0] + TIE_TOLERANCE
         ranks[row] = 1 + len(np.unique(offered[better & ~right]))
         num_things = len(np.unique(offered[best]))
         ties += num_things > 1

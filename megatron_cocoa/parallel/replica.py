@@ -26,13 +26,11 @@ class ReplicaLink:
 
     Attributes:
         is_reader: whether this rank reads for its replica.
-        num_ranks: of the replica.
     """
 
     def __init__(self) -> None:
         rosters = _rosters()
         own = topology.data_parallel_rank()
-        self.num_ranks = len(rosters[own]["all"])
         self._reader = rosters[own]["all"][0]
         self.is_reader = dist.get_rank() == self._reader
         self._members = rosters[own]

@@ -25,13 +25,10 @@ from megatron_cocoa.settings.presets import PLAIN_DEFAULTS, TOY_PRESET, availabl
 from megatron_cocoa.settings.yaml_file import read_yaml
 
 
-def parse_settings(
-    argv: Sequence[str], *, preset_default: str = TOY_PRESET, stand_ins: Mapping[str, Any] | None = None
-) -> TrainSettings:
+def parse_settings(argv: Sequence[str], *, stand_ins: Mapping[str, Any] | None = None) -> TrainSettings:
     """The settings that ``argv`` (without the program's name) asks for.
 
     Args:
-        preset_default: the preset where ``argv`` names none.
         stand_ins: values by dotted key, for settings that no source gives.
 
     Raises:
@@ -42,7 +39,7 @@ def parse_settings(
     """
     given = list(split_options(argv))
     chosen = [value for key, value in given if key == "preset"]
-    preset = chosen[-1] if chosen else preset_default
+    preset = chosen[-1] if chosen else TOY_PRESET
     values = read_yaml(preset_path(preset)) if preset != PLAIN_DEFAULTS else {}
     configured: dict[str, Any] = {}
     for key, value in given:
