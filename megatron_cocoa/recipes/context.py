@@ -31,6 +31,12 @@ POOLS = {"heldout": "eval_heldout.jsonl", "training": "eval_train.jsonl"}
 """Files of the data folder that retrieval is measured on, by the pool's name."""
 
 
+def pool_files(folder: str | None) -> dict[str, Path]:
+    """Those of ``POOLS`` that a data folder has; none without one, as in a run that reads ``data.sources``."""
+    files = {} if folder is None else {name: Path(folder) / file for name, file in POOLS.items()}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
 @dataclass(frozen=True)
 class RunContext:
     """One run's settings with every path filled in, what follows from its model folder, and its claim to ``output``."""
@@ -154,8 +160,8 @@ def prepare_context(settings: TrainSettings) -> RunContext:
 def _check_pools(settings: TrainSettings) -> None:
     """Refuse a run that is asked for measurements, and whose data folder has nothing to take them on."""
     folder = settings.data.path
-    pools = [] if folder is None else [file for file in POOLS.values() if (Path(folder) / file).is_file()]
-    if settings.validation.interval is not None and POOLS["heldout"] not in pools:
+    pools = pool_files(folder)
+    if settings.validation.interval is not None and "heldout" not in pools:
         raise ValueError(
             f"validation.interval is {settings.validation.interval}, but data.path {folder} has no {POOLS['heldout']} "
             f"to validate on: write one (see docs/data.md), or set validation.interval to null"

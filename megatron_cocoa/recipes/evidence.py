@@ -6,8 +6,6 @@ carries. Stage ``warmup``: pictures with masked units, filled in by the image de
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from megatron_cocoa.batch import MaskKind, PackedBatch
@@ -21,30 +19,27 @@ from megatron_cocoa.evaluation.pictures import encode_png, patches_to_picture
 from megatron_cocoa.evaluation.probes import predict_units, sample_losses
 from megatron_cocoa.evaluation.report_data import BridgeEvidence, Reconstruction
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.recipes.context import POOLS, RunContext, evaluation_parts
+from megatron_cocoa.recipes.context import RunContext, evaluation_parts, pool_files
 
 
 def pool_rows(context: RunContext, pool: str, limit: int) -> list[CaptionRow]:
     """Up to ``limit`` rows of a retrieval pool, spread over its file; empty where the data folder has none."""
-    folder = context.settings.data.path
-    path = None if folder is None else Path(folder) / POOLS[pool]
-    if path is None or not path.is_file():
+    path = pool_files(context.settings.data.path).get(pool)
+    if path is None:
         return []
     rows = read_captions(path).rows
     num = min(limit, len(rows))
     return [rows[i * len(rows) // num] for i in range(num)]
 
 
-def bridge_evidence(
-    context: RunContext, model: Model, *, pool: str, label: str, limit: int = 256
-) -> BridgeEvidence | None:
-    """Block B's loss on pictures of a pool, with its own block A and with another sample's.
+def bridge_evidence(context: RunContext, model: Model, *, pool: str, label: str) -> BridgeEvidence | None:
+    """Block B's loss on up to 256 pictures of a pool, with its own block A and with another sample's.
 
     The same tokens of B are masked both times, so the difference is what B reads from A through the bridge. None if the
     pool has fewer than two pictures.
     """
     stage = context.settings.bridge
-    pictures = pool_rows(context, pool, limit)
+    pictures = pool_rows(context, pool, 256)
     rows = [PairRow(r.row_id, Content(IMAGE_TOKEN, r.image_path), Content(r.caption, "")) for r in pictures]
     if len(rows) < 2:
         return None
@@ -79,13 +74,13 @@ def bridge_evidence(
     )
 
 
-def reconstructions(context: RunContext, model: Model, *, limit: int = 6) -> list[Reconstruction]:
-    """Up to ``limit`` held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder.
+def reconstructions(context: RunContext, model: Model) -> list[Reconstruction]:
+    """Up to six held-out pictures, masked as stage ``warmup`` masks them and filled in by the image decoder.
 
     None of them under ``mae_target normalized``, whose predictions are no pixels.
     """
     stage = context.settings.warmup
-    rows = pool_rows(context, "heldout", limit)
+    rows = pool_rows(context, "heldout", 6)
     if not rows or stage.mae_target != "pixels":
         return []
     builder, options = evaluation_parts(context, stage)

@@ -23,7 +23,7 @@ from megatron_cocoa.evaluation.pictures import thumbnail_png
 from megatron_cocoa.evaluation.report_data import POOL_NAMES, RecallRow, RetrievalStrip
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.recipes.context import POOLS, RunContext, evaluation_parts
+from megatron_cocoa.recipes.context import RunContext, evaluation_parts, pool_files
 from megatron_cocoa.recipes.retrieval_examples import pool_examples
 
 
@@ -41,12 +41,9 @@ class Pool:
 
 
 def read_pools(context: RunContext) -> list[Pool]:
-    """The evaluation pools that the data folder has; none without a data folder (a run that reads ``data.sources``)."""
-    if context.settings.data.path is None:
-        return []
-    folder = Path(context.settings.data.path)
-    found = [(name, folder / file) for name, file in POOLS.items() if (folder / file).is_file()]
-    return [Pool(name, tuple(read_captions(path).rows)) for name, path in found]
+    """The evaluation pools that the data folder has."""
+    files = pool_files(context.settings.data.path)
+    return [Pool(name, tuple(read_captions(path).rows)) for name, path in files.items()]
 
 
 @dataclass(frozen=True)
@@ -71,20 +68,20 @@ class RetrievalProbe:
         self.folder = Path(context.settings.data.path or ".").resolve()
         self.batch_size = batch_size
         self._context, self._stage = context, stage
-        self.form = stage.embedding_form
-        self.builder, self.options = evaluation_parts(context, stage, needs_pixels=topology.is_pipeline_first_stage())
+        self._set_form(stage.embedding_form)
 
     def in_form(self, form: EmbeddingForm) -> RetrievalProbe:
         """The same probe for a model that embeds in another form."""
         if form == self.form:
             return self
         other = copy.copy(self)
-        needs_pixels = topology.is_pipeline_first_stage()
-        other.form = form
-        other.builder, other.options = evaluation_parts(
-            self._context, self._stage, form=form, needs_pixels=needs_pixels
-        )
+        other._set_form(form)
         return other
+
+    def _set_form(self, form: EmbeddingForm) -> None:
+        needs_pixels = topology.is_pipeline_first_stage()
+        parts = evaluation_parts(self._context, self._stage, form=form, needs_pixels=needs_pixels)
+        self.form, (self.builder, self.options) = form, parts
 
     def embed(self, model: Model, pool: Pool) -> PoolEmbeddings:
         """Captions and pictures of a pool, on every rank."""

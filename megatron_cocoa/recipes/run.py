@@ -292,13 +292,12 @@ class _Stages:
         if self.probe is None or self._is_ending(f"after stage {name}, before measuring it"):
             return
         context, findings = self.context, self.findings
-        if name == BASELINE:
-            found = self.probe.embed_pools(model)
-            findings.recall += self.probe.recall(found, label="contrastive alone", kind="baseline")
-            return
-        probe = self.probe.in_form(context.settings.stage(name).embedding_form)
+        is_baseline = name == BASELINE
+        stage = context.settings.stage("contrastive" if is_baseline else name)
+        probe = self.probe.in_form(stage.embedding_form)
         found = probe.embed_pools(model)
-        findings.recall += probe.recall(found, label=f"after {name}", kind="stage")
+        label, kind = ("contrastive alone", "baseline") if is_baseline else (f"after {name}", "stage")
+        findings.recall += probe.recall(found, label=label, kind=kind)
         if name == "warmup":
             findings.reconstructions = reconstructions(context, model)
         if name == "bridge":
