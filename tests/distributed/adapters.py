@@ -32,7 +32,7 @@ from megatron_cocoa.recipes.stage_loader import build_loader
 from megatron_cocoa.recipes.stages import run_stage
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.trainer import train_stage
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 from tests.distributed.training import _Losses
@@ -229,42 +229,38 @@ def _hand_over_errors(context: RunContext, checkpoint: Path) -> dict:
     return dict(worst=worst, least=least, tensors=len(exported))
 
 
-def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, **more) -> dict:
-    return dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp, **more)
-
-
 BRIDGED = MaskKind.EOS_BRIDGED
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 PEFT_CASES = [
-    *(Case(f"tp2-{family}", 2, family, parallel=_degrees(tp=2)) for family in ("qwen2_vl", "qwen2_5_vl")),
-    Case("tp2-sp", 2, parallel=_degrees(tp=2, sequence_parallel=True)),
-    Case("tp2-above-kv-heads", 2, key_value_heads=1, parallel=_degrees(tp=2)),
-    Case("tp2-vision-ffn-padded", 2, parallel=_degrees(tp=2), model=dict(vision_ffn_multiple=48)),
-    Case("tp2-sp-recompute", 2, parallel=_degrees(tp=2, sequence_parallel=True), recompute=FULL),
-    Case("pp2", 2, kind=BRIDGED, num_microbatches=5, parallel=_degrees(pp=2)),
-    Case("pp2-untied", 2, tied=False, num_microbatches=5, parallel=_degrees(pp=2)),
-    Case("cp2", 2, kind=BRIDGED, parallel=_degrees(cp=2)),
-    Case("dp2-distributed-optimizer", 2, num_microbatches=2, parallel=_degrees(use_distributed_optimizer=True)),
-    Case("dp2-overlap", 2, samples="halves", num_microbatches=2, parallel=_degrees(**OVERLAP)),
-    Case("tp4-sp-above-kv-heads", 4, parallel=_degrees(tp=4, sequence_parallel=True)),
-    Case("tp2-sp-pp2", 4, num_microbatches=5, parallel=_degrees(tp=2, pp=2, sequence_parallel=True)),
-    Case("tp2-sp-cp2", 4, parallel=_degrees(tp=2, cp=2, sequence_parallel=True)),
+    *(Case(f"tp2-{family}", 2, family, parallel=degrees(tp=2)) for family in ("qwen2_vl", "qwen2_5_vl")),
+    Case("tp2-sp", 2, parallel=degrees(tp=2, sequence_parallel=True)),
+    Case("tp2-above-kv-heads", 2, key_value_heads=1, parallel=degrees(tp=2)),
+    Case("tp2-vision-ffn-padded", 2, parallel=degrees(tp=2), model=dict(vision_ffn_multiple=48)),
+    Case("tp2-sp-recompute", 2, parallel=degrees(tp=2, sequence_parallel=True), recompute=FULL),
+    Case("pp2", 2, kind=BRIDGED, num_microbatches=5, parallel=degrees(pp=2)),
+    Case("pp2-untied", 2, tied=False, num_microbatches=5, parallel=degrees(pp=2)),
+    Case("cp2", 2, kind=BRIDGED, parallel=degrees(cp=2)),
+    Case("dp2-distributed-optimizer", 2, num_microbatches=2, parallel=degrees(use_distributed_optimizer=True)),
+    Case("dp2-overlap", 2, samples="halves", num_microbatches=2, parallel=degrees(**OVERLAP)),
+    Case("tp4-sp-above-kv-heads", 4, parallel=degrees(tp=4, sequence_parallel=True)),
+    Case("tp2-sp-pp2", 4, num_microbatches=5, parallel=degrees(tp=2, pp=2, sequence_parallel=True)),
+    Case("tp2-sp-cp2", 4, parallel=degrees(tp=2, cp=2, sequence_parallel=True)),
 ]
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
-    "adapters-single": (1, _degrees()),
-    "adapters-tp2": (2, _degrees(tp=2)),
-    "adapters-tp2-sp": (2, _degrees(tp=2, sequence_parallel=True)),
-    "adapters-pp2": (2, _degrees(pp=2)),
-    "adapters-cp2": (2, _degrees(cp=2)),
-    "adapters-dp2-distributed-optimizer": (2, _degrees(use_distributed_optimizer=True)),
-    "adapters-dp2-overlap": (2, _degrees(**OVERLAP)),
-    "adapters-tp2-pp2": (4, _degrees(tp=2, pp=2)),
+    "adapters-single": (1, degrees()),
+    "adapters-tp2": (2, degrees(tp=2)),
+    "adapters-tp2-sp": (2, degrees(tp=2, sequence_parallel=True)),
+    "adapters-pp2": (2, degrees(pp=2)),
+    "adapters-cp2": (2, degrees(cp=2)),
+    "adapters-dp2-distributed-optimizer": (2, degrees(use_distributed_optimizer=True)),
+    "adapters-dp2-overlap": (2, degrees(**OVERLAP)),
+    "adapters-tp2-pp2": (4, degrees(tp=2, pp=2)),
 }
 
 HAND_OVERS: dict[str, tuple[int, dict, str]] = {
-    "adapters-stage-tp2-bf16": (2, _degrees(tp=2, sequence_parallel=True, use_distributed_optimizer=True), "bf16"),
-    "adapters-stage-tp2-pp2": (4, _degrees(tp=2, pp=2), "fp32"),
+    "adapters-stage-tp2-bf16": (2, degrees(tp=2, sequence_parallel=True, use_distributed_optimizer=True), "bf16"),
+    "adapters-stage-tp2-pp2": (4, degrees(tp=2, pp=2), "fp32"),
 }
 
 PEFT = {

@@ -22,8 +22,8 @@ from megatron_cocoa.parallel.random_states import random_states, seed_everything
 from megatron_cocoa.training import step as training_step
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.gather import gather_pairs
-from tests.distributed.check import Check
-from tests.distributed.gradients import bare_model, degrees, gradients_at
+from tests.distributed.check import Check, degrees
+from tests.distributed.gradients import bare_model, gradients_at
 from tests.distributed.uneven import uneven_batches, uneven_context
 
 OBJECTIVE, PACKS = "contrastive-hard-negatives", 4

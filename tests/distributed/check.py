@@ -40,3 +40,14 @@ def all_checks() -> dict[str, Check]:
     for module in MODULES:
         checks |= importlib.import_module(module).CHECKS
     return checks
+
+
+def degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **more) -> dict:
+    """Of ``ParallelSettings``, by the names that layouts go by, and further fields of it."""
+    return dict(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=vpp,
+        **more,
+    )

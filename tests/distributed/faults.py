@@ -30,10 +30,9 @@ from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.log import METRICS_FILE
 from megatron_cocoa.training.stopping import StopWatch
 from megatron_cocoa.training.trainer import train_stage
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
-from tests.distributed.training import _degrees
 
 STEPS, IN_A_ROW = 6, 3
 
@@ -214,7 +213,7 @@ def _full_disk(*args) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-LAYOUTS = {"single": (1, _degrees()), "dp2": (2, _degrees()), "pp2": (2, _degrees(pp=2)), "tp2": (2, _degrees(tp=2))}
+LAYOUTS = {"single": (1, degrees()), "dp2": (2, degrees()), "pp2": (2, degrees(pp=2)), "tp2": (2, degrees(tp=2))}
 ONCE = {
     f"poisoned-once-{stage}-{name}": (stage, *LAYOUTS[name])
     for stage, names in (("warmup", ("single", "dp2", "pp2")), ("contrastive", ("dp2", "tp2")))
@@ -223,9 +222,9 @@ ONCE = {
 OUTLIERS = {f"outlier-{name}": LAYOUTS[name] for name in ("dp2", "pp2")}
 ALWAYS = {f"poisoned-always-{name}": ("bridge", *layout) for name, layout in LAYOUTS.items() if name in ("dp2", "pp2")}
 MISREAD = {
-    "misread-dp2": ("contrastive", 2, _degrees()),
-    "misread-tp2-dp2": ("warmup", 4, _degrees(tp=2)),
-    "misread-nobody-dp2": ("contrastive", 2, _degrees()),
+    "misread-dp2": ("contrastive", 2, degrees()),
+    "misread-tp2-dp2": ("warmup", 4, degrees(tp=2)),
+    "misread-nobody-dp2": ("contrastive", 2, degrees()),
 }
 
 ALONE = {

@@ -21,7 +21,7 @@ from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.initial_model import build_with_weights
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.step import forward_backward
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.uneven import OBJECTIVES, uneven_batches, uneven_context
 
 
@@ -145,16 +145,6 @@ def every_objective(packs: tuple[int, ...], degrees: dict) -> dict[str, dict]:
             worst_loss = max(loss_error for *_, loss_error in every)
             found[f"{objective}, {number} packs"] = dict(gradient=gradient, where=where, loss=worst_loss)
     return found
-
-
-def degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **more) -> dict:
-    return dict(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        virtual_pipeline_model_parallel_size=vpp,
-        **more,
-    )
 
 
 LAYOUTS: dict[str, tuple[int, tuple[int, ...], dict]] = {

@@ -17,7 +17,7 @@ from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext, prepare_context
 from megatron_cocoa.recipes.stage_loader import build_loader
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.tiny_run import tiny_settings, write_folders
 
 STEPS = 4
@@ -126,29 +126,24 @@ def an_error_reaches_all(**parallel) -> dict:
     return {"said": gathered}
 
 
-def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, **more) -> dict:
-    sizes = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
-    return sizes | more
-
-
 LAYOUTS: dict[str, tuple[int, int, dict]] = {
-    "reader-tp2": (2, 0, _degrees(tp=2, sequence_parallel=True)),
-    "reader-pp2": (2, 1, _degrees(pp=2)),
-    "reader-cp2": (2, 0, _degrees(cp=2)),
-    "reader-tp2-pp2": (4, 1, _degrees(tp=2, pp=2)),
-    "reader-tp2-dp2": (4, 0, _degrees(tp=2)),
-    "reader-dp2": (2, 1, _degrees()),
+    "reader-tp2": (2, 0, degrees(tp=2, sequence_parallel=True)),
+    "reader-pp2": (2, 1, degrees(pp=2)),
+    "reader-cp2": (2, 0, degrees(cp=2)),
+    "reader-tp2-pp2": (4, 1, degrees(tp=2, pp=2)),
+    "reader-tp2-dp2": (4, 0, degrees(tp=2)),
+    "reader-dp2": (2, 1, degrees()),
 }
 
 ERRORS: dict[str, tuple[int, dict]] = {
-    "reader-error-pp2": (2, _degrees(pp=2)),
-    "reader-error-dp2": (2, _degrees()),
-    "reader-error-tp2-cp2": (4, _degrees(tp=2, cp=2)),
+    "reader-error-pp2": (2, degrees(pp=2)),
+    "reader-error-dp2": (2, degrees()),
+    "reader-error-tp2-cp2": (4, degrees(tp=2, cp=2)),
 }
 
 SHARED: dict[str, tuple[dict, list[int]]] = {
-    "rows-dp4": (_degrees(), [0, 1, 2, 3]),
-    "rows-pp2-dp2": (_degrees(pp=2), [0, 1]),
+    "rows-dp4": (degrees(), [0, 1, 2, 3]),
+    "rows-pp2-dp2": (degrees(pp=2), [0, 1]),
 }
 """With four ranks: the degrees, and the ranks that read for their replica."""
 

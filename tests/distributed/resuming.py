@@ -24,10 +24,9 @@ from megatron_cocoa.training.log import read_metrics
 from megatron_cocoa.training.optimizer import build_optimizer
 from megatron_cocoa.training.stage_checkpoints import complete_steps
 from megatron_cocoa.training.stopping import StopWatch
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
-from tests.distributed.training import _degrees
 
 STAGE, STEPS, STOP_AFTER = "bridge", 10, 4
 OPTIMIZER = OptimizerSettings(adam_eps=1e-4)
@@ -71,8 +70,8 @@ def resume_at(
 def _run(own: Path, output: Path, stage: str, parts: list[tuple], adapter: AdapterSettings, **checkpoint) -> dict:
     """One stage in one or several processes' worth of calls; what it leaves behind."""
     kept: list[list[int]] = []
-    for degrees, resume_step, stop_after in parts:
-        parallel = ParallelSettings(**degrees)
+    for layout, resume_step, stop_after in parts:
+        parallel = ParallelSettings(**layout)
         topology.set_layout(parallel, seed=0)
         settings = tiny_settings(own, steps=STEPS, parallel=parallel, adapter=adapter)
         settings = replace(
@@ -156,15 +155,15 @@ ALL = ("warmup", "bridge", "contrastive")
 _SHARDED = dict(use_distributed_optimizer=True)
 
 SAME: dict[str, tuple[int, tuple[str, ...], dict, dict]] = {
-    "resume-single": (1, ALL, _degrees(), dict(save_interval=2)),
-    "resume-single-background": (1, ("bridge",), _degrees(), dict(save_interval=1, asynchronous=True)),
+    "resume-single": (1, ALL, degrees(), dict(save_interval=2)),
+    "resume-single-background": (1, ("bridge",), degrees(), dict(save_interval=1, asynchronous=True)),
     "resume-dp2-overlap": (
         2, ("contrastive",),
-        _degrees(overlap_grad_reduce=True, overlap_param_gather=True, **_SHARDED), dict(save_interval=3),
+        degrees(overlap_grad_reduce=True, overlap_param_gather=True, **_SHARDED), dict(save_interval=3),
     ),
-    "resume-tp2-background": (2, ("warmup",), _degrees(tp=2), dict(save_interval=2, asynchronous=True)),
+    "resume-tp2-background": (2, ("warmup",), degrees(tp=2), dict(save_interval=2, asynchronous=True)),
     "resume-tp2-sp-adapters": (
-        2, ("bridge",), _degrees(tp=2, sequence_parallel=True),
+        2, ("bridge",), degrees(tp=2, sequence_parallel=True),
         dict(save_interval=2, adapter=AdapterSettings(kind="dora", dropout=0.1)),
     ),
 }
@@ -173,20 +172,20 @@ WITHOUT_DROPOUT = AdapterSettings(kind="dora", dropout=0.0)
 """Masks follow from the place of a rank, so that only a run without them goes on at another layout as it would have."""
 
 MOVED: dict[str, tuple] = {
-    "resume-dp2-to-tp2": (2, ("contrastive",), _degrees(**_SHARDED), _degrees(tp=2, **_SHARDED)),
-    "resume-tp2-to-pp2": (2, ("warmup",), _degrees(tp=2, **_SHARDED), _degrees(pp=2, **_SHARDED)),
-    "resume-pp2-vpp2-to-dp2": (2, ("bridge",), _degrees(pp=2, vpp=2, **_SHARDED), _degrees(**_SHARDED)),
+    "resume-dp2-to-tp2": (2, ("contrastive",), degrees(**_SHARDED), degrees(tp=2, **_SHARDED)),
+    "resume-tp2-to-pp2": (2, ("warmup",), degrees(tp=2, **_SHARDED), degrees(pp=2, **_SHARDED)),
+    "resume-pp2-vpp2-to-dp2": (2, ("bridge",), degrees(pp=2, vpp=2, **_SHARDED), degrees(**_SHARDED)),
     "resume-adapters-tp2-to-pp2": (
-        2, ("warmup",), _degrees(tp=2, **_SHARDED), _degrees(pp=2, **_SHARDED), WITHOUT_DROPOUT,
+        2, ("warmup",), degrees(tp=2, **_SHARDED), degrees(pp=2, **_SHARDED), WITHOUT_DROPOUT,
     ),
     "resume-tp2-pp2-to-dp2-cp2": (
-        4, ("warmup",), _degrees(tp=2, pp=2, **_SHARDED), _degrees(cp=2, **_SHARDED),
+        4, ("warmup",), degrees(tp=2, pp=2, **_SHARDED), degrees(cp=2, **_SHARDED),
     ),
 }  # fmt: skip
 
 EXTRA_STATE: dict[str, tuple[int, dict, dict]] = {
-    "extra-state-single": (1, _degrees(), _degrees()),
-    "extra-state-tp2-to-pp2": (2, _degrees(tp=2), _degrees(pp=2)),
+    "extra-state-single": (1, degrees(), degrees()),
+    "extra-state-tp2-to-pp2": (2, degrees(tp=2), degrees(pp=2)),
 }
 
 CHECKS = {

@@ -17,9 +17,9 @@ from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.optimizer import build_optimizer
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.folders import rank_folders
-from tests.distributed.gradients import bare_model, degrees, gradients_at
+from tests.distributed.gradients import bare_model, gradients_at
 from tests.distributed.uneven import uneven_context
 
 OBJECTIVE, PACKS, STEPS = "contrastive-learned-temperature", 4, 3

@@ -21,7 +21,7 @@ from megatron_cocoa.recipes.retrieval import RetrievalProbe
 from megatron_cocoa.recipes.stage_loader import build_loader
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 from megatron_cocoa.training.trainer import train_stage
-from tests.distributed.check import Check
+from tests.distributed.check import Check, degrees
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
 
@@ -121,40 +121,30 @@ def checkpoint_moves(save_at: dict, load_at: dict) -> dict[str, float]:
     return {"difference": float((embeddings[0] - embeddings[1]).abs().max())}
 
 
-def _degrees(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None, **more) -> dict:
-    return dict(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        virtual_pipeline_model_parallel_size=vpp,
-        **more,
-    )
-
-
 OVERLAP = dict(use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS: dict[str, tuple[int, dict]] = {
-    "train-single": (1, _degrees()),
-    "train-dp2": (2, _degrees()),
-    "train-dp2-distributed-optimizer": (2, _degrees(use_distributed_optimizer=True)),
-    "train-dp2-overlap": (2, _degrees(**OVERLAP)),
-    "train-tp2": (2, _degrees(tp=2)),
-    "train-tp2-sp": (2, _degrees(tp=2, sequence_parallel=True)),
-    "train-pp2": (2, _degrees(pp=2)),
-    "train-pp2-vpp2": (2, _degrees(pp=2, vpp=2)),
-    "train-cp2": (2, _degrees(cp=2)),
-    "train-tp2-pp2": (4, _degrees(tp=2, pp=2)),
-    "train-pp2-dp2": (4, _degrees(pp=2)),
+    "train-single": (1, degrees()),
+    "train-dp2": (2, degrees()),
+    "train-dp2-distributed-optimizer": (2, degrees(use_distributed_optimizer=True)),
+    "train-dp2-overlap": (2, degrees(**OVERLAP)),
+    "train-tp2": (2, degrees(tp=2)),
+    "train-tp2-sp": (2, degrees(tp=2, sequence_parallel=True)),
+    "train-pp2": (2, degrees(pp=2)),
+    "train-pp2-vpp2": (2, degrees(pp=2, vpp=2)),
+    "train-cp2": (2, degrees(cp=2)),
+    "train-tp2-pp2": (4, degrees(tp=2, pp=2)),
+    "train-pp2-dp2": (4, degrees(pp=2)),
 }
 
 UNREAD_HEADS: dict[str, tuple[int, bool, dict]] = {
-    "unread-head-untied-dp2": (2, False, _degrees()),
-    "unread-head-tied-pp2": (2, True, _degrees(pp=2)),
+    "unread-head-untied-dp2": (2, False, degrees()),
+    "unread-head-tied-pp2": (2, True, degrees(pp=2)),
 }
 
 MOVES: dict[str, tuple[int, dict, dict]] = {
-    "checkpoint-tp2-to-pp2": (2, _degrees(tp=2), _degrees(pp=2)),
-    "checkpoint-pp2-to-dp2": (2, _degrees(pp=2), _degrees()),
-    "checkpoint-tp2-pp2-to-pp4": (4, _degrees(tp=2, pp=2), _degrees(pp=4)),
+    "checkpoint-tp2-to-pp2": (2, degrees(tp=2), degrees(pp=2)),
+    "checkpoint-pp2-to-dp2": (2, degrees(pp=2), degrees()),
+    "checkpoint-tp2-pp2-to-pp4": (4, degrees(tp=2, pp=2), degrees(pp=4)),
 }
 
 CHECKS = {
