@@ -15,7 +15,7 @@ from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes.output_folder import JOB_FILE, STAGE_CHECKPOINT, STEP_CHECKPOINTS
 from megatron_cocoa.settings.saved import SETTINGS_FILE, settings_to_dict
-from megatron_cocoa.training.stage_checkpoints import BEST, complete_steps, remove_leftovers
+from megatron_cocoa.training.stage_checkpoints import BEST, complete_steps, remove_leftovers, step_folders
 
 MAY_CHANGE = (
     "output_dir overwrite resume log_interval wandb_project evaluate with_baseline parallel. checkpoint. validation. "
@@ -33,10 +33,12 @@ class StagePlace:
 
     is_complete: it has handed its weights over.
     step:        of its last complete checkpoint; None where there is none.
+    damaged:     checkpoints that have their name and are not complete: copied in part, or damaged later.
     """
 
     is_complete: bool = False
     step: int | None = None
+    damaged: tuple[str, ...] = ()
 
 
 def after_restart(settings: TrainSettings, launch: LaunchInfo) -> TrainSettings:
@@ -80,7 +82,9 @@ def clear_unfinished(output: Path, names: list[str]) -> None:
 
 def _place(folder: Path) -> StagePlace:
     steps = complete_steps(folder / STEP_CHECKPOINTS)
-    return StagePlace(is_complete(folder / STAGE_CHECKPOINT), steps[-1] if steps else None)
+    named = [folder / STAGE_CHECKPOINT, *(path for _, path in step_folders(folder / STEP_CHECKPOINTS))]
+    damaged = tuple(str(path) for path in named if path.is_dir() and not is_complete(path))
+    return StagePlace(is_complete(folder / STAGE_CHECKPOINT), steps[-1] if steps else None, damaged)
 
 
 def check_same_run(settings: TrainSettings, output: Path) -> None:

@@ -71,7 +71,7 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     _claim_output(context, launch, is_resumed=is_resumed)
     # A run that this one takes the folder from may have come further in the meantime.
     places = _find_places(context) if is_resumed else {}
-    _announce_places(places)
+    announce_places(places)
     minutes = settings.checkpoint.time_budget_minutes
     budget = None if minutes is None else minutes * 60
     with StopWatch(budget_seconds=budget, spent_seconds=seconds_since_start) as stop:
@@ -192,7 +192,8 @@ def _announce(context: RunContext, launch: LaunchInfo) -> None:
     )
 
 
-def _announce_places(places: dict[str, StagePlace]) -> None:
+def announce_places(places: dict[str, StagePlace]) -> None:
+    """Say where a resumed run goes on, and which checkpoints it cannot use, on the first rank."""
     resumed = [
         f"{name} {'is complete' if place.is_complete else f'goes on after step {place.step}'}"
         for name, place in places.items()
@@ -200,6 +201,9 @@ def _announce_places(places: dict[str, StagePlace]) -> None:
     ]
     if resumed:
         say(f"Resumed: {'; '.join(resumed)}")
+    # A write names its checkpoint when it is whole. Who sees what is trained again may still copy it anew.
+    for path in (path for place in places.values() for path in place.damaged):
+        say(f"Passed over: {path} is incomplete, as where a copy was cut short; what only it held is trained again")
 
 
 class _Stages:

@@ -96,9 +96,10 @@ def complete_steps(folder: Path) -> list[int]:
     Raises:
         OSError: as ``is_complete``.
     """
-    found = []
-    for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
-        name = _NAME.fullmatch(path.name)
-        if name and is_complete(path):
-            found.append(int(name[1]))
-    return found
+    return [step for step, path in step_folders(folder) if is_complete(path)]
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint below ``folder`` that has its name, complete or not, oldest first."""
+    names = [(_NAME.fullmatch(path.name), path) for path in sorted(folder.glob("step-*"))] if folder.is_dir() else []
+    return [(int(name[1]), path) for name, path in names if name]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE
 from megatron_cocoa.config import (
     BridgeSettings,
     ContrastiveSettings,
@@ -17,7 +18,8 @@ from megatron_cocoa.config import (
 from megatron_cocoa.parallel.topology import LaunchInfo
 from megatron_cocoa.recipes import resume
 from megatron_cocoa.recipes.output_folder import JOB_FILE
-from megatron_cocoa.recipes.resume import MAY_CHANGE, check_same_run, clear_unfinished, find_places
+from megatron_cocoa.recipes.resume import MAY_CHANGE, StagePlace, check_same_run, clear_unfinished, find_places
+from megatron_cocoa.recipes.run import announce_places
 from megatron_cocoa.settings.saved import save_settings, settings_to_dict
 
 BEFORE = TrainSettings(stages=("warmup", "bridge"), data=DataSettings(sources=(SourceSettings("a", "/data/a"),)))
@@ -106,6 +108,27 @@ def test_what_is_half_written_goes_once_the_folder_is_claimed(tmp_path):
     clear_unfinished(tmp_path, ["warmup", "bridge", "contrastive"])
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert left == ["bridge", "bridge/best", "warmup", "warmup/best", "warmup/checkpoint", "warmup/checkpoints"]
+
+
+def test_a_checkpoint_that_was_copied_in_part_is_named(tmp_path, capsys):
+    """Claim: a resume that passes over a checkpoint under its final name says so, also where an older one serves."""
+    steps = tmp_path / "warmup" / "checkpoints"
+    for folder in (steps / "step-00000020", tmp_path / "bridge" / "checkpoint"):
+        folder.mkdir(parents=True)
+        for name in (INFO_FILE, INDEX_FILE):
+            (folder / name).write_text("{}")
+    for folder in (steps / "step-00000040", tmp_path / "contrastive" / "checkpoint"):
+        folder.mkdir(parents=True)
+        (folder / INDEX_FILE).write_text("{}")
+    places = find_places(tmp_path, ["warmup", "bridge", "contrastive"])
+    assert places["warmup"] == StagePlace(step=20, damaged=(str(steps / "step-00000040"),))
+    assert places["bridge"] == StagePlace(is_complete=True)
+    assert places["contrastive"] == StagePlace(damaged=(str(tmp_path / "contrastive" / "checkpoint"),))
+    announce_places(places)
+    told = capsys.readouterr().out
+    assert "Resumed: warmup goes on after step 20; bridge is complete" in told
+    for path in (steps / "step-00000040", tmp_path / "contrastive" / "checkpoint"):
+        assert f"Passed over: {path} is incomplete" in told
 
 
 def test_settings_that_cannot_be_read_stop_a_resume(tmp_path):
