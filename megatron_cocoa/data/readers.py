@@ -44,7 +44,14 @@ def jsonl_records(path: str | Path) -> Iterator[Record]:
                 if line.strip():
                     yield f"{path.stem}:{number}", _json_object(line)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}): write it anew as UTF-8") from error
+            raise not_utf8(path, error) from error
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    """What to say of a file of text that could not be decoded."""
+    if error.object.startswith(b"\x1f\x8b"):
+        return ValueError(f"{path} is compressed (gzip): unpack it, a JSONL file is read as plain text")
+    return ValueError(f"{path} is not UTF-8 text ({error.reason}): write it anew as UTF-8")
 
 
 def _json_object(line: str) -> dict | BadRow:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_cocoa.data.readers import not_utf8
 from megatron_cocoa.data.row_parsing import half_surrogate, plain
 from megatron_cocoa.data.rows import PLACEHOLDER
 
@@ -123,7 +124,7 @@ def _jsonl(path: Path) -> Iterator[Any]:
                 if line.strip():
                     yield _json(line, f"{path}, line {number}")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
+            raise not_utf8(path, error) from error
 
 
 def _json(line: str, where: str) -> Any:

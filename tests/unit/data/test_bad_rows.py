@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -265,6 +266,11 @@ STOPS = {
         "jsonl",
         lambda f: (f / "contrastive.jsonl").write_bytes('{"qry": "a"}'.encode("utf-16")),
         "is not UTF-8",
+    ),
+    "jsonl-gzip": (
+        "jsonl",
+        lambda f: (f / "contrastive.jsonl").write_bytes(gzip.compress(b'{"qry": "a"}')),
+        r"contrastive.jsonl is compressed \(gzip\): unpack it",
     ),
     "jsonl-empty": ("jsonl", lambda f: (f / "contrastive.jsonl").write_text(""), "0 of 0 rows"),
     "jsonl-none": ("jsonl", lambda f: None, "contrastive.jsonl cannot be read"),
