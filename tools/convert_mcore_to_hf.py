@@ -113,8 +113,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> bool:
     # Imported late: --help and a mistyped option must not wait for torch.
+    from megatron_cocoa.checkpoint.store import refuse_folder_around
     from megatron_cocoa.conversion.command import check_verify_memory, dtype_of, report_export, verified
-    from megatron_cocoa.conversion.mcore_to_hf import refuse_folder_around
 
     refuse_folder_around(args.mcore_path)
     check_verify_memory(args, source="megatron")

@@ -22,6 +22,7 @@ from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_checkpoint, read_info
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.checkpoint.writer import INFO_FILE
 
 IMAGE_DECODER, TOWER = "image_decoder.", "vision_model."
 
@@ -58,6 +59,11 @@ class WeightSource:
                 and may not.
         """
         if self.checkpoint is not None:
+            if (self.checkpoint / "config.json").is_file() and not (self.checkpoint / INFO_FILE).is_file():
+                raise ValueError(
+                    f"{self.checkpoint} is a Hugging Face folder, model.load takes a Megatron checkpoint: name it as "
+                    f"model.path instead"
+                )
             read_info(self.checkpoint)
         elif self.has_safetensors:
             HuggingFaceReader(self.folder).close()

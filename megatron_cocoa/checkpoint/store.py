@@ -175,12 +175,25 @@ def read_info(path: str | Path) -> CheckpointInfo:
     except OSError as error:
         raise ValueError(f"{folder} cannot be read: {error}") from error
     if not is_whole:
+        refuse_folder_around(folder)
         state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
         raise ValueError(f"{folder} {state}: needed a folder with {BACKEND_FILE} and {INFO_FILE}")
     try:
         return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / INFO_FILE} is not what this version writes: {error}") from error
+
+
+def refuse_folder_around(source: str | Path) -> None:
+    """Refuse a run's or a stage's folder where a checkpoint is needed.
+
+    Raises:
+        ValueError: naming the checkpoints in it.
+    """
+    source = Path(source)
+    inside = [str(f) for depth in ("", "*/") for f in sorted(source.glob(f"{depth}checkpoint")) if is_complete(f)]
+    if inside and not is_complete(source):
+        raise ValueError(f"{source} is a folder around checkpoints: name one of them, {' or '.join(inside)}")
 
 
 def sharded_state(chunks: Sequence[nn.Module], optimizer=None, *, is_loading: bool = False) -> ShardedStateDict:

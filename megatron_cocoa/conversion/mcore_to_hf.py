@@ -13,7 +13,7 @@ from megatron_cocoa.checkpoint.export import ExportReport, export_huggingface
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, write_own_tensors
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, CheckpointInfo, is_complete, read_info
+from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.companions import companion_folder
 from megatron_cocoa.conversion.hf_to_mcore import config_of, read_config
@@ -22,18 +22,6 @@ from megatron_cocoa.conversion.same_model import check_same_model
 NO_TOKENIZER = (
     "no tokenizer or processor files: neither the checkpoint carries them nor was a folder named that has them"
 )
-
-
-def refuse_folder_around(source: str | Path) -> None:
-    """Refuse a run's or a stage's folder where a checkpoint is needed.
-
-    Raises:
-        ValueError: naming the checkpoints in it.
-    """
-    source = Path(source)
-    inside = [str(f) for depth in ("", "*/") for f in sorted(source.glob(f"{depth}checkpoint")) if is_complete(f)]
-    if inside and not is_complete(source):
-        raise ValueError(f"{source} is a folder around checkpoints: name one of them, {' or '.join(inside)}")
 
 
 def convert_mcore_to_hf(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo
+from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE
 from megatron_cocoa.config import ValidationSettings
 from megatron_cocoa.recipes.context import prepare_context, read_config
 from tests.distributed.tiny_run import tiny_settings
@@ -77,3 +78,24 @@ def test_weights_of_another_model_than_the_folder_describes_are_refused(tiny_fol
     (tmp_path / "cocoa.json").write_text(json.dumps(asdict(other)))
     with pytest.raises(ValueError, match="another model than .* holds: text.rope_theta is 1000000.0, needed 5000000.0"):
         prepare_context(loaded)
+
+
+def test_other_folders_than_a_checkpoint_are_told_what_to_name(tiny_folders, tmp_path):
+    """Claim: who gives model.load a run, a stage or a Hugging Face folder reads what to give instead."""
+    checkpoint = tmp_path / "run" / "bridge" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    for name in (INFO_FILE, INDEX_FILE):
+        (checkpoint / name).write_text("{}")
+    settings = tiny_settings(tiny_folders)
+
+    def check(folder: Path) -> None:
+        loading = replace(settings, model=replace(settings.model, load=str(folder)))
+        prepare_context(loading).weight_source(None).check()
+
+    for folder in (tmp_path / "run", tmp_path / "run" / "bridge"):
+        with pytest.raises(ValueError, match=f"{folder} is a folder around checkpoints: name .* {checkpoint}$"):
+            check(folder)
+    with pytest.raises(ValueError, match="model is a Hugging Face folder, .*: name it as model.path instead"):
+        check(tiny_folders / "model")
+    with pytest.raises(ValueError, match="absent does not exist"):
+        check(tmp_path / "absent")
