@@ -66,7 +66,7 @@ def write_results(context: RunContext, launch: LaunchInfo, findings: Findings, s
 
 
 def describe(summary: StageSummary) -> str:
-    """One sentence on how a stage went; its counts are those of the first data-parallel rank."""
+    """One sentence on how a stage went."""
     counts = ", ".join(f"{name} {value:.4g}" for name, value in summary.statistics.items())
     progress = summary.progress
     waited = 100 * progress.data_wait / progress.seconds if progress.seconds else 0.0

@@ -28,7 +28,7 @@ from megatron_cocoa.recipes.initial_model import build_with_weights, build_witho
 from megatron_cocoa.recipes.output_folder import STAGE_CHECKPOINT, STEP_CHECKPOINTS
 from megatron_cocoa.recipes.stage_checks import check_microbatches
 from megatron_cocoa.recipes.stage_loader import build_loader
-from megatron_cocoa.recipes.stage_summary import StageSummary
+from megatron_cocoa.recipes.stage_summary import StageSummary, over_replicas
 from megatron_cocoa.recipes.validation import HeldOutValidation
 from megatron_cocoa.settings.saved import SETTINGS_FILE, save_settings
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
@@ -98,7 +98,12 @@ def run_stage(
         log.close()
         loader.close()
     summary = StageSummary(
-        name, stage, folder / STAGE_CHECKPOINT, result.progress, loader.statistics(), stopped=result.stopped
+        name,
+        stage,
+        folder / STAGE_CHECKPOINT,
+        result.progress,
+        over_replicas(loader.statistics()),
+        stopped=result.stopped,
     )
     if result.stopped is None:
         hand_over_adapters(context, model, folder, checkpoint=checkpoint)
