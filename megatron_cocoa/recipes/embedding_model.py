@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info
+from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info, refuse_folder_around
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import EmbeddingSettings, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import find_companions, run_settings
@@ -107,6 +107,7 @@ def _info_of(path: Path) -> CheckpointInfo | None:
         return read_info(path)
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return None
+    refuse_folder_around(path)
     raise ValueError(
         f"{path} is neither a Hugging Face folder with config.json and safetensors, nor a Megatron checkpoint with "
         f"{INFO_FILE}"

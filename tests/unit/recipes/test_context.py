@@ -8,8 +8,9 @@ import pytest
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE
-from megatron_cocoa.config import ValidationSettings
+from megatron_cocoa.config import EmbeddingSettings, ValidationSettings
 from megatron_cocoa.recipes.context import prepare_context, read_config
+from megatron_cocoa.recipes.embedding_model import picture_sizes
 from tests.distributed.tiny_run import tiny_settings
 
 
@@ -92,6 +93,8 @@ def test_other_folders_than_a_checkpoint_are_told_what_to_name(tiny_folders, tmp
         loading = replace(settings, model=replace(settings.model, load=str(folder)))
         prepare_context(loading).weight_source(None).check()
 
+    with pytest.raises(ValueError, match=f"is a folder around checkpoints: name .* {checkpoint}$"):
+        picture_sizes(tmp_path / "run", EmbeddingSettings())
     for folder in (tmp_path / "run", tmp_path / "run" / "bridge"):
         with pytest.raises(ValueError, match=f"{folder} is a folder around checkpoints: name .* {checkpoint}$"):
             check(folder)
