@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo
-from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE
+from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
+from megatron_cocoa.checkpoint.writer import INFO_FILE
 from megatron_cocoa.config import EmbeddingSettings, ValidationSettings
 from megatron_cocoa.recipes.context import prepare_context, read_config
 from megatron_cocoa.recipes.embedding_model import picture_sizes
@@ -85,7 +86,7 @@ def test_other_folders_than_a_checkpoint_are_told_what_to_name(tiny_folders, tmp
     """Claim: who gives model.load a run, a stage or a Hugging Face folder reads what to give instead."""
     checkpoint = tmp_path / "run" / "bridge" / "checkpoint"
     checkpoint.mkdir(parents=True)
-    for name in (INFO_FILE, INDEX_FILE):
+    for name in (INFO_FILE, BACKEND_FILE):
         (checkpoint / name).write_text("{}")
     settings = tiny_settings(tiny_folders)
 

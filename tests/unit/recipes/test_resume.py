@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_cocoa.checkpoint.writer import INDEX_FILE, INFO_FILE
+from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
+from megatron_cocoa.checkpoint.writer import INFO_FILE
 from megatron_cocoa.config import (
     BridgeSettings,
     ContrastiveSettings,
@@ -115,11 +116,11 @@ def test_a_checkpoint_that_was_copied_in_part_is_named(tmp_path, capsys):
     steps = tmp_path / "warmup" / "checkpoints"
     for folder in (steps / "step-00000020", tmp_path / "bridge" / "checkpoint"):
         folder.mkdir(parents=True)
-        for name in (INFO_FILE, INDEX_FILE):
+        for name in (INFO_FILE, BACKEND_FILE):
             (folder / name).write_text("{}")
     for folder in (steps / "step-00000040", tmp_path / "contrastive" / "checkpoint"):
         folder.mkdir(parents=True)
-        (folder / INDEX_FILE).write_text("{}")
+        (folder / BACKEND_FILE).write_text("{}")
     places = find_places(tmp_path, ["warmup", "bridge", "contrastive"])
     assert places["warmup"] == StagePlace(step=20, damaged=(str(steps / "step-00000040"),))
     assert places["bridge"] == StagePlace(is_complete=True)
