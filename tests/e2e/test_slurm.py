@@ -25,7 +25,7 @@ echo "$@" >"$RECORD/srun"
 while [ "${1#--}" != "$1" ]; do shift; done
 tasks=
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
-    SLURM_NODEID=$node "$@" &
+    SLURM_NODEID=$node SLURMD_NODENAME=node-$(echo "$node" | tr 0-3 a-d) "$@" &
     tasks="$tasks $!"
 done
 echo $tasks >"$RECORD/tasks"
@@ -45,6 +45,7 @@ done
 """
 TORCHRUN = """
 printf '%s\\n' "$@" >"$RECORD/torchrun.$SLURM_NODEID"
+echo "$PET_LOCAL_ADDR" >"$RECORD/address.$SLURM_NODEID"
 """
 # A launcher that would end by TERM, and two ranks that save when TERM reaches them.
 WAITING_TORCHRUN = """
@@ -75,6 +76,7 @@ def cluster(tmp_path):
             "SLURM_JOB_NODELIST": "node-[a-d]",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "96",
             "SLURM_SUBMIT_DIR": str(ROOT / "examples"),
             "RECORD": str(tmp_path),
         }
@@ -105,18 +107,23 @@ def wait_for(paths: list[Path]) -> None:
 
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_every_node_runs_the_same_torchrun(cluster, tmp_path, nodes):
-    """Claim: nodes meet at the first host, each starts a rank a GPU, and options arrive as they were given."""
+    """Claim: nodes meet at the first host, each starts a rank a GPU, and options arrive as they were given.
+
+    Each goes by the name by which Slurm knows it, and its ranks have all the cores that the job has there.
+    """
     job = cluster("--preset", "qwen2.5-vl-3b", "--output_dir", "/with a space", nodes=nodes)
     output = end(job)
     assert job.returncode == 0, output
     wanted = [
         "--nnodes", str(nodes), "--nproc-per-node", "8", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", f"node-a:{20000 + 123456 % 20000}", "--rdzv-id", "123456-0", "--max-restarts", "3",
-        "examples/pretrain_cocoa.sh", "--preset", "qwen2.5-vl-3b", "--output_dir", "/with a space",
-        "--resume", "true",
+        "--rdzv-endpoint", f"node-a:{20000 + 123456 % 20000}", "--rdzv-id", "123456-0",
+        "--rdzv-conf", "read_timeout=600", "--max-restarts", "3", "examples/pretrain_cocoa.sh",
+        "--preset", "qwen2.5-vl-3b", "--output_dir", "/with a space", "--resume", "true",
     ]  # fmt: skip
     for node in range(nodes):
         assert (tmp_path / f"torchrun.{node}").read_text().splitlines() == wanted
+        assert (tmp_path / f"address.{node}").read_text() == f"node-{'abcd'[node]}\n"
+    assert "--cpus-per-task=96" in (tmp_path / "srun").read_text().split()
     assert "requeue" not in (tmp_path / "scontrol").read_text(), "a job that is done stays done"
 
 
