@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import pickle
 import queue
 import signal
@@ -32,6 +33,10 @@ def end_with_parent() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():
+            # It has ended before the kernel was asked.
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def start_results_queue(module) -> None:

@@ -4,10 +4,10 @@ Megatron's ``dist_checkpointing`` plans the write on all ranks and leaves the by
 What it writes stands beside its place, and takes its name when every rank is done and ``cocoa.json`` lies in it: a
 folder that carries the final name is complete. A write that fails on any rank fails on all of them, with the cause.
 
-The name beside its place is new for each write. A forked writer outlives a rank that is killed by some moments, and the
-run that goes on may write the checkpoint of the same step then: in one folder the two would cut each other's files.
-A run that takes a folder over from one that still lives renames what that one has not completed, so that it never will:
-of two renames of a folder, one fails.
+The name beside its place is new for each write. A forked writer ends with its rank, but those of other hosts may live
+on for a while, and the run that goes on may write the checkpoint of the same step then: in one folder the two would cut
+each other's files. A run that takes a folder over from one that still lives renames what that one has not completed, so
+that it never will: of two renames of a folder, one fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.bucket_threads import by_threads
-from megatron_cocoa.checkpoint.helper_process import start_results_queue
+from megatron_cocoa.checkpoint.helper_process import end_with_parent, start_results_queue
 from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX, REPLACED_SUFFIX, force_to_disk, sync_folder
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.parallel import topology
@@ -95,7 +95,7 @@ class CheckpointWriter:
             self._guarded(path, work, lambda: _put_on_disk(request))
             finish()
         else:
-            self._queue.schedule_async_request(request._replace(finalize_fns=[finish]))
+            self._queue.schedule_async_request(_in_process(request)._replace(finalize_fns=[finish]))
             self._process = self._queue.async_calls[-1].async_caller.process
 
     def poll(self) -> bool:
@@ -215,6 +215,22 @@ def _staged(request: AsyncRequest) -> AsyncRequest:
     ]
     rank, _, results = request.async_fn_args
     return request._replace(async_fn_args=(rank, preload(whole, *how), results), preload_fn=None)
+
+
+def _in_process(request: AsyncRequest) -> AsyncRequest:
+    """``request`` for a process that its rank forks, and that ends with it.
+
+    Without its rank nothing of it will be completed. And as long as the process lives, a GPU keeps the memory of the
+    rank, whose open files it shares: the rank that torchrun starts in its place would find the GPU full.
+    """
+    if request.async_fn is None:
+        return request
+    return request._replace(async_fn=functools.partial(_write_in_process, request.async_fn))
+
+
+def _write_in_process(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    end_with_parent()
+    write(*args, **kwargs)
 
 
 def _put_on_disk(request: AsyncRequest) -> None:
