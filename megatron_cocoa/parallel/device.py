@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import tempfile
 
 import numpy as np
 import torch
@@ -121,7 +123,7 @@ def _version(module: str) -> str:
 
 
 def setup_device(local_rank: int) -> torch.device:
-    """Bind this rank to its GPU, or activate the CPU route.
+    """Bind this rank to its GPU, and kernels that it compiles to a folder of its host; or activate the CPU route.
 
     Args:
         local_rank: index of the rank on its host.
@@ -138,6 +140,10 @@ def setup_device(local_rank: int) -> torch.device:
             f"many ranks on it (torchrun --nproc-per-node)"
         )
     torch.cuda.set_device(local_rank)
+    # Triton keeps what it compiles in the home folder. Where hosts share that, one rank may read what another is still
+    # writing there, and fail, or run one's kernel with the other's launch parameters.
+    own = os.path.join(tempfile.gettempdir(), f"triton_{os.getuid()}_{local_rank}")
+    os.environ.setdefault("TRITON_CACHE_DIR", own)
     if not (optional_kernels()["Transformer Engine"] or optional_kernels()["apex"]):
         adam.install()
     return device()

@@ -1,5 +1,9 @@
 """Which device a process gets, and what it may use there."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,3 +26,20 @@ def test_ranks_beyond_the_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(RuntimeError, match="local rank 2 has no GPU: this host shows 2"):
         device.setup_device(2)
+
+
+def test_ranks_keep_compiled_kernels_apart_and_on_their_host(monkeypatch, tmp_path):
+    """Claim: no two ranks compile into one folder, hosts share none, and a user's own choice stays."""
+    for name, found in (("is_available", True), ("device_count", 2), ("current_device", 0), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    monkeypatch.setattr(device, "optional_kernels", lambda: {"Transformer Engine": "2.20.2", "apex": None})
+    folders = []
+    for local_rank in range(2):
+        monkeypatch.setenv("TRITON_CACHE_DIR", "")
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+        device.setup_device(local_rank)
+        folders.append(Path(os.environ["TRITON_CACHE_DIR"]))
+    assert len(set(folders)) == 2 and {folder.parent for folder in folders} == {Path(tempfile.gettempdir())}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    device.setup_device(0)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
