@@ -91,7 +91,7 @@ def check_same_run(settings: TrainSettings, output: Path) -> None:
     """Refuse to resume a run under settings that would train something else.
 
     Allowed are: stages added at the end, other settings of stages that have not begun, another layout over ranks and
-    packs, and other places of files.
+    packs, and other places of files. Within a stage the optimizer's state stays in the form of its kind of optimizer.
 
     Raises:
         ValueError: naming each setting that differs, with both values.
@@ -111,8 +111,9 @@ def check_same_run(settings: TrainSettings, output: Path) -> None:
             f"the end"
         )
     begun = [stage for stage in STAGES if _has_begun(output / stage)]
+    is_within_stage = _is_within_stage(output)
     differing = [key for key in now if _compared(key, before.get(key)) != _compared(key, now[key])]
-    changed = [key for key in differing if key != "stages" and not _may_change(key, begun)]
+    changed = [key for key in differing if key != "stages" and not _may_change(key, begun, is_within_stage)]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key, 'absent')}, is {now[key]}" for key in changed)
         raise ValueError(
@@ -125,6 +126,14 @@ def _has_begun(folder: Path) -> bool:
     return (folder / STAGE_CHECKPOINT).is_dir() or bool(complete_steps(folder / STEP_CHECKPOINTS))
 
 
+def _is_within_stage(output: Path) -> bool:
+    """Whether a stage, or the baseline, is to go on from a checkpoint that holds its optimizer's state."""
+    return any(
+        complete_steps(steps) and not is_complete(steps.parent / STAGE_CHECKPOINT)
+        for steps in output.glob(f"*/{STEP_CHECKPOINTS}")
+    )
+
+
 def _compared(key: str, value: Any) -> Any:
     """A setting without the places of files; the rows themselves are compared when their loader resumes."""
     if key != "data.sources":
@@ -132,7 +141,10 @@ def _compared(key: str, value: Any) -> Any:
     return [{name: v for name, v in source.items() if name not in ("path", "image_root")} for source in value or ()]
 
 
-def _may_change(key: str, begun: list[str]) -> bool:
+def _may_change(key: str, begun: list[str], is_within_stage: bool) -> bool:
+    if key == "parallel.use_distributed_optimizer" and is_within_stage:
+        # Megatron's two kinds of optimizer name their state differently, and neither reads the other's.
+        return False
     part = key.partition(".")[0]
     if part in STAGES and part not in begun:
         return True

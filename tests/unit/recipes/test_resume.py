@@ -1,6 +1,7 @@
 """A run is only resumed as the run that it was."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,26 @@ def test_what_would_train_something_else_is_named(output, now, message):
     """Claim: each difference is told with both values, and what to do about it."""
     with pytest.raises(ValueError, match=message):
         check_same_run(now, output)
+
+
+@pytest.mark.parametrize("folder", ["warmup", "baseline"])
+def test_within_a_stage_the_kind_of_optimizer_stays(output, folder):
+    """Claim: no kind reads the state that the other has saved, which a resume is told before rows are read; a stage
+    that is complete has left none."""
+    sharded = replace(BEFORE, parallel=ParallelSettings(use_distributed_optimizer=True))
+    _complete(output / folder / "checkpoints" / "step-00000004")
+    check_same_run(replace(BEFORE, parallel=ParallelSettings(tensor_model_parallel_size=2)), output)
+    with pytest.raises(ValueError, match="parallel.use_distributed_optimizer was False, is True. Set them back"):
+        check_same_run(sharded, output)
+    _complete(output / folder / "checkpoint")
+    check_same_run(sharded, output)
+
+
+def _complete(checkpoint: Path) -> None:
+    """Make ``checkpoint`` look as if every rank had written its part."""
+    checkpoint.mkdir(parents=True)
+    for name in (BACKEND_FILE, INFO_FILE):
+        (checkpoint / name).write_text("{}", encoding="utf-8")
 
 
 @pytest.mark.parametrize("given", [dict(overwrite=True), dict(resume=False), dict(resume=True)])
