@@ -1,19 +1,25 @@
-"""Optimizer state for a checkpoint, around an error of Megatron-Core's that would corrupt it silently.
+"""Optimizer state for a checkpoint, around two errors of Megatron-Core's.
 
 The distributed optimizer gathers its state bucket by bucket, without the padding at each bucket's end, and then cuts
 parameters out at offsets that count that padding (megatron-core 0.16 to 0.19; NVIDIA/Megatron-LM pull request 5077).
 With more than one bucket in a buffer (overlapped gradient reduction, or tied embeddings over pipeline stages) all
 parameters behind the first padding would be saved from the wrong place. Here the padding is put back before the cut.
+
+The plain optimizer of a BF16 model counts its BF16 parameters alone where it looks up names, but all of them where it
+numbers states. With an FP32 one among them (DoRA's magnitudes, a learned temperature) no checkpoint can be saved. Here
+it takes an FP32 parameter for its own master weight.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
@@ -31,14 +37,38 @@ def optimizer_sharded_state(
         model_state: the model's sharded state dict.
         is_loading, metadata: as Megatron takes them.
     """
-    repaired = _distributed_parts(optimizer) if _has_error() else []
+    repaired = _parts(optimizer, DistributedOptimizer) if _has_error() else []
     for part in repaired:
         part.get_parameter_state_dp_zero = functools.partial(_with_padding, part, part.get_parameter_state_dp_zero)
     try:
-        return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        with _all_parameters_in_order(optimizer):
+            return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     finally:
         for part in repaired:
             del part.get_parameter_state_dp_zero
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict`` of what ``optimizer_sharded_state`` has described and a checkpoint has filled."""
+    with _all_parameters_in_order(optimizer):
+        optimizer.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def _all_parameters_in_order(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Inside, the plain optimizer's groups of BF16 parameters and of their master weights hold the FP32 ones too, in
+    the order of their states."""
+    parts = _parts(optimizer, Float16OptimizerWithFloat16Params)
+    before = [(part.float16_groups, part.fp32_from_float16_groups) for part in parts]
+    for part, groups in zip(parts, before):
+        of_master = {id(m): p for group, masters in zip(*groups) for p, m in zip(group, masters)}
+        part.fp32_from_float16_groups = [list(group["params"]) for group in part.param_groups]
+        part.float16_groups = [[of_master.get(id(m), m) for m in ms] for ms in part.fp32_from_float16_groups]
+    try:
+        yield
+    finally:
+        for part, groups in zip(parts, before):
+            part.float16_groups, part.fp32_from_float16_groups = groups
 
 
 @functools.cache
@@ -46,9 +76,9 @@ def _has_error() -> bool:
     return _SIGN_OF_THE_ERROR in inspect.getsource(DistributedOptimizer.sharded_param_state_fully_reshardable)
 
 
-def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def _parts(optimizer: MegatronOptimizer, kind: type[MegatronOptimizer]) -> list:
     parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+    return [part for part in parts if isinstance(part, kind)]
 
 
 def _with_padding(part: DistributedOptimizer, gather, *args, **kwargs) -> dict | None:

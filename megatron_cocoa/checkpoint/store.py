@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_cocoa.checkpoint.optimizer_state import optimizer_sharded_state
+from megatron_cocoa.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE, TorchDistReader
 from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter, is_complete
 from megatron_cocoa.config import EmbeddingForm
@@ -159,7 +159,7 @@ def load_checkpoint(
         if wrong:
             raise ValueError(f"{path} does not fit the model, {len(wrong)} parameters: {', '.join(wrong[:20])}")
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
     return info
 
 

@@ -48,7 +48,12 @@ class _StopAfter(StopWatch):
 
 
 def resume_at(
-    stages: tuple[str, ...], first: dict, second: dict, adapter: AdapterSettings = NO_ADAPTER, **checkpoint
+    stages: tuple[str, ...],
+    first: dict,
+    second: dict,
+    adapter: AdapterSettings = NO_ADAPTER,
+    dtype: str = "fp32",
+    **checkpoint,
 ) -> dict:
     """Losses and final weights of stages that run through at ``first``, against stopped ones that end at ``second``."""
     found: dict = {}
@@ -56,9 +61,9 @@ def resume_at(
         write_folders(own)
         for stage in stages:
             whole = [(first, None, None)]
-            through = _run(own, shared / f"{stage}-through", stage, whole, adapter, **checkpoint)
+            through = _run(own, shared / f"{stage}-through", stage, whole, adapter, dtype, **checkpoint)
             parts = [(first, None, STOP_AFTER), (second, STOP_AFTER, None)]
-            stopped = _run(own, shared / f"{stage}-stopped", stage, parts, adapter, **checkpoint)
+            stopped = _run(own, shared / f"{stage}-stopped", stage, parts, adapter, dtype, **checkpoint)
             found[stage] = {
                 "losses": [through["losses"], stopped["losses"]],
                 "weights_apart": _weights_apart(through["weights"], stopped["weights"]),
@@ -67,7 +72,9 @@ def resume_at(
     return found
 
 
-def _run(own: Path, output: Path, stage: str, parts: list[tuple], adapter: AdapterSettings, **checkpoint) -> dict:
+def _run(
+    own: Path, output: Path, stage: str, parts: list[tuple], adapter: AdapterSettings, dtype: str, **checkpoint
+) -> dict:
     """One stage in one or several processes' worth of calls; what it leaves behind."""
     kept: list[list[int]] = []
     for layout, resume_step, stop_after in parts:
@@ -75,7 +82,12 @@ def _run(own: Path, output: Path, stage: str, parts: list[tuple], adapter: Adapt
         topology.set_layout(parallel, seed=0)
         settings = tiny_settings(own, steps=STEPS, parallel=parallel, adapter=adapter)
         settings = replace(
-            settings, output_dir=str(output), checkpoint=CheckpointSettings(**checkpoint), optimizer=OPTIMIZER
+            settings,
+            output_dir=str(output),
+            checkpoint=CheckpointSettings(**checkpoint),
+            optimizer=OPTIMIZER,
+            model=replace(settings.model, dtype=dtype),
+            contrastive=replace(settings.contrastive, learnable_temperature=dtype == "bf16"),
         )
         summary = run_stage(
             prepare_context(settings),
@@ -162,6 +174,11 @@ SAME: dict[str, tuple[int, tuple[str, ...], dict, dict]] = {
         degrees(overlap_grad_reduce=True, overlap_param_gather=True, **_SHARDED), dict(save_interval=3),
     ),
     "resume-tp2-background": (2, ("warmup",), degrees(tp=2), dict(save_interval=2, asynchronous=True)),
+    # DoRA's magnitudes and the temperature are FP32 parameters among BF16 ones.
+    "resume-tp2-bf16": (
+        2, ("contrastive",), degrees(tp=2),
+        dict(save_interval=2, adapter=AdapterSettings(kind="dora", dropout=0.1), dtype="bf16"),
+    ),
     "resume-tp2-sp-adapters": (
         2, ("bridge",), degrees(tp=2, sequence_parallel=True),
         dict(save_interval=2, adapter=AdapterSettings(kind="dora", dropout=0.1)),
