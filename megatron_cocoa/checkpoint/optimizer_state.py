@@ -50,6 +50,11 @@ def optimizer_sharded_state(
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict`` of what ``optimizer_sharded_state`` has described and a checkpoint has filled."""
+    if not _parts(optimizer, DistributedOptimizer):
+        # A pipeline stage on which nothing trains has no state, and checkpoints drop what is empty.
+        if "optimizer" in state:
+            state.setdefault("fp32_from_fp16_params", [])
+        state.get("optimizer", state).setdefault("state", {})
     with _all_parameters_in_order(optimizer):
         optimizer.load_state_dict(state)
 

@@ -27,6 +27,7 @@ from megatron_cocoa.training.stopping import StopWatch
 from tests.distributed.check import Check, degrees
 from tests.distributed.folders import rank_folders
 from tests.distributed.tiny_run import tiny_settings, write_folders
+from tests.distributed.training import untie
 
 STAGE, STEPS, STOP_AFTER = "bridge", 10, 4
 OPTIMIZER = OptimizerSettings(adam_eps=1e-4)
@@ -53,12 +54,15 @@ def resume_at(
     second: dict,
     adapter: AdapterSettings = NO_ADAPTER,
     dtype: str = "fp32",
+    tied: bool = True,
     **checkpoint,
 ) -> dict:
     """Losses and final weights of stages that run through at ``first``, against stopped ones that end at ``second``."""
     found: dict = {}
     with rank_folders() as (own, shared):
         write_folders(own)
+        if not tied:
+            untie(own)
         for stage in stages:
             whole = [(first, None, None)]
             through = _run(own, shared / f"{stage}-through", stage, whole, adapter, dtype, **checkpoint)
@@ -178,6 +182,10 @@ SAME: dict[str, tuple[int, tuple[str, ...], dict, dict]] = {
     "resume-tp2-bf16": (
         2, ("contrastive",), degrees(tp=2),
         dict(save_interval=2, adapter=AdapterSettings(kind="dora", dropout=0.1), dtype="bf16"),
+    ),
+    "resume-pp2-bf16-nothing-trains-on-the-last-stage": (
+        2, ("bridge",), degrees(pp=2),
+        dict(save_interval=2, adapter=AdapterSettings(kind="lora", language_targets=()), dtype="bf16", tied=False),
     ),
     "resume-tp2-sp-adapters": (
         2, ("bridge",), degrees(tp=2, sequence_parallel=True),

@@ -73,8 +73,7 @@ def unread_token_head(tied: bool, degrees: dict) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         write_folders(Path(folder))
         if not tied:
-            config = Path(folder) / "model" / "config.json"
-            config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+            untie(Path(folder))
         for name, overlaps in (("plain", {}), ("overlapped", OVERLAP)):
             settings = ParallelSettings(**degrees, **overlaps)
             topology.set_layout(settings, seed=0)
@@ -84,6 +83,12 @@ def unread_token_head(tied: bool, degrees: dict) -> dict[str, list[float]]:
             losses[name] = log.values
         dist.barrier()
     return losses
+
+
+def untie(folder: Path) -> None:
+    """Give the model of ``write_folders`` an output layer of its own."""
+    config = folder / "model" / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
 
 
 def _apart_over_replicas(model) -> float:
