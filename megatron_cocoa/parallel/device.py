@@ -6,10 +6,12 @@ Three files beside this one name CUDA and no other does: ``cpu_route`` redirects
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import stat
 import tempfile
 
 import numpy as np
@@ -122,6 +124,19 @@ def _version(module: str) -> str:
     return _version_of_4() if module == FLASH_ATTN[4] else found
 
 
+def _own_folder(name: str) -> str:
+    """A folder for temporary files that this user alone may write to: programs in it are run.
+
+    Of that name, so that a later run finds what is in it; of a new one where another user has made that.
+    """
+    folder = os.path.join(tempfile.gettempdir(), name)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if is_own else tempfile.mkdtemp(prefix=name)
+
+
 def setup_device(local_rank: int) -> torch.device:
     """Bind this rank to its GPU, and kernels that it compiles to a folder of its host; or activate the CPU route.
 
@@ -142,8 +157,8 @@ def setup_device(local_rank: int) -> torch.device:
     torch.cuda.set_device(local_rank)
     # Triton keeps what it compiles in the home folder. Where hosts share that, one rank may read what another is still
     # writing there, and fail, or run one's kernel with the other's launch parameters.
-    own = os.path.join(tempfile.gettempdir(), f"triton_{os.getuid()}_{local_rank}")
-    os.environ.setdefault("TRITON_CACHE_DIR", own)
+    if "TRITON_CACHE_DIR" not in os.environ:
+        os.environ["TRITON_CACHE_DIR"] = _own_folder(f"triton_{os.getuid()}_{local_rank}")
     if not (optional_kernels()["Transformer Engine"] or optional_kernels()["apex"]):
         adam.install()
     return device()
