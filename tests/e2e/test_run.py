@@ -168,17 +168,11 @@ def test_a_summary_counts_what_all_replicas_read(tiny_folders, tmp_path):
     """Claim: what another replica than the first has read and could not use is told at the end of a stage."""
     folder = shutil.copytree(tiny_folders, tmp_path / "folder")
     (folder / "pairs" / "images" / "3.png").unlink()
-    # Two epochs of 40 rows: each meets the picture once.
-    sizes = ["--stages=bridge", "--bridge.steps=10", "--log_interval=1"]
-    for ranks in (1, 2):
-        done = train(folder, tmp_path / str(ranks), *sizes, ranks=ranks)
-        assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (
-        json.loads((tmp_path / ranks / "bridge" / "summary.json").read_text())["statistics"] for ranks in ("1", "2")
-    )
-    for name in ("rows", "samples", "skipped/missing_picture"):
-        assert one[name] == two[name], name
-    assert one["samples"] == 80 and one["skipped/missing_picture"] == 2
+    # An epoch of 40 rows, of which a replica reads half.
+    done = train(folder, tmp_path / "output", "--stages=bridge", "--bridge.steps=5", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "output" / "bridge" / "summary.json").read_text())["statistics"]
+    assert (found["rows"], found["samples"], found["skipped/missing_picture"]) == (40, 40, 1)
 
 
 def test_a_disk_that_takes_no_more_ends_in_one_message(tiny_folders, tmp_path):
