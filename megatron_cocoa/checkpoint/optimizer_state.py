@@ -1,4 +1,4 @@
-"""Optimizer state for a checkpoint, around two errors of Megatron-Core's.
+"""Optimizer state for a checkpoint, around three errors of Megatron-Core's.
 
 The distributed optimizer gathers its state bucket by bucket, without the padding at each bucket's end, and then cuts
 parameters out at offsets that count that padding (megatron-core 0.16 to 0.19; NVIDIA/Megatron-LM pull request 5077).
@@ -8,6 +8,10 @@ parameters behind the first padding would be saved from the wrong place. Here th
 The plain optimizer of a BF16 model counts its BF16 parameters alone where it looks up names, but all of them where it
 numbers states. With an FP32 one among them (DoRA's magnitudes, a learned temperature) no checkpoint can be saved. Here
 it takes an FP32 parameter for its own master weight.
+
+Its list of master weights has an empty entry where a pipeline stage has no parameter of a group: LoRA's matrices fall
+under weight decay, a learned temperature on the last stage does not. From the first rank, that entry goes into what all
+ranks share, and no rank can merge it with its own list when it loads. Here the list holds the other entries alone.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from torch import Tensor
 _SIGN_OF_THE_ERROR = "padded with zeros"
 """In the warning by which the faulty method covers what it reads behind the end; gone where it is mended."""
 
+_MASTERS = "fp32_from_fp16_params"
+
 
 def optimizer_sharded_state(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]
@@ -42,20 +48,24 @@ def optimizer_sharded_state(
         part.get_parameter_state_dp_zero = functools.partial(_with_padding, part, part.get_parameter_state_dp_zero)
     try:
         with _all_parameters_in_order(optimizer):
-            return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+            state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     finally:
         for part in repaired:
             del part.get_parameter_state_dp_zero
+    if _MASTERS in state:
+        state[_MASTERS] = [group for group in state[_MASTERS] if group]
+    return state
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict`` of what ``optimizer_sharded_state`` has described and a checkpoint has filled."""
     if not _parts(optimizer, DistributedOptimizer):
         # A pipeline stage on which nothing trains has no state, and checkpoints drop what is empty.
-        if "optimizer" in state:
-            state.setdefault("fp32_from_fp16_params", [])
         state.get("optimizer", state).setdefault("state", {})
     with _all_parameters_in_order(optimizer):
+        for part in _parts(optimizer, Float16OptimizerWithFloat16Params):
+            saved = iter(state.get(_MASTERS, ()))
+            state[_MASTERS] = [next(saved) if group else [] for group in part.fp32_from_float16_groups]
         optimizer.load_state_dict(state)
 
 
