@@ -136,9 +136,7 @@ def test_a_checkpoint_that_was_copied_in_part_is_named(tmp_path, capsys):
     """Claim: a resume that passes over a checkpoint under its final name says so, also where an older one serves."""
     steps = tmp_path / "warmup" / "checkpoints"
     for folder in (steps / "step-00000020", tmp_path / "bridge" / "checkpoint"):
-        folder.mkdir(parents=True)
-        for name in (INFO_FILE, BACKEND_FILE):
-            (folder / name).write_text("{}")
+        _complete(folder)
     for folder in (steps / "step-00000040", tmp_path / "contrastive" / "checkpoint"):
         folder.mkdir(parents=True)
         (folder / BACKEND_FILE).write_text("{}")
