@@ -1,9 +1,10 @@
-"""The queue process behind Megatron's checkpoint writes, tied to the life of its rank.
+"""The processes behind Megatron's checkpoint writes, tied to the life of their rank.
 
-Megatron starts one process a rank that carries results from the forked writers back. It outlives a rank that is
-killed: under ``torchrun --max-restarts`` each restart would leave another one. And it would import torch, to hold
-results that it only hands on: seconds of the first checkpoint, and memory on every rank for as long as the run lasts.
-This module imports little, because that process imports it.
+Megatron forks one for each write in the background, whose only use is to that rank, and starts one a rank that carries
+the writers' results back. This second one outlives a rank that is killed: under ``torchrun --max-restarts`` each
+restart would leave another one. And it would import torch, to hold results that it only hands on: seconds of the first
+checkpoint, and memory on every rank for as long as the run lasts. This module imports little, because that process
+imports it.
 """
 
 from __future__ import annotations
