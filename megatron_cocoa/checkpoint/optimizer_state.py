@@ -60,8 +60,13 @@ def optimizer_sharded_state(
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """``optimizer.load_state_dict`` of what ``optimizer_sharded_state`` has described and a checkpoint has filled."""
     if not _parts(optimizer, DistributedOptimizer):
+        adam = state.get("optimizer", state)
         # A pipeline stage on which nothing trains has no state, and checkpoints drop what is empty.
-        state.get("optimizer", state).setdefault("state", {})
+        adam.setdefault("state", {})
+        # Groups are those of the first rank, where Transformer Engine's Adam counts no step of one without parameters.
+        steps = [group["step"] for group in adam["param_groups"] if "step" in group]
+        for group in adam["param_groups"] if steps else []:
+            group["step"] = max(steps)
     with _all_parameters_in_order(optimizer):
         for part in _parts(optimizer, Float16OptimizerWithFloat16Params):
             saved = iter(state.get(_MASTERS, ()))
