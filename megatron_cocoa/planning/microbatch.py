@@ -228,8 +228,8 @@ def _heads(
 
     The cross-entropy keeps its softmax in FP32 and meets logits, or their gradient, in the model's dtype; then comes
     the gradient of the output layer's weight. The pixels' error is taken in FP32, beside prediction and targets in the
-    model's dtype (and those targets that lie in this context-parallel share), and its difference is kept, in whose
-    place its gradient comes.
+    model's dtype (under context parallelism all of the batch, and those of this share again), and its difference is
+    kept, in whose place its gradient comes.
     """
     text, vision, context = architecture.text, architecture.vision, settings.parallel.context_parallel_size
     shape = language_shape(architecture, settings.model, settings.parallel)
@@ -251,7 +251,8 @@ def _heads(
         before = settings.warmup.decoder_layers - 1
         pixels = units * vision.merge_unit * vision.patch_dim
         saved += before * layer.saved + last.saved + units * shape.hidden * shape.element + pixels * 4
-        error = pixels * ((2 if context == 1 else 3) * shape.element + (4 if shape.element == 4 else 12) - 4)
+        targets = 1 if context == 1 else context + 1
+        error = pixels * ((1 + targets) * shape.element + (4 if shape.element == 4 else 12) - 4)
         working = max(last.working, layer.working - last.saved if before else 0)
         moment = max(moment, error, working - pixels * 4)
     return _Part(saved, moment)

@@ -183,6 +183,11 @@ SAME: dict[str, tuple[int, tuple[str, ...], dict, dict]] = {
         2, ("contrastive",), degrees(tp=2),
         dict(save_interval=2, adapter=AdapterSettings(kind="dora", dropout=0.1), dtype="bf16"),
     ),
+    # The temperature on the last stage is without weight decay, and the only such parameter.
+    "resume-pp2-bf16-lora": (
+        2, ("contrastive",), degrees(pp=2),
+        dict(save_interval=2, adapter=AdapterSettings(kind="lora", dropout=0.1), dtype="bf16"),
+    ),
     "resume-pp2-bf16-nothing-trains-on-the-last-stage": (
         2, ("bridge",), degrees(pp=2),
         dict(save_interval=2, adapter=AdapterSettings(kind="lora", language_targets=()), dtype="bf16", tied=False),
