@@ -58,11 +58,8 @@ def test_a_run_in_fp8(runs, run):
     for stage in ("warmup", "bridge"):
         assert losses(output, stage) == pytest.approx(losses(in_bf16, stage), rel=0.1)
     # Its cosines are divided by a temperature of 0.02: an error of a hundredth, which rounding weights and inputs to
-    # three bits gives, moves a logit by half. In the step between, in which the loss halves, learning a little sooner
-    # or later is as much as the bound.
-    found, wanted = losses(output, "contrastive"), losses(in_bf16, "contrastive")
-    assert (found[0], found[-1]) == pytest.approx((wanted[0], wanted[-1]), abs=1.0)
-    assert found == sorted(found, reverse=True) and len(found) == len(wanted)
+    # three bits gives, moves a logit by half.
+    assert losses(output, "contrastive") == pytest.approx(losses(in_bf16, "contrastive"), abs=1.0)
 
 
 @pytest.mark.parametrize("run", parameters(STOPPED))
