@@ -6,12 +6,13 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_cocoa.architecture import TextArchitecture
 from megatron_cocoa.model.attention import SequenceContext
+from megatron_cocoa.model.cross_entropy import vocab_parallel_nll
 from megatron_cocoa.model.specs import BackendSpecProvider, block_spec
 from megatron_cocoa.model.transformer_configs import ModelConfigs, without_sequence_parallel
 
@@ -112,11 +113,7 @@ class LanguageModel(LanguageModule):
             ``(rows, padded_vocab / tensor_parallel)``: this rank's slice. Padding columns hold the dtype's lowest
             value, so that they take no part in a softmax.
         """
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if weight is not None and self.pre_process:
-            weight = _WithoutWaiting.apply(weight)
-        logits, _ = self.output_layer(hidden_rows.unsqueeze(1), weight=weight)
-        logits = logits.squeeze(1)
+        logits = self._unmasked_logits(hidden_rows)
         first = logits.shape[-1] * self.tp_group.rank()
         padding = first + logits.shape[-1] - self.vocab_size
         if padding <= 0:
@@ -134,8 +131,16 @@ class LanguageModel(LanguageModule):
         Returns:
             float32 ``(supervised,)`` in nats, the same on every tensor-parallel rank.
         """
-        logits = self.logits(hidden_rows).unsqueeze(1)
-        return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).squeeze(1)
+        logits = self._unmasked_logits(hidden_rows)
+        return vocab_parallel_nll(logits, labels, vocab_size=self.vocab_size, group=self.tp_group)
+
+    def _unmasked_logits(self, hidden_rows: Tensor) -> Tensor:
+        """``logits`` whose padding columns hold whatever the padding rows of the matrix give."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if weight is not None and self.pre_process:
+            weight = _WithoutWaiting.apply(weight)
+        logits, _ = self.output_layer(hidden_rows.unsqueeze(1), weight=weight)
+        return logits.squeeze(1)
 
 
 class _WithoutWaiting(torch.autograd.Function):

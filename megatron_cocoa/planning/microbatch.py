@@ -226,8 +226,8 @@ def _heads(
 ) -> _Part:
     """Of the heads; their moment is the loss's.
 
-    The cross-entropy keeps its softmax in FP32 and meets logits, or their gradient, in the model's dtype; then comes
-    the gradient of the output layer's weight. The pixels' error is taken in FP32, beside prediction and targets in the
+    The cross-entropy keeps logits, which become their gradient; then comes the gradient of the output layer's weight.
+    The pixels' error is taken in FP32, beside prediction and targets in the
     model's dtype (under context parallelism all of the batch, and those of this share again), and its difference is
     kept, in whose place its gradient comes.
     """
@@ -236,7 +236,7 @@ def _heads(
     supervised, units = -(-pack.supervised // context), -(-pack.masked_units // context)
     vocabulary = _vocabulary_rows(architecture, settings)
     logits = supervised * vocabulary
-    saved = (supervised + pack.embeddings) * shape.hidden * shape.element + logits * 4
+    saved = (supervised + pack.embeddings) * shape.hidden * shape.element + logits * shape.element
     trains = not settings.frozen_parts.language or architecture.tie_word_embeddings
     # A matrix of its own gets a gradient of zeros where no loss reads logits.
     is_own = not architecture.tie_word_embeddings or settings.parallel.pipeline_model_parallel_size > 1
@@ -244,7 +244,7 @@ def _heads(
     if settings.parallel.pipeline_model_parallel_size > 1:
         # On one stage the matrix waits for its gradient as embedding.
         weight *= _gradients(settings)
-    moment = max(logits * shape.element, weight - logits * (4 - shape.element))
+    moment = weight
     if pack.runs_decoder:
         of_layer = functools.partial(layer_memory, shape, rows, kernels, recompute="none")
         layer, last = of_layer(), of_layer(read=units)

@@ -3,12 +3,15 @@
 In a rehearsal on a CPU they run in Triton's interpreter, if ``pip install --no-deps triton`` has brought it.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron_cocoa.model import activations, rope
+from megatron_cocoa.model import activations, cross_entropy, rope
 from megatron_cocoa.model.activations import SWIGLU, _Lean, quick_gelu
+from megatron_cocoa.model.cross_entropy import vocab_parallel_nll
 from megatron_cocoa.model.rope import rotate, split_and_rotate
 from megatron_cocoa.parallel import device
 
@@ -22,7 +25,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 def interpreted(monkeypatch):
     if not device.has_gpu():
         pytest.importorskip("triton", reason="Triton's interpreter is not installed")
-        for module in (activations, rope):
+        for module in (activations, cross_entropy, rope):
             monkeypatch.setattr(module, "is_on_gpu", lambda x: True)
 
 
@@ -101,3 +104,31 @@ def test_split_and_rotation(groups, per_group, dim, dtype):
         assert x.is_contiguous()
         assert_near(x.detach(), y.detach())
     assert_near(mine.grad, exact.grad)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("columns, width", [(9728, 9728), (5000, 4999), (100, 37)])
+def test_cross_entropy(columns, width, dtype):
+    """Claim: losses and gradients are the formula's over the real columns, the gradient rounded once."""
+    logits, grad = values(9, columns, dtype=dtype, seed=0), values(9, dtype=torch.float32, seed=1)
+    labels = torch.arange(9, device=logits.device) * (width // 9)
+    mine, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    found = vocab_parallel_nll(mine * 1, labels, vocab_size=width, group=alone)
+    wanted = F.cross_entropy(exact[:, :width], labels, reduction="none")
+    found.backward(grad)
+    wanted.backward(grad.double())
+    assert_near(found.detach(), wanted.detach())
+    assert_near(mine.grad, exact.grad)
+    assert not mine.grad[:, width:].any()
+
+
+def test_cross_entropy_of_a_rank_without_columns_or_labels():
+    """Claim: a rank that has padding alone adds nothing to a sum over ranks; labels that are elsewhere count as 0."""
+    logits = values(2, 40, dtype=torch.bfloat16, seed=0)
+    labels = torch.tensor([-1, 40], device=logits.device)
+    largest, total, own = cross_entropy._statistics(logits, labels, 0)
+    assert (largest == torch.finfo(torch.float32).min).all() and not total.any() and not own.any()
+    largest, total, own = cross_entropy._statistics(logits, labels, 40)
+    assert torch.equal(largest, logits.float().amax(1)) and not own.any()
+    assert_near(total, (logits.float() - largest[:, None]).exp().sum(1))
