@@ -129,8 +129,8 @@ class WarmupSettings(StageSettings):
         unit_mask_ratio: share of units (or patches) replaced by noise (figure 0.5, code 0.3; here 0.5).
         mae_weight: weight of the pixel loss (CoCoA 0.5, MoCa 0.1; here 0.5).
         mae_noise: what replaces a masked unit, in normalised pixel space: independent standard-normal values
-            (``normal``), one such vector per global batch (``shared``; MoCa: per rank's batch), ``zero``, or the
-            unit's ``mean``.
+            (``normal``), one patch of such values in every masked patch of a global batch (``shared``; MoCa: of a
+            rank's batch), ``zero``, or the unit's ``mean``.
         mae_target: ``pixels`` as the processor normalises them (MoCa), or ``normalized``: zero mean and unit
             variance per patch (MAE, arXiv 2111.06377).
         mask_at_least_one: mask one eligible token where the draw masked none.

@@ -62,15 +62,23 @@ def draw_unit_mask(num_units: int, *, ratio: float, generator: np.random.Generat
 
 
 def draw_unit_noise(
-    num_masked: int, unit_dim: int, *, kind: NoiseKind, generator: np.random.Generator, step_key: tuple[object, ...]
+    num_masked: int,
+    unit_dim: int,
+    *,
+    patch_dim: int,
+    kind: NoiseKind,
+    generator: np.random.Generator,
+    step_key: tuple[object, ...],
 ) -> np.ndarray | None:
     """What replaces masked units, in normalised pixel space.
 
     Args:
         num_masked: masked units of the sample.
         unit_dim: values per unit.
-        kind: ``normal``: independent standard-normal values; ``shared``: one such vector for the whole global
-            batch (MoCa, arXiv 2506.23115, draws one per batch); ``zero``; ``mean``: each unit's own mean.
+        patch_dim: values per patch; a unit holds one or several.
+        kind: ``normal``: independent standard-normal values; ``shared``: one patch of such values for every patch of
+            the whole global batch (MoCa, arXiv 2506.23115, draws one per batch); ``zero``; ``mean``: each unit's own
+            mean.
         generator: the sample's own source.
         step_key: names the global batch, for ``shared``.
 
@@ -84,8 +92,8 @@ def draw_unit_noise(
     if kind == "normal":
         return generator.standard_normal(shape, dtype=np.float32)
     if kind == "shared":
-        vector = seeded_generator(*step_key, "shared-noise").standard_normal(unit_dim, dtype=np.float32)
-        return np.broadcast_to(vector, shape)
+        patch = seeded_generator(*step_key, "shared-noise").standard_normal(patch_dim, dtype=np.float32)
+        return np.broadcast_to(np.tile(patch, unit_dim // patch_dim), shape)
     if kind == "zero":
         return np.zeros(shape, dtype=np.float32)
     if kind == "mean":
@@ -111,7 +119,7 @@ class UnitNoise:
     num_masked: int
     step_key: tuple[object, ...]
 
-    def draw(self, unit_dim: int) -> np.ndarray | None:
+    def draw(self, unit_dim: int, *, patch_dim: int) -> np.ndarray | None:
         """``unit_dim`` values for each masked unit, or ``patch_dim`` for each masked patch.
 
         The same as ``draw_unit_noise`` right after the sample's mask, on any rank and at any time.
@@ -121,7 +129,14 @@ class UnitNoise:
         """
         generator = seeded_generator(*self.key)
         generator.random(self.num_units)
-        return draw_unit_noise(self.num_masked, unit_dim, kind=self.kind, generator=generator, step_key=self.step_key)
+        return draw_unit_noise(
+            self.num_masked,
+            unit_dim,
+            patch_dim=patch_dim,
+            kind=self.kind,
+            generator=generator,
+            step_key=self.step_key,
+        )
 
 
 def replace_units(

@@ -79,7 +79,7 @@ class DeferredFloats:
         """float32 ``(masked_units, unit_dim)`` or ``(masked_patches, patch_dim)``; None for each one's own mean."""
         vision = self.cutter.vision
         width = vision.unit_dim if self.masked_patches is None else vision.patch_dim
-        drawn = [noise.draw(width) for noise in self.noise]
+        drawn = [noise.draw(width, patch_dim=vision.patch_dim) for noise in self.noise]
         return None if not drawn or drawn[0] is None else np.concatenate(drawn)
 
     def _cut_apart(self) -> list[np.ndarray]:

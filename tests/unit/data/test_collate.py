@@ -42,7 +42,7 @@ def test_warmup_pack_masks_pixels_before_the_tower_and_keeps_them_as_targets(par
     masked = np.concatenate([25 * i + s.masked_units for i, s in enumerate(samples)])
     kept = np.setdiff1d(np.arange(75), masked)
     assert torch.equal(units[kept], clean[kept]) and torch.equal(batch.unit_targets, clean[masked])
-    noise = np.concatenate([s.unit_noise.draw(vision.unit_dim) for s in samples])
+    noise = np.concatenate([s.unit_noise.draw(vision.unit_dim, patch_dim=vision.patch_dim) for s in samples])
     assert torch.equal(units[masked], torch.from_numpy(noise))
     assert torch.equal(batch.unit_positions, batch.feature_positions[masked])
     assert batch.mask_kind is MaskKind.BIDIRECTIONAL and batch.bridge_positions == (None, None, None)

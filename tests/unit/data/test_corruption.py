@@ -64,7 +64,8 @@ def test_row_zero_cannot_be_masked():
 
 def unit_noise(kind, count=3, key=("s",), step=(1, 0)):
     generator = corruption.seeded_generator(*key)
-    return corruption.draw_unit_noise(count, VISION.unit_dim, kind=kind, generator=generator, step_key=step)
+    sizes = dict(unit_dim=VISION.unit_dim, patch_dim=VISION.patch_dim)
+    return corruption.draw_unit_noise(count, **sizes, kind=kind, generator=generator, step_key=step)
 
 
 def test_kinds_of_noise():
@@ -83,16 +84,20 @@ def test_noise_from_seeds_is_what_the_source_of_the_mask_goes_on_with(kind):
     key, step = (5, 2, "row 7", "units"), (5, 64)
     generator = corruption.seeded_generator(*key)
     masked = corruption.draw_unit_mask(23, ratio=0.5, generator=generator)
-    wanted = corruption.draw_unit_noise(masked.size, VISION.unit_dim, kind=kind, generator=generator, step_key=step)
+    sizes = dict(unit_dim=VISION.unit_dim, patch_dim=VISION.patch_dim)
+    wanted = corruption.draw_unit_noise(masked.size, **sizes, kind=kind, generator=generator, step_key=step)
     later = pickle.loads(pickle.dumps(corruption.UnitNoise(kind, key, 23, masked.size, step)))
-    found = later.draw(VISION.unit_dim)
+    found = later.draw(**sizes)
     assert (found is None) == (wanted is None)
     if wanted is not None:
         np.testing.assert_array_equal(found, wanted)
     assert len(pickle.dumps(later)) < 400, "a few bytes cross, not the values"
 
 
-def test_shared_noise_is_one_vector_per_global_batch():
+def test_shared_noise_is_one_patch_per_global_batch():
+    """Claim: every patch of every masked unit gets the same values, as MoCa writes one row over all masked rows."""
+    patches = unit_noise("shared").reshape(-1, VISION.patch_dim)
+    assert (patches == patches[0]).all() and (patches[0] != patches[0, 0]).any()
     same = unit_noise("shared", key=("s",)), unit_noise("shared", key=("t",))
     np.testing.assert_array_equal(*same)
     assert (unit_noise("shared", step=(1, 8)) != same[0]).any()

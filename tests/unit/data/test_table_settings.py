@@ -78,7 +78,8 @@ def test_patches_are_hidden_each_by_itself(make, vision):
     assert 0.3 < hidden.size / 300 < 0.5
     changed = (batch.pixel_values != clean).any(dim=1).nonzero().squeeze(1)
     assert changed.tolist() == hidden.tolist()
-    noise = np.concatenate([s.unit_noise.draw(vision.patch_dim) for s in samples if s.pictures])
+    sizes = dict(unit_dim=vision.patch_dim, patch_dim=vision.patch_dim)
+    noise = np.concatenate([s.unit_noise.draw(**sizes) for s in samples if s.pictures])
     assert torch.equal(batch.pixel_values[hidden], torch.from_numpy(noise))
     units = np.unique(hidden // vision.patches_per_unit)
     assert torch.equal(batch.unit_positions, batch.feature_positions[units])
