@@ -74,7 +74,7 @@ def checked_negatives(texts: object, images: object) -> tuple[Content, ...]:
 def checked_content(text: str, images: PictureRef | Sequence[PictureRef]) -> Content:
     """One side of a pair, with its placeholders and its pictures in agreement.
 
-    Marks that are left over in a text without pictures go. Pictures without any text stand in their order.
+    Of a text without pictures left-over marks go (``without_marks``). Pictures without any text stand in their order.
 
     Args:
         text: with ``<|image_1|>`` where the first picture goes, and so on.
@@ -87,7 +87,7 @@ def checked_content(text: str, images: PictureRef | Sequence[PictureRef]) -> Con
     pictures = (images,) if isinstance(images, (str, StoredPicture)) else tuple(images)
     pictures = tuple(picture for picture in pictures if picture)
     if not pictures:
-        text = plain(text) if PLACEHOLDER.search(text) else text
+        text = without_marks(text)
         if not text.strip():
             raise BadRow("neither_text_nor_image")
         return Content(text)
@@ -102,8 +102,16 @@ def checked_content(text: str, images: PictureRef | Sequence[PictureRef]) -> Con
     return Content(text, pictures[0], pictures[1:])
 
 
+def without_marks(text: str) -> str:
+    """``text`` without the marks of pictures, and otherwise as it stands: a prompt keeps the line ends around them.
+
+    MMEB's WebQA has such prompts. MoCa's code takes the mark alone out; VLM2Vec's leaves a lone image token there.
+    """
+    return PLACEHOLDER.sub("", text)
+
+
 def plain(text: str) -> str:
-    """``text`` without the marks of pictures."""
+    """The words of ``text``: without the marks of pictures, nor blanks around what is left."""
     return PLACEHOLDER.sub(" ", text).strip()
 
 

@@ -36,15 +36,15 @@ class EvalItem(NamedTuple):
     def content(self) -> Content:
         """The item with placeholder and path in agreement.
 
-        A picture without a marked place comes first; a placeholder without a picture goes, with the blanks around
-        the text; everything else stays as it stands.
+        A picture without a marked place comes first; a placeholder without a picture goes; everything else stays as
+        it stands, as in training (``row_parsing.without_marks``).
 
         Raises:
             ValueError: for several places, or neither text nor picture.
         """
         places = self.text.count(IMAGE_TOKEN)
         if not self.image_path:
-            text = self.text.replace(IMAGE_TOKEN, " ").strip() if places else self.text
+            text = self.text.replace(IMAGE_TOKEN, "")
             if not text.strip():
                 raise ValueError("it has neither text nor picture")
             return Content(text)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.data.readers import not_utf8
-from megatron_cocoa.data.row_parsing import half_surrogate, plain
-from megatron_cocoa.data.rows import PLACEHOLDER
+from megatron_cocoa.data.row_parsing import half_surrogate, without_marks
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -53,7 +52,7 @@ class Corpus:
         """
         row = self.rows[index]
         if not row.image:
-            return {"text": plain(row.text) if PLACEHOLDER.search(row.text) else row.text}
+            return {"text": without_marks(row.text)}
         path = (self.root / row.image).resolve()
         if not path.is_relative_to(self.root):
             raise ValueError(f"row {row.row_id!r}: image path {row.image!r} leaves the folder {self.root}")

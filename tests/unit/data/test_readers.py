@@ -233,8 +233,8 @@ def test_mmeb_train_rows_follow_the_rules_of_each_stage(tmp_path):
     assert warmup.dropped == {"several_pictures": 2}
     contrastive = source_rows(source, "contrastive", seed=0)
     assert len(contrastive.rows) == 7 and contrastive.rows[3].query.text == (
-        "Find a Wikipedia image that answers this question: Which part?"
-    )
+        "\nFind a Wikipedia image that answers this question: Which part?\n"
+    ), "of a prompt whose picture is missing the mark alone goes, as in MoCa's code"
 
 
 @pytest.mark.parametrize("writer", [write_saved_source, write_shards_source])
@@ -354,8 +354,8 @@ def test_several_pictures_stand_where_the_text_shows_them(make, data_folder, tmp
     ("text", "images", "expected"),
     [
         ("a", "", Content("a")),
-        ("<|image_1|> a", "", Content("a")),
-        ("<|image_7|> a <|image_1|>", "", Content("a")),
+        ("<|image_1|>\na\n", "", Content("\na\n")),
+        ("<|image_7|>a <|image_1|>", "", Content("a ")),
         ("", "x.png", Content("<|image_1|>", "x.png")),
         ("", ("x.png", "y.png"), Content("<|image_1|><|image_2|>", "x.png", ("y.png",))),
         ("<|image_2|>b<|image_1|>", ("x.png", "y.png"), Content("<|image_2|>b<|image_1|>", "x.png", ("y.png",))),

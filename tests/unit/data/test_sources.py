@@ -48,7 +48,7 @@ def test_a_left_over_placeholder_goes_and_a_missing_one_is_an_error(tmp_path):
     good = [pair(f"p{i}", qry="<|image_1|>\nwhat?", pos_text="cat") for i in range(40)]
     bad = pair("bad", qry="no place", qry_image_path="a.png", pos_text="cat")
     found = read_pairs(write_jsonl(tmp_path / "c.jsonl", [*good, bad]))
-    assert found.rows[0] == PairRow("p0", Content("what?"), Content("cat"))
+    assert found.rows[0] == PairRow("p0", Content("\nwhat?"), Content("cat"))
     assert found.dropped == {"image_without_placeholder": 1}
 
 
@@ -84,7 +84,7 @@ def test_a_bridge_file_without_text_targets_is_refused(tmp_path):
         ("a dog", "", (Content("a dog"),)),
         ("a dog", None, (Content("a dog"),)),
         ("<|image_1|>", "d.png", (Content("<|image_1|>", "d.png"),)),
-        (["a dog", "<|image_1|> a left-over"], None, (Content("a dog"), Content("a left-over"))),
+        (["a dog", "<|image_1|> a left-over"], None, (Content("a dog"), Content(" a left-over"))),
         (["a dog", ""], ["", ""], (Content("a dog"),)),
         (["a dog", "<|image_1|>"], ["", "d.png"], (Content("a dog"), Content("<|image_1|>", "d.png"))),
     ],

@@ -59,10 +59,13 @@ def test_shards_are_joined_and_a_lost_one_is_missed(tmp_path):
 
 
 def test_placeholders_and_pictures_are_made_to_agree():
-    """Claim: the picture goes where it is marked, else first; a placeholder without picture goes; the rest stays."""
+    """Claim: the picture goes where it is marked, else first; a placeholder without picture goes; the rest stays.
+
+    So line ends stay, too: WebQA's queries have a mark and no picture, and end in one like the other prompts of MMEB.
+    """
     assert EvalItem("a <|image_1|> b\n", "x.png").content() == Content("a <|image_1|> b\n", "x.png")
     assert EvalItem("what?\n", "x.png").content() == Content("<|image_1|>what?\n", "x.png")
-    assert EvalItem("<|image_1|>\nfind it", "").content() == Content("find it")
+    assert EvalItem("<|image_1|>\nfind it\n", "").content() == Content("\nfind it\n")
     assert EvalItem("kept \n", "").content() == Content("kept \n")
     assert EvalItem("<|image_pad|>", "").content() == Content("<|image_pad|>"), "a control token in a text is text"
     assert EvalItem("<|image_1|> what?", "x.png").without_picture() == EvalItem("what?", "")

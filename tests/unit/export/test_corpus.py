@@ -113,7 +113,7 @@ def test_left_over_marks_go_as_in_training(tmp_path):
     corpus = read_corpus(tmp_path / "c.jsonl")
     found = [corpus.item(row)["text"] for row in range(3)]
     assert found == [checked_content(text, image).text for text, image in zip(texts, images)]
-    assert found == ["What is this?", texts[1], texts[2]]
+    assert found == ["\nWhat is this? ", texts[1], texts[2]]
 
 
 def test_a_folder_of_pictures_is_a_corpus(tmp_path):
