@@ -93,5 +93,5 @@ class OutputOwner:
         try:
             # A file that a host's crash has spoilt ends the run as another start does, not the first rank alone.
             return (self.output / STARTS_FILE).read_text(encoding="ascii", errors="replace").split("\n")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return [""]

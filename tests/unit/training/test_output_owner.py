@@ -24,10 +24,13 @@ def test_the_last_start_has_the_folder(tmp_path):
 
 
 def test_a_process_that_claims_no_folder_is_refused_nothing(tmp_path):
-    """Claim: what trains a stage by itself, outside of a run, needs no claim."""
-    owner = OutputOwner(tmp_path / "absent")
-    owner.check_restart()
-    owner.check()
+    """Claim: what trains a stage by itself, outside of a run, needs no claim; a file where the folder should be is
+    left to the check of the folder, which says so."""
+    (tmp_path / "file").write_text("")
+    for name in ("absent", "file"):
+        owner = OutputOwner(tmp_path / name)
+        owner.check_restart()
+        owner.check()
 
 
 def test_a_start_that_was_killed_in_its_line_spoils_no_other(tmp_path):
