@@ -15,6 +15,7 @@ from megatron_cocoa.evaluation.metrics import TIE_TOLERANCE
 from megatron_cocoa.evaluation.mmeb_files import Identity, folder_sha256
 from megatron_cocoa.evaluation.mmeb_tasks import Benchmark
 from megatron_cocoa.parallel import device
+from megatron_cocoa.parallel.collectives import on_first_rank
 
 PACKAGES = ("torch", "transformers", "tokenizers", "megatron-core", "pillow", "numpy", "pyarrow")
 
@@ -22,7 +23,9 @@ PACKAGES = ("torch", "transformers", "tokenizers", "megatron-core", "pillow", "n
 def identity_of(
     settings: EvaluationSettings, *, model_path: str | Path, processor_path: str | Path | None = None
 ) -> Callable[[SampleBuilder, PackOptions, Benchmark], Identity]:
-    """Hash the model's files now, and join that with what the loaded model says later.
+    """Hash the model's files now, on the first rank, and join that with what the loaded model says later.
+
+    Every rank calls it.
 
     Args:
         settings: of the evaluation.
@@ -32,9 +35,10 @@ def identity_of(
     Raises:
         ValueError: if a folder is missing.
     """
-    hashes = {"name": Path(model_path).resolve().name, "sha256": folder_sha256(model_path)}
+    model_sha256 = on_first_rank(lambda: folder_sha256(model_path), is_long=True)
+    hashes = {"name": Path(model_path).resolve().name, "sha256": model_sha256}
     if processor_path is not None:
-        hashes["processor_sha256"] = folder_sha256(processor_path)
+        hashes["processor_sha256"] = on_first_rank(lambda: folder_sha256(processor_path), is_long=True)
 
     def complete(builder: SampleBuilder, options: PackOptions, benchmark: Benchmark) -> Identity:
         bundle, pictures = builder.bundle, builder.pictures

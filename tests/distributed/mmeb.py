@@ -6,9 +6,9 @@ import json
 
 import torch.distributed as dist
 
-from megatron_cocoa.config import ParallelSettings
+from megatron_cocoa.config import EvaluationSettings, ParallelSettings
 from megatron_cocoa.evaluation.mmeb_encode import ItemEncoder
-from megatron_cocoa.evaluation.mmeb_files import Identity
+from megatron_cocoa.evaluation.mmeb_identity import identity_of
 from megatron_cocoa.evaluation.mmeb_run import evaluate
 from megatron_cocoa.evaluation.mmeb_tasks import read_benchmark
 from megatron_cocoa.parallel import topology
@@ -32,6 +32,9 @@ def files_of_an_evaluation() -> dict:
         model = build_with_weights(context, checkpoint=None, with_image_decoder=False)
         encode = ItemEncoder(model, builder, options, folder, batch_size=3, num_workers=1)
         benchmark = read_benchmark(folder / "eval")
+        # Only the first rank reads the model's files once more to hash them: they may be large.
+        hashed = folder / ("model" if topology.is_first_rank() else "absent")
+        identity = identity_of(EvaluationSettings(), model_path=hashed)(builder, options, benchmark)
         said: list[str] = []
         for _ in range(2):
             evaluate(
@@ -40,7 +43,7 @@ def files_of_an_evaluation() -> dict:
                 image_root=folder,
                 output=output,
                 encode=encode,
-                identity=Identity({}, {}, benchmark.to_json()),
+                identity=identity,
                 versions={},
                 with_baselines=True,
                 say=said.append,
