@@ -67,7 +67,10 @@ def embed(args: argparse.Namespace) -> None:
     corpus = read_corpus(args.corpus, image_root=args.image_root, columns=columns)
     plan = ShardPlan(Path(args.output), len(corpus.rows), args.shard_size)
     launch = topology.LaunchInfo.from_environment()
+    say = functools.partial(print, flush=True)
     if launch.rank == 0:
+        if others := corpus.passed_over:
+            say(f"passed over in {args.corpus}: {len(others)}, no files with a picture's ending (first: {others[0]})")
         prepare_output(plan, _made_from(args, corpus.fingerprint()), overwrite=args.overwrite)
     if launch.world_size > 1:
         topology.initialize(ParallelSettings(), launch, seed=0)
@@ -76,7 +79,6 @@ def embed(args: argparse.Namespace) -> None:
     def encode(items):
         return embedder.encode(items, instruction=args.instruction, batch_size=args.batch_size)
 
-    say = functools.partial(print, flush=True)
     if launch.rank == 0:
         say(embedder.builder.pictures.sizing)
     kept = embed_shards(corpus, encode, plan, rank=launch.rank, num_ranks=launch.world_size, say=say)

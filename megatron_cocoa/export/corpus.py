@@ -39,10 +39,17 @@ class Columns:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All rows, in order; every rank reads the same. ``root`` is the folder of the pictures, resolved."""
+    """All rows, in order; every rank reads the same.
+
+    Args:
+        rows: what is to be embedded.
+        root: folder of the pictures, resolved.
+        passed_over: what else lies in a folder of pictures, by its path there.
+    """
 
     rows: tuple[CorpusRow, ...]
     root: Path
+    passed_over: tuple[str, ...] = ()
 
     def item(self, index: int) -> dict[str, Any]:
         """The row as ``CocoaEmbedder.encode`` takes it; marks of a picture that the row does not have go.
@@ -81,9 +88,10 @@ def read_corpus(path: str | Path, *, image_root: str | Path | None = None, colum
             name and that no row has.
     """
     path = Path(path)
+    passed_over: list[str] = []
     if path.is_dir():
-        rows = [CorpusRow(name, "", name) for name in _pictures(path)]
-        root = path
+        pictures, passed_over = _pictures(path)
+        rows, root = [CorpusRow(name, "", name) for name in pictures], path
     elif path.suffix == ".parquet":
         rows, root = _rows(_parquet(path, columns), path, columns), path.parent
     elif path.is_file():
@@ -99,7 +107,7 @@ def read_corpus(path: str | Path, *, image_root: str | Path | None = None, colum
         if row.row_id in seen:
             raise ValueError(f"{path}: the id {row.row_id!r} occurs twice: each row needs its own")
         seen.add(row.row_id)
-    return Corpus(tuple(rows), Path(image_root or root).resolve())
+    return Corpus(tuple(rows), Path(image_root or root).resolve(), tuple(passed_over))
 
 
 def _check_unicode(row: CorpusRow, path: Path) -> None:
@@ -111,9 +119,15 @@ def _check_unicode(row: CorpusRow, path: Path) -> None:
         raise ValueError(f"{found}, which is no Unicode text: mend the row, or rename the file")
 
 
-def _pictures(folder: Path) -> list[str]:
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file())
-    return sorted(file.relative_to(folder).as_posix() for file in found)
+def _pictures(folder: Path) -> tuple[list[str], list[str]]:
+    """Picture files below ``folder`` by their endings, and whatever else is there: linked folders are not searched."""
+    pictures, others = [], []
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix.lower() in PICTURE_SUFFIXES:
+            pictures.append(path.relative_to(folder).as_posix())
+        elif path.is_symlink() or not path.is_dir():
+            others.append(path.relative_to(folder).as_posix())
+    return sorted(pictures), sorted(others)
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

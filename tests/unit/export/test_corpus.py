@@ -13,6 +13,7 @@ from PIL import Image
 from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.export.corpus import Columns, read_corpus
 from megatron_cocoa.export.embed_corpus import ShardPlan, embed_shards, prepare_output
+from tools.embed import main
 
 
 def fake_encode(items):
@@ -116,12 +117,20 @@ def test_left_over_marks_go_as_in_training(tmp_path):
     assert found == ["\nWhat is this? ", texts[1], texts[2]]
 
 
-def test_a_folder_of_pictures_is_a_corpus(tmp_path):
-    """Claim: pictures are found in subfolders, in order, and other files are left alone."""
-    for name in ("b.png", "a/c.jpg", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (30, 30)).save(tmp_path / name, format="PNG")
-    assert [row.row_id for row in read_corpus(tmp_path).rows] == ["a/c.jpg", "b.png"]
+def test_a_folder_of_pictures_is_a_corpus(tmp_path, capsys):
+    """Claim: pictures are found in subfolders, in order, and what else lies there is counted, links among it."""
+    for name in ("b.png", "a/c.jpg", "notes.txt", "elsewhere/d.png"):
+        (tmp_path / "corpus" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / "corpus" / name, format="PNG")
+    (tmp_path / "corpus" / "elsewhere").rename(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "gone.png").symlink_to(tmp_path / "gone.png")
+    corpus = read_corpus(tmp_path / "corpus")
+    assert [row.row_id for row in corpus.rows] == ["a/c.jpg", "b.png"]
+    assert corpus.passed_over == ("gone.png", "linked", "notes.txt")
+    options = {"model": "absent", "corpus": tmp_path / "corpus", "output": tmp_path / "vectors"}
+    assert main([f"--{name}={value}" for name, value in options.items()]) == 2
+    assert "corpus: 3, no files with a picture's ending (first: gone.png)" in capsys.readouterr().out
 
 
 ROWS = [
