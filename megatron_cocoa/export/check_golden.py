@@ -14,7 +14,6 @@ from megatron_cocoa.export.golden import BOUND, Embed, GoldenResult, compare_gol
 
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
-LIBRARIES = ("transformers", "megatron_cocoa", "sentence-transformers")
 
 
 def check_golden(folder: str | Path, *, library: str = "transformers") -> list[GoldenResult]:
@@ -24,13 +23,8 @@ def check_golden(folder: str | Path, *, library: str = "transformers") -> list[G
         ValueError: if the folder or its ``golden.json`` is incomplete.
     """
     folder = Path(folder)
-    makers = {
-        "transformers": _with_transformers,
-        "megatron_cocoa": _with_megatron_cocoa,
-        "sentence-transformers": _with_sentence_transformers,
-    }
     try:
-        embed = makers[library](folder)
+        embed = LIBRARIES[library](folder)
     except OSError as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return compare_golden(folder, embed)
@@ -49,7 +43,8 @@ def _with_transformers(folder: Path) -> Embed:
     return lambda text, image: plain.embed(text, image).numpy()
 
 
-def _with_megatron_cocoa(folder: Path) -> Embed:
+def with_megatron_cocoa(folder: Path) -> Embed:
+    """What ``CocoaEmbedder`` computes on this process's device."""
     from megatron_cocoa.embedder import CocoaEmbedder
 
     embedder = CocoaEmbedder.from_pretrained(folder)
@@ -67,6 +62,14 @@ def _with_sentence_transformers(folder: Path) -> Embed:
         return model.encode([item if len(item) > 1 else next(iter(item.values()))])[0]
 
     return embed
+
+
+LIBRARIES = {
+    "transformers": _with_transformers,
+    "megatron_cocoa": with_megatron_cocoa,
+    "sentence-transformers": _with_sentence_transformers,
+}
+"""What can compute the vectors of a folder."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,22 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, read_info
 from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
-from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_config
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
 from megatron_cocoa.conversion.memory import check_fp32_memory, parameters_of_checkpoint
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
-from megatron_cocoa.data.preprocess import processor_file
-from megatron_cocoa.embedder import CocoaEmbedder
+from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.data.preprocess import check_image_size, processor_file
+from megatron_cocoa.export.check_golden import with_megatron_cocoa
 from megatron_cocoa.export.embedder_options import EmbedderOptions
 from megatron_cocoa.export.export_info import (
     DEFAULT_BRIDGE,
@@ -111,7 +109,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     sizes = options.sizes(own)
     saved_model = run_settings(source).get("model") or {}
     bridge_token = options.bridge_token or saved_model.get("bridge_token") or DEFAULT_BRIDGE
-    _check_image_size(sizes.image_size, folder)
+    check_image_size(sizes.image_size, VisionGeometry.from_model_folder(folder))
     _check_form(form, options, source)
     if not missing and info is not None:
         _check_bridge(folder, bridge_token, info.bridge_token_id)
@@ -137,7 +135,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     if with_golden:
-        _golden(folder)
+        write_golden(folder, with_megatron_cocoa(folder))
 
     lines = _lines(options, missing)
     if own.image_size not in (None, sizes.image_size):
@@ -179,13 +177,6 @@ def _departure(options: EmbedderOptions, stage: str, own: int, exported: int | N
     return f"the picture size of the training: stage {stage} resized pictures to {own} x {own}, the folder {does}{why}"
 
 
-def _check_image_size(image_size: int | None, folder: Path) -> None:
-    vision = QwenVLArchitecture.from_huggingface(read_config(folder)).vision
-    factor = vision.patch_size * vision.spatial_merge_size
-    if image_size is not None and (image_size < 1 or image_size % factor):
-        raise ValueError(f"image_size {image_size} is not a multiple of {factor} pixels (patch size x merge size)")
-
-
 def _check_bridge(folder: Path, bridge_token: str, trained_with: int) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     found = tokenizer.get_vocab().get(bridge_token)
@@ -194,12 +185,3 @@ def _check_bridge(folder: Path, bridge_token: str, trained_with: int) -> None:
             f"the checkpoint was trained with the bridge token's id {trained_with}, {bridge_token} has {found} in the "
             f"tokenizer: name the run's --bridge-token and its own model folder"
         )
-
-
-def _golden(folder: Path) -> None:
-    embedder = CocoaEmbedder.from_pretrained(folder)
-
-    def embed(text: str, image: Image.Image | None) -> np.ndarray:
-        return embedder.encode([{"text": text, "image": image}])[0]
-
-    write_golden(folder, embed)
