@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_cocoa.config import EmbeddingForm, EmbeddingSettings, ImageSize, ParallelSettings
+from megatron_cocoa.config import EmbeddingForm, EmbeddingSettings, ImageSize
 from megatron_cocoa.data.collate import PackOptions, collate_embedding
 from megatron_cocoa.data.decode import PictureError, read_picture
 from megatron_cocoa.data.prepared import PreparedSample
@@ -226,9 +226,7 @@ def start_alone() -> None:
         return
     if dist.is_initialized():
         raise ValueError("torch.distributed runs without Megatron's groups: call parallel.topology.initialize first")
-    # A store in memory: no port that another process on this host may hold.
-    dist.init_process_group(device.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)
-    topology.initialize(ParallelSettings(), topology.LaunchInfo(rank=0, world_size=1, local_rank=0), seed=0)
+    topology.initialize_alone()
 
 
 def _text_and_image(item: Item) -> tuple[str, Image.Image | Path | None]:

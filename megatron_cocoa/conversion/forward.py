@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import ModelSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.config import ModelSettings, TrainSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
 from megatron_cocoa.conversion.load_in_place import load_in_place
 from megatron_cocoa.conversion.probe_inputs import Probe, make_probes, pack
@@ -143,13 +142,9 @@ def _run_megatron(
     round_to: torch.dtype | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     settings = TrainSettings(
-        model=ModelSettings(dtype="fp32", vision_ffn_multiple=vision_ffn_multiple, transformer_impl="local"),
-        parallel=ParallelSettings(),
+        model=ModelSettings(dtype="fp32", vision_ffn_multiple=vision_ffn_multiple, transformer_impl="local")
     )
-    if not dist.is_initialized():
-        # A store in memory: no port that another run on this host may hold.
-        dist.init_process_group(device.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)
-    topology.initialize(settings.parallel, topology.LaunchInfo(rank=0, world_size=1, local_rank=0), seed=0)
+    topology.initialize_alone()
     model = build_model(architecture, settings, with_image_decoder=False)
     with TorchDistReader(folder) as reader:
         tensors = StackedTensors(reader)

@@ -101,6 +101,14 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
     set_layout(parallel, seed=seed)
 
 
+def initialize_alone() -> None:
+    """``initialize`` a world of this process, whatever a launcher says."""
+    if not dist.is_initialized():
+        # A store in memory: no port that another process on this host may hold.
+        dist.init_process_group(device.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    initialize(ParallelSettings(), LaunchInfo(rank=0, world_size=1, local_rank=0), seed=0)
+
+
 def set_layout(parallel: ParallelSettings, *, seed: int) -> None:
     """Build Megatron's process groups over the running world, replacing earlier ones (tests change layouts)."""
     global _file_group
