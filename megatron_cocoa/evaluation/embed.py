@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.model.schedule import run_microbatches
+from megatron_cocoa.model.schedule import LossFunction, run_microbatches
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.collectives import gather_rows
 
@@ -57,17 +58,27 @@ def embed_pack(model: Model, batch: PackedBatch, *, rows: int) -> Tensor:
     Returns:
         float32 ``(rows, hidden)`` on the model's device, on every rank of the replica.
     """
-    # An interleaved pipeline runs as many micro-batches at a time as it has stages.
-    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
-    found = run_microbatches(model, [batch] * stages, _take_embeddings, forward_only=True)
-    if found:
-        embeddings = found[0].float().contiguous()
+    found = run_pack(model, batch, _take_embeddings)
+    if found is not None:
+        embeddings = found.float().contiguous()
     else:
         embeddings = torch.empty(rows, model.config.hidden_size, device=device.device())
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() > 1:
         dist.broadcast(embeddings, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return embeddings
+
+
+def run_pack(model: Model, batch: PackedBatch, collect: LossFunction) -> Any:
+    """Run one pack forward; the ranks of one model replica call it together.
+
+    Returns:
+        What ``collect`` returns beside its scalar; None on all but the last pipeline stage.
+    """
+    # An interleaved pipeline runs as many micro-batches at a time as it has stages.
+    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
+    found = run_microbatches(model, [batch] * stages, collect, forward_only=True)
+    return found[0] if found else None
 
 
 def _take_embeddings(index, output, batch):

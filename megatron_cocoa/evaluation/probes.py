@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_cocoa.batch import PackedBatch
+from megatron_cocoa.evaluation.embed import run_pack
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.model.heads import local_rows
-from megatron_cocoa.model.schedule import run_microbatches
 from megatron_cocoa.parallel.collectives import from_last_stage
 
 
@@ -51,7 +51,7 @@ def sample_losses(model: Model, batches: Iterable[PackedBatch]) -> SampleLosses:
     return SampleLosses(tuple(nll), tuple(counts), tuple(visible))
 
 
-def _sums_by_sample(model: Model, batch: PackedBatch, owner: torch.Tensor) -> list[float]:
+def _sums_by_sample(model: Model, batch: PackedBatch, owner: Tensor) -> list[float]:
     group = parallel_state.get_context_parallel_group()
 
     def collect(index, output, moved):
@@ -60,21 +60,19 @@ def _sums_by_sample(model: Model, batch: PackedBatch, owner: torch.Tensor) -> li
         sums.index_add_(0, tokens.of(owner.to(sums.device)), output.token_nll.detach().float())
         return output.token_nll.sum(), sums
 
-    found = _run_forward(model, batch, collect)
+    found = run_pack(model, batch, collect)
     if found is not None:
         dist.all_reduce(found, group=group)
     return from_last_stage(None if found is None else found.tolist())
 
 
-@dataclass(frozen=True)
-class PredictedUnits:
-    """The image decoder's pixels for one pack: float32 ``(masked_units, unit_dim)``, in the pack's order."""
+def predict_units(model: Model, batch: PackedBatch) -> Tensor:
+    """Reconstruct the masked units of a stage-``warmup`` pack; every rank calls it. Needs the image decoder.
 
-    predicted: np.ndarray
-
-
-def predict_units(model: Model, batch: PackedBatch) -> PredictedUnits:
-    """Reconstruct the masked units of a stage-``warmup`` pack; every rank calls it. Needs the image decoder."""
+    Returns:
+        Its pixels: float32 ``(masked_units, unit_dim)`` on the CPU, in the pack's order, the same on every rank of a
+        replica.
+    """
     model.train(False)
 
     def collect(index, output, moved):
@@ -85,11 +83,5 @@ def predict_units(model: Model, batch: PackedBatch) -> PredictedUnits:
         dist.all_reduce(whole, group=group)
         return output.predicted_units.sum(), whole.float()
 
-    found = _run_forward(model, batch, collect)
-    return PredictedUnits(from_last_stage(None if found is None else found.cpu().numpy()))
-
-
-def _run_forward(model: Model, batch: PackedBatch, collect):
-    stages = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
-    found = run_microbatches(model, [batch] * stages, collect, forward_only=True)
-    return found[0] if found else None
+    found = run_pack(model, batch, collect)
+    return from_last_stage(None if found is None else found.cpu())

@@ -86,8 +86,7 @@ def reconstructions(context: RunContext, model: Model) -> list[Reconstruction]:
     builder, options = evaluation_parts(context, stage)
     corruption = CorruptionSettings.of_warmup(stage, seed=context.settings.seed)
     batch = collate_warmup([builder.warmup(row, corruption, epoch=0, step=0) for row in rows], options)
-    predicted = torch.from_numpy(predict_units(model, batch).predicted)
-    return _pictures(context, rows, batch, predicted)
+    return _pictures(context, rows, batch, predict_units(model, batch))
 
 
 def _pictures(
