@@ -48,13 +48,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     # Imported late: --help must not wait for torch.
-    from megatron_cocoa.export.hard_negatives import MiningOptions, mine
-    from megatron_cocoa.export.pair_files import read_pairs_file, sides, with_negatives, write_pairs_file
+    from megatron_cocoa.export.hard_negatives import PASSED_OVER, MiningOptions, mine
+    from megatron_cocoa.export.pair_files import check_suffix, read_pairs_file, sides, with_negatives, write_pairs_file
     from megatron_cocoa.export.same_pictures import same_pictures
     from megatron_cocoa.export.shards import ShardedVectors, check_contents, check_same_model
 
     if Path(args.output).exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: name another output, or pass --overwrite")
+    # Not only when it is written, after hours of search.
+    check_suffix(args.output)
     options = MiningOptions(args.num_negatives, args.margin, args.skip_top, args.depth, args.relative_margin)
     check_same_model(args.queries, args.targets)
     rows = read_pairs_file(args.pairs)
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("full_rows", "short_rows", "empty_rows"):
         print(f"{name}: {mined.counts[name]} of {len(rows)}")
     print(f"chosen: {mined.counts['chosen']}")
-    for name in ("own_positive", "other_positive", "is_the_query", "within_margin", "same_answer", "skipped_top"):
+    for name in PASSED_OVER:
         print(f"passed over, {name}: {mined.counts[name]}")
 
 

@@ -21,9 +21,9 @@ from megatron_cocoa.evaluation.metrics import TIE_TOLERANCE
 from megatron_cocoa.export.nearest import Vectors, nearest
 
 BLOCK_QUERIES = 4096
-_REASONS = (
-    "", "own_positive", "other_positive", "is_the_query", "within_margin", "same_answer", "skipped_top", "chosen"
-)  # fmt: skip
+PASSED_OVER = ("own_positive", "other_positive", "is_the_query", "within_margin", "same_answer", "skipped_top")
+"""Why a neighbour is not chosen, in the order in which it is asked."""
+_REASONS = ("", *PASSED_OVER, "chosen")
 
 
 class Content(NamedTuple):

@@ -9,9 +9,21 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from megatron_cocoa.atomic import unfinished
 from megatron_cocoa.export.hard_negatives import Content
 
+SUFFIXES = (".parquet", ".jsonl")
 NEEDED = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+
+
+def check_suffix(path: str | Path) -> None:
+    """Refuse a file, to be read or written, whose name has another ending than ``SUFFIXES``.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"{path} is neither {' nor '.join(SUFFIXES)}")
 
 
 def read_pairs_file(path: str | Path) -> list[dict[str, Any]]:
@@ -21,15 +33,14 @@ def read_pairs_file(path: str | Path) -> list[dict[str, Any]]:
         ValueError: if the file cannot be read or is empty, or naming the first row that lacks a column.
     """
     path = Path(path)
+    check_suffix(path)
     try:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        elif path.suffix == ".jsonl":
+        else:
             # Not splitlines: a text may hold other ends of line, such as U+2028, as they are.
             with path.open(encoding="utf-8-sig") as lines:
                 rows = [json.loads(line) for line in lines if line.strip()]
-        else:
-            raise ValueError(f"{path} is neither .parquet nor .jsonl")
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not rows:
@@ -70,10 +81,9 @@ def write_pairs_file(path: str | Path, rows: list[dict[str, Any]]) -> None:
         ValueError: for another suffix.
     """
     path = Path(path)
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"{path} is neither .parquet nor .jsonl")
+    check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.incomplete")
+    work = unfinished(path)
     if path.suffix == ".parquet":
         # Not from_pylist, which takes the first row's columns for those of all.
         names = dict.fromkeys(name for row in rows for name in row)

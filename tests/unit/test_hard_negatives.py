@@ -296,6 +296,8 @@ def test_the_tool_writes_mmeb_train_columns(tmp_path, tool, capsys, suffix, num)
     assert [row["neg_text"] for row in found] == (wanted if num == 2 else [w[0] for w in wanted])
     assert f"full_rows: 3 of 3\nshort_rows: 0 of 3\nempty_rows: 0 of 3\nchosen: {3 * num}" in capsys.readouterr().out
     assert tool.main(list(map(str, arguments))) == 2 and "--overwrite" in capsys.readouterr().err
+    nowhere = ["--pairs=x.jsonl", "--queries=x", "--targets=x", "--output=mined.csv"]
+    assert tool.main(nowhere) == 2 and "mined.csv is neither .parquet nor" in capsys.readouterr().err, "told at once"
     if suffix == "parquet":
         assert pyarrow.parquet.read_table(output).column_names[-2:] == ["neg_text", "neg_image_path"]
 
