@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_cocoa.model.build import Model
-from megatron_cocoa.recipes.context import POOLS, RunContext
+from megatron_cocoa.recipes.context import RunContext
 from megatron_cocoa.recipes.evidence import bridge_evidence
 from megatron_cocoa.recipes.retrieval import RetrievalProbe
 
@@ -14,11 +12,8 @@ class HeldOutValidation:
     """Recall on the held-out pool, both directions and their mean; see ``training.trainer.Validation``.
 
     Args:
-        context: of the run; its ``validation.interval`` is set.
+        context: of the run; its ``validation.interval`` is set, for which ``prepare_context`` has seen the pool.
         stage: the one that trains; it gives the size of pictures, and in ``bridge`` block B's loss is measured as well.
-
-    Raises:
-        ValueError: if the data folder has no held-out pool.
     """
 
     def __init__(self, context: RunContext, *, stage: str) -> None:
@@ -27,12 +22,6 @@ class HeldOutValidation:
         self.interval, self.metric = settings.validation.interval, settings.validation.metric
         self._probe = RetrievalProbe(context, settings.stage(stage))
         self._probe.pools = [pool for pool in self._probe.pools if pool.name == "heldout"]
-        if not self._probe.pools:
-            path = Path(settings.data.path) / POOLS["heldout"]
-            raise ValueError(
-                f"validation.interval is {self.interval}, but there is no {path} to validate on: write one (see "
-                f"docs/data.md), or set validation.interval to null"
-            )
 
     def measure(self, model: Model) -> dict[str, float]:
         """``recall@k`` averaged over both directions, and ``recall@k/<direction>``; every rank calls it.
