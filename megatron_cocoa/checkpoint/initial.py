@@ -176,14 +176,10 @@ def _set_mask_row(chunks: Sequence[nn.Module], source: WeightSource) -> None:
         weight[rows == source.mask_token_id] = (total / count).to(weight.dtype)
 
 
-def _image_decoder(chunks: Sequence[nn.Module]) -> nn.Module | None:
-    return getattr(chunks[-1], "image_decoder", None)
-
-
 def _start_image_decoder(
     chunks: Sequence[nn.Module], table: NameTable, read: Callable[[Mapping], Tensor], source: WeightSource
 ) -> None:
-    decoder = _image_decoder(chunks)
+    decoder = getattr(chunks[-1], "image_decoder", None)
     if decoder is None:
         return
     number, available = len(decoder.decoder.layers), chunks[-1].architecture.text.num_hidden_layers
