@@ -111,8 +111,10 @@ def check_others(output: Path, tasks: Collection[str], identity: Identity) -> No
         identity: of the evaluation.
 
     Raises:
-        ValueError: naming the first such file and what differs.
+        ValueError: naming the first such file and what differs; or if ``output`` is no folder.
     """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: name a folder for the scores")
     wanted = identity.of_task({})
     for file in sorted(output.glob(f"*{SCORE_SUFFIX}")):
         if file.name.removesuffix(SCORE_SUFFIX) in tasks:

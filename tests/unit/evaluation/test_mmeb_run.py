@@ -179,6 +179,15 @@ def test_other_settings_are_refused_by_name(folder):
         run(folder, KnownEmbedder(), settings={"image_size": 672}, tasks=TABLE.tasks[:1])
 
 
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_is_scored(folder):
+    """Claim: a mistyped output costs no hours of embedding."""
+    (folder / "scores").write_text("")
+    encode = KnownEmbedder()
+    with pytest.raises(ValueError, match="scores is a file: name a folder"):
+        run(folder, encode)
+    assert not encode.asked
+
+
 def test_scores_that_make_no_table_are_refused_before_they_are_made(folder):
     """Claim: a task is not scored into a folder where another one has a score of other settings, asked for or not."""
     run(folder, KnownEmbedder(), tasks=TABLE.tasks[:1])
