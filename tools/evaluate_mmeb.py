@@ -78,12 +78,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def summarize(folder: str) -> int:
-    from megatron_cocoa.evaluation.mmeb_summary import degenerate
     from megatron_cocoa.evaluation.mmeb_summary import summarize as read
 
     summary = read(folder)
     print(json.dumps(summary.to_json(), indent=2))
-    return EXIT_MEANINGLESS if degenerate(list(summary.scores.values())) else 0
+    return EXIT_MEANINGLESS if summary.has_meaningless else 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -153,7 +152,7 @@ def _load(args: argparse.Namespace, settings, parallel, benchmark):
 def _finish(args: argparse.Namespace, curves, say) -> int:
     from megatron_cocoa.atomic import write_atomically
     from megatron_cocoa.evaluation.mmeb_page import render_page
-    from megatron_cocoa.evaluation.mmeb_summary import degenerate, render_summary
+    from megatron_cocoa.evaluation.mmeb_summary import render_summary
     from megatron_cocoa.evaluation.mmeb_summary import summarize as read
 
     output = Path(args.output_path)
@@ -163,7 +162,7 @@ def _finish(args: argparse.Namespace, curves, say) -> int:
     write_atomically(output / "report.html", html)
     say(render_summary(summary))
     say(f"report: {output / 'report.html'}")
-    return EXIT_MEANINGLESS if degenerate(list(summary.scores.values())) else 0
+    return EXIT_MEANINGLESS if summary.has_meaningless else 0
 
 
 def _say(line: str) -> None:

@@ -33,6 +33,11 @@ class EvalItem(NamedTuple):
     text: str
     image_path: str
 
+    @property
+    def words(self) -> str:
+        """The text without the mark of a picture, and without blanks around it."""
+        return self.text.replace(IMAGE_TOKEN, " ").strip()
+
     def content(self) -> Content:
         """The item with placeholder and path in agreement.
 
@@ -54,13 +59,11 @@ class EvalItem(NamedTuple):
 
     def without_picture(self) -> EvalItem | None:
         """The text alone; None where nothing is left, or nothing was taken away."""
-        text = self.text.replace(IMAGE_TOKEN, " ").strip()
-        return EvalItem(text, "") if text and self.image_path else None
+        return EvalItem(self.words, "") if self.words and self.image_path else None
 
     def without_text(self) -> EvalItem | None:
         """The picture alone; None where nothing is left, or nothing was taken away."""
-        has_text = self.text.replace(IMAGE_TOKEN, " ").strip()
-        return EvalItem(IMAGE_TOKEN, self.image_path) if self.image_path and has_text else None
+        return EvalItem(IMAGE_TOKEN, self.image_path) if self.words and self.image_path else None
 
 
 @dataclass(frozen=True)

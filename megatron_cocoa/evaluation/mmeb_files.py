@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.atomic import write_atomically
+from megatron_cocoa.data.checksums import sha256_of
 
 SCORE_SUFFIX = "_score.json"
 PREDICTIONS_SUFFIX = "_pred.txt"
@@ -161,7 +162,5 @@ def folder_sha256(folder: str | Path) -> str:
     digest = hashlib.sha256()
     files = (path for path in root.rglob("*") if path.is_file())
     for file in sorted(file for file in files if file.relative_to(root).parts[0] not in _DOWNLOAD_FOLDERS):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{file.relative_to(root).as_posix()} {content}\n".encode())
+        digest.update(f"{file.relative_to(root).as_posix()} {sha256_of(file)}\n".encode())
     return digest.hexdigest()

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.data.decode import read_picture
-from megatron_cocoa.data.rows import IMAGE_TOKEN
 from megatron_cocoa.evaluation import markup
 from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
 from megatron_cocoa.evaluation.markup import text
 from megatron_cocoa.evaluation.metrics import wilson_interval
-from megatron_cocoa.evaluation.mmeb_data import picture_file
+from megatron_cocoa.evaluation.mmeb_data import EvalItem, picture_file
 from megatron_cocoa.evaluation.mmeb_files import EVIDENCE_SUFFIX
 from megatron_cocoa.evaluation.mmeb_summary import BASELINES, GROUPS, Summary
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, SPLITS
@@ -163,7 +162,7 @@ class _Examples:
 
 
 def _words(item: list[str]) -> str:
-    words = item[0].replace(IMAGE_TOKEN, " ").strip()
+    words = EvalItem(*item).words
     return words if len(words) <= 160 else words[:157] + "..."
 
 

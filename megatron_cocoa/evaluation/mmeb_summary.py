@@ -6,7 +6,6 @@ number: it is given as null with the missing tasks named, and stands apart under
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,11 @@ class Summary:
     def warnings(self) -> list[str]:
         """A sentence for each task whose score hangs on the order of tied candidates."""
         return [sentence for task, score in self.scores.items() if (sentence := tie_warning(task, score))]
+
+    @property
+    def has_meaningless(self) -> bool:
+        """Whether all queries of some task tie."""
+        return any(score.get("num_ties", 0) == score["num_pred"] for score in self.scores.values())
 
     def mean(self, group: str, key: str = "acc") -> float | None:
         """Unweighted mean over all tasks of a group; None where one is missing, or lacks the key."""
@@ -174,8 +178,3 @@ def _group_line(summary: Summary, group: str) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def degenerate(scores: Sequence[dict[str, Any]]) -> bool:
-    """Whether some task's queries all tie."""
-    return any(score.get("num_ties", 0) == score["num_pred"] for score in scores)

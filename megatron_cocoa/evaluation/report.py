@@ -27,14 +27,11 @@ from megatron_cocoa.evaluation.report_pictures import map_section, reconstructio
 from megatron_cocoa.evaluation.report_table import (
     METHOD_NOTE,
     group_rows,
-    render_table,
     tie_notes,
     times,
     times_chance,
 )
 from megatron_cocoa.evaluation.svg import DotRow, Mark, dot_chart
-
-__all__ = ["render_report", "render_table"]
 
 _NOTHING_MEASURED = "No retrieval was measured: evaluate was off, or the data folder has no eval_*.jsonl."
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
-from megatron_cocoa.evaluation.report import render_report, render_table
+from megatron_cocoa.evaluation.report import render_report
 from megatron_cocoa.evaluation.report_data import (
     TWEMOJI_CREDIT,
     BridgeEvidence,
@@ -19,6 +19,7 @@ from megatron_cocoa.evaluation.report_data import (
     ReportData,
     RetrievalStrip,
 )
+from megatron_cocoa.evaluation.report_table import render_table
 from megatron_cocoa.parallel import device
 from megatron_cocoa.parallel.device_memory import peak_memory_bytes
 from megatron_cocoa.parallel.topology import LaunchInfo
