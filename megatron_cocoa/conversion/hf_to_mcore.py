@@ -69,9 +69,14 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     Raises:
         ValueError: if it is missing, damaged, or of another architecture.
     """
-    file = Path(folder) / "config.json"
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not folder.exists():
+        could_be_name = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in ("~", "..")
+        hub = f"; if that is a name on the Hub: hf download {folder} --local-dir {folder.name}" if could_be_name else ""
+        raise ValueError(f"{folder} does not exist: needed a Qwen2-VL or Qwen2.5-VL folder{hub}")
     if not file.is_file():
-        refuse_adapters(Path(folder))
+        refuse_adapters(folder)
         raise ValueError(f"{folder} has no config.json: needed the Hugging Face folder of a Qwen2-VL or Qwen2.5-VL")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
-
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.store import is_complete
 from megatron_cocoa.config import EmbeddingForm, StageSettings, TrainSettings
+from megatron_cocoa.conversion.hf_to_mcore import read_config
 from megatron_cocoa.conversion.same_model import check_same_model
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
@@ -127,7 +125,7 @@ def prepare_context(settings: TrainSettings) -> RunContext:
         data = settings.data if settings.data.path else replace(settings.data, path=str(toy.pairs))
         settings = replace(settings, model=replace(settings.model, path=str(toy.model)), data=data)
     _check_pools(settings)
-    config = read_config(Path(settings.model.path))
+    config = read_config(settings.model.path)
     architecture = QwenVLArchitecture.from_huggingface(config)
     if settings.model.load is not None and _is_loadable(Path(settings.model.load)):
         check_same_model(Path(settings.model.load), settings.model.path, architecture)
@@ -171,21 +169,3 @@ def _check_pools(settings: TrainSettings) -> None:
             f"evaluate is true, but data.path {folder} has neither {' nor '.join(POOLS.values())} to measure on: write "
             f"one (see docs/data.md), or set evaluate to false"
         )
-
-
-def read_config(folder: Path):
-    """The ``config.json`` of a Hugging Face folder.
-
-    Raises:
-        ValueError: if it is missing, unreadable or of another family.
-    """
-    if not folder.exists():
-        could_be_name = len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in ("~", "..")
-        hub = f"; if that is a name on the Hub: hf download {folder} --local-dir {folder.name}" if could_be_name else ""
-        raise ValueError(f"{folder} does not exist: model.path must be a Qwen2-VL or Qwen2.5-VL folder{hub}")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: model.path must be a Qwen2-VL or Qwen2.5-VL folder")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error

@@ -10,7 +10,8 @@ from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.checkpoint.writer import INFO_FILE
 from megatron_cocoa.config import EmbeddingSettings, ValidationSettings
-from megatron_cocoa.recipes.context import prepare_context, read_config
+from megatron_cocoa.conversion.hf_to_mcore import read_config
+from megatron_cocoa.recipes.context import prepare_context
 from megatron_cocoa.recipes.embedding_model import picture_sizes
 from tests.distributed.tiny_run import tiny_settings
 
@@ -51,7 +52,7 @@ def test_a_name_on_the_hub_is_told_how_to_become_a_folder(tmp_path):
 def test_a_value_of_the_wrong_type_is_a_line_with_its_name(tmp_path):
     """Claim: transformers checks the types of a config.json by exceptions of its own kind; they end in one message."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl", "text_config": {"vocab_size": "512"}}')
-    with pytest.raises(ValueError, match=r"(?s)config.json cannot be read: .*'vocab_size' expected int"):
+    with pytest.raises(ValueError, match=r"(?s)config.json is no valid configuration .*'vocab_size' expected int"):
         read_config(tmp_path)
 
 
