@@ -40,6 +40,7 @@ class PictureLoader:
         cache_bytes: 8-bit pixels kept in memory.
 
     Attributes:
+        image_size: as above.
         cutter: turns pictures into patches; small, unlike the cache beside it.
         num_decoded: pictures read and decoded so far.
 
@@ -75,7 +76,7 @@ class PictureLoader:
         self._root = Path(root).resolve()
         self._processor = processor
         self._vision = vision
-        self._image_size = image_size
+        self.image_size = image_size
         self._pixel_limits = limits_in_pixels(processor, min_tokens=min_image_tokens, max_tokens=max_image_tokens)
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
@@ -86,20 +87,15 @@ class PictureLoader:
         self.cutter = PatchCutter.of_processor(processor, vision)
 
     @property
-    def image_size(self) -> int | None:
-        """Side in pixels of the square that every picture is resized to; None where they keep their shape."""
-        return self._image_size
-
-    @property
     def pixel_limits(self) -> tuple[int, int] | None:
         """Fewest and most pixels of a prepared picture; None where all are resized to one square."""
-        return None if self._image_size is not None else self._pixel_limits
+        return None if self.image_size is not None else self._pixel_limits
 
     @property
     def sizing(self) -> str:
         """What becomes of a picture, in words."""
-        if self._image_size is not None:
-            return f"pictures are resized to {self._image_size} x {self._image_size} pixels"
+        if self.image_size is not None:
+            return f"pictures are resized to {self.image_size} x {self.image_size} pixels"
         return "pictures keep their shape, with {} to {} pixels".format(*self._pixel_limits)
 
     def load(self, image_path: PictureRef) -> np.ndarray:
@@ -138,8 +134,8 @@ class PictureLoader:
             PictureError: for what ``load`` refuses before decoding.
         """
         size = self._vision.patch_size
-        if self._image_size is not None:
-            return 1, self._image_size // size, self._image_size // size
+        if self.image_size is not None:
+            return 1, self.image_size // size, self.image_size // size
         found = self._sizes.get(image_path)
         if found is None:
             source = open_picture(image_path, self._root)
@@ -180,8 +176,8 @@ class PictureLoader:
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     def _target_size(self, height: int, width: int) -> tuple[int, int]:
-        if self._image_size is not None:
-            return self._image_size, self._image_size
+        if self.image_size is not None:
+            return self.image_size, self.image_size
         low, high = self._pixel_limits
         try:
             return smart_resize(height, width, factor=self._vision.size_factor, min_pixels=low, max_pixels=high)

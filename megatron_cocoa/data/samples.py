@@ -58,15 +58,10 @@ class SampleBuilder:
         self.bundle = bundle
         self.vision = vision
         self.pictures = pictures
-        self._max_length = max_length
+        self.max_length = max_length
         self.image_placeholder = image_placeholder
         self._has_marks = image_placeholder == "full"
         self._num_marks = 2 if self._has_marks else 0
-
-    @property
-    def max_length(self) -> int:
-        """Tokens per sample."""
-        return self._max_length
 
     def warmup(self, row: CaptionRow, settings: CorruptionSettings, *, epoch: int, step: int = 0) -> PreparedSample:
         """Picture, then caption; both masked. No bridge."""
@@ -155,7 +150,7 @@ class SampleBuilder:
     def measure(self, content: Content, *, with_bridge: bool = True) -> SampleSize:
         """The size of ``embedding(content)``, or of ``warmup`` without a bridge, by the pictures' headers alone."""
         text, patches, units = self._measure(content)
-        room = self._max_length - int(with_bridge) - units
+        room = self.max_length - int(with_bridge) - units
         if room < 0:
             raise self._too_long(units, "sample")
         tokens = min(text, room) + units + int(with_bridge)
@@ -179,7 +174,7 @@ class SampleBuilder:
 
     def _share_room(self, text_a: int, text_b: int, picture_tokens: int, name: str) -> tuple[int, int]:
         """Text tokens that blocks A and B keep."""
-        room = self._max_length - 1 - picture_tokens
+        room = self.max_length - 1 - picture_tokens
         keep_a = min(text_a, max(room - text_b, room // 2))
         keep_b = min(text_b, room - keep_a)
         if keep_a < 0 or keep_b < 1:
@@ -197,7 +192,7 @@ class SampleBuilder:
         return sum(self.vision.num_units(grid) + self._num_marks for grid in grids)
 
     def _fit(self, content: EncodedContent, *, reserved: int) -> tuple[EncodedContent, int]:
-        room = self._max_length - reserved - self._picture_tokens(content)
+        room = self.max_length - reserved - self._picture_tokens(content)
         if room < 0:
             raise self._too_long(self._picture_tokens(content), "sample")
         keep = min(content.num_text, room)
@@ -207,7 +202,7 @@ class SampleBuilder:
         return PictureError(
             "picture_longer_than_max_length",
             f"{name}: its pictures take {picture_tokens} tokens, which leaves no room for text in "
-            f"data.max_length {self._max_length}: raise it, or make pictures smaller (image_size)",
+            f"data.max_length {self.max_length}: raise it, or make pictures smaller (image_size)",
         )
 
     def _lay_out(self, sample_id: str, content: EncodedContent, *, with_bridge: bool, num_cut: int) -> PreparedSample:
