@@ -9,7 +9,7 @@ examples:
 
 what is written to --output:
   STAGE.jsonl           the rows (docs/data.md); pictures of shards and Arrow files go to images/
-  STAGE.rejected.jsonl  every row that was left out, with the reason
+  STAGE.rejected.jsonl  every row that was left out, with the reason; those beyond --max-rows are only counted
   STAGE.manifest.json   counts, sizes and checksums
 
 Text-to-image rows are turned round for stage bridge, rows without a text to reconstruct are dropped; stage warmup takes
