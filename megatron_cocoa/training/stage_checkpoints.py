@@ -41,9 +41,7 @@ class StageCheckpoints:
         Raises:
             ValueError: if it, or the one before it, could not or must not be written.
         """
-        save_checkpoint(
-            self.folder / f"step-{info.step:08d}", model.bare_chunks, info, optimizer=optimizer, writer=self._writer
-        )
+        save_checkpoint(self._path(info.step), model.bare_chunks, info, optimizer=optimizer, writer=self._writer)
         self._remove_old()
 
     def poll(self) -> None:
@@ -73,7 +71,10 @@ class StageCheckpoints:
         Raises:
             ValueError: if it is not complete, or does not fit the model.
         """
-        return load_checkpoint(self.folder / f"step-{step:08d}", model.bare_chunks, optimizer=optimizer)
+        return load_checkpoint(self._path(step), model.bare_chunks, optimizer=optimizer)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _remove_old(self) -> None:
         if not topology.is_first_rank():
@@ -81,8 +82,7 @@ class StageCheckpoints:
         # A file system that fails for a while ends no run here: the next time will do.
         with contextlib.suppress(OSError):
             for step in complete_steps(self.folder)[: -self.keep]:
-                path = self.folder / f"step-{step:08d}"
-                discard(path, path)
+                discard(self._path(step), self._path(step))
 
 
 def remove_leftovers(folder: Path) -> None:
