@@ -15,6 +15,7 @@ from megatron_cocoa.checkpoint.random_weights import draw
 from megatron_cocoa.checkpoint.sharding import Sharding
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.config import AdapterSettings
+from megatron_cocoa.parallel import topology
 
 _MARK = "_adapter."
 
@@ -66,10 +67,7 @@ def fill_adapters(
     Raises:
         ValueError: if a tensor does not have the shape that its projection needs.
     """
-    place = dict(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    place = topology.tensor_parallel_place()
     for mapping, parameter in _parameters(chunks, mappings):
         tensor = read(mapping)
         if tensor is not None:

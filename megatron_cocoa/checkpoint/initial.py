@@ -23,6 +23,7 @@ from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_c
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.checkpoint.writer import INFO_FILE
+from megatron_cocoa.parallel import topology
 
 IMAGE_DECODER, TOWER = "image_decoder.", "vision_model."
 
@@ -103,7 +104,7 @@ def load_initial_weights(chunks: Sequence[nn.Module], table: NameTable, source: 
             if info.stage != "warmup":
                 _start_image_decoder(chunks, table, lambda m: tensors(m.megatron_name), source)
         return
-    place = _tensor_parallel_place()
+    place = topology.tensor_parallel_place()
     mean = dict(mean_row=source.mask_token_id, used_rows=source.used_rows)
     if source.has_safetensors:
         with HuggingFaceReader(source.folder) as reader:
@@ -135,7 +136,7 @@ def _load_checkpoint(
             mapping, whole = table.megatron_to_hf(name), tensors(name)
             if name in repadded:
                 whole = mapping.merge(mapping.padded_to(width).split(whole))
-            copy_shard(chunk.get_parameter(local_name), mapping, whole, **_tensor_parallel_place())
+            copy_shard(chunk.get_parameter(local_name), mapping, whole, **topology.tensor_parallel_place())
     return info
 
 
@@ -149,13 +150,6 @@ def _set_singly(chunk: nn.Module, repadded: set[str], tensors: StackedTensors) -
     }
 
 
-def _tensor_parallel_place() -> dict[str, int]:
-    return dict(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
-
-
 @torch.no_grad()
 def _set_mask_row(chunks: Sequence[nn.Module], source: WeightSource) -> None:
     """Start the mask token's row as the mean of the used rows, as for a folder; over tensor-parallel shards.
@@ -167,7 +161,7 @@ def _set_mask_row(chunks: Sequence[nn.Module], source: WeightSource) -> None:
             continue
         weight = chunk.shared_embedding_or_output_weight()
         rows = torch.arange(weight.shape[0], device=weight.device)
-        rows += _tensor_parallel_place()["tp_rank"] * weight.shape[0]
+        rows += topology.tensor_parallel_place()["tp_rank"] * weight.shape[0]
         others = (rows < source.used_rows) & (rows != source.mask_token_id)
         total = (weight.float() * others.unsqueeze(1)).sum(0)
         count = others.sum().float()
@@ -199,13 +193,13 @@ def _start_image_decoder(
             read = RandomWeights(seed=source.seed, initializer_range=source.initializer_range, prefix=prefix).read
         for name, parameter in layer.named_parameters():
             mapping = table.megatron_to_hf(f"language_model.decoder.layers.{of_layer}.{name}")
-            copy_shard(parameter, mapping, read(mapping), **_tensor_parallel_place())
+            copy_shard(parameter, mapping, read(mapping), **topology.tensor_parallel_place())
     _draw_pixel_head(decoder, source.seed)
 
 
 @torch.no_grad()
 def _draw_pixel_head(decoder: nn.Module, seed: int) -> None:
-    head, place = decoder.pixel_head, _tensor_parallel_place()
+    head, place = decoder.pixel_head, topology.tensor_parallel_place()
     rows, columns = head.weight.shape
     whole = draw(f"{IMAGE_DECODER}pixel_head.weight", (rows * place["tp_size"], columns), seed=seed, spread=0.02)
     head.weight.copy_(whole.chunk(place["tp_size"])[place["tp_rank"]])

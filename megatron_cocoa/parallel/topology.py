@@ -151,6 +151,14 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def tensor_parallel_place() -> dict[str, int]:
+    """This rank's ``tp_rank`` and ``tp_size``, as what cuts whole tensors takes them."""
+    return dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
 def data_parallel_rank() -> int:
     return parallel_state.get_data_parallel_rank()
 
