@@ -63,9 +63,9 @@ def main() -> int:
 
 def _plan(options: argparse.Namespace, settings: TrainSettings) -> int:
     from megatron_cocoa.architecture import QwenVLArchitecture
+    from megatron_cocoa.conversion.hf_to_mcore import read_config
     from megatron_cocoa.planning import tables
     from megatron_cocoa.planning.published import published_architecture
-    from megatron_cocoa.recipes.context import read_config
 
     if settings.model.path == NOT_READ:
         architecture = published_architecture(options.preset)
