@@ -28,9 +28,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_cocoa.architecture import QwenVLArchitecture  # noqa: E402
 from megatron_cocoa.config import ContrastiveSettings, DataSettings, ModelSettings, TrainSettings  # noqa: E402
+from megatron_cocoa.conversion.hf_to_mcore import read_architecture  # noqa: E402
 from megatron_cocoa.data import preprocess  # noqa: E402
-from megatron_cocoa.data.geometry import VisionGeometry  # noqa: E402
 from megatron_cocoa.data.loader import StageLoader  # noqa: E402
 from megatron_cocoa.data.preprocess import load_processor  # noqa: E402
 from megatron_cocoa.data.tokenizer import load_tokenizer  # noqa: E402
@@ -86,13 +87,13 @@ class PlainPairs(torch.utils.data.Dataset):
         return pixels["pixel_values"], pixels["image_grid_thw"], self.tokenizer(row["pos_text"])["input_ids"]
 
 
-def ours(folder: Path, bundle, vision: VisionGeometry, workers: int):
+def ours(folder: Path, bundle, architecture: QwenVLArchitecture, workers: int):
     """Steps of the loader, endlessly."""
     loader = StageLoader(
         "contrastive",
         settings_for(folder, workers),
         bundle=bundle,
-        vision=vision,
+        architecture=architecture,
         data_parallel_rank=0,
         data_parallel_size=1,
     )
@@ -129,8 +130,8 @@ def compare(folder: Path, args: argparse.Namespace, workers: int) -> dict:
     """Both sides with the same number of decoding processes."""
     config = json.loads((folder / "model" / "config.json").read_text())
     bundle = load_tokenizer(folder / "model", vocab_size=config["text_config"]["vocab_size"])
-    vision = VisionGeometry.from_model_folder(folder / "model")
-    streams = {"ours": ours(folder, bundle, vision, workers), "reference": plain(folder, bundle, workers)}
+    architecture = read_architecture(folder / "model")
+    streams = {"ours": ours(folder, bundle, architecture, workers), "reference": plain(folder, bundle, workers)}
     rates: dict[str, list[float]] = {name: [] for name in streams}
     own: dict[str, list[float]] = {name: [] for name in streams}
     for stream in streams.values():

@@ -21,12 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import AutoConfig  # noqa: E402
-
 from megatron_cocoa.config import DataSettings, ModelSettings, TrainSettings  # noqa: E402
+from megatron_cocoa.conversion.hf_to_mcore import read_architecture  # noqa: E402
 from megatron_cocoa.data.cost import CostModel, SampleSize  # noqa: E402
 from megatron_cocoa.data.evaluation_batches import evaluation_builder  # noqa: E402
-from megatron_cocoa.data.geometry import VisionGeometry  # noqa: E402
 from megatron_cocoa.data.packing import assign_samples  # noqa: E402
 from megatron_cocoa.data.stages import STAGE_DATA  # noqa: E402
 from megatron_cocoa.data.tokenizer import load_tokenizer  # noqa: E402
@@ -39,12 +37,12 @@ def step_sizes(args: argparse.Namespace) -> tuple[list[list[list[SampleSize]]], 
     )
     stage = replace(settings.stage(args.stage), image_size=args.image_size, global_batch_size=args.global_batch_size)
     settings = replace(settings, **{args.stage: stage})
-    config = AutoConfig.from_pretrained(args.model_path, local_files_only=True)
+    architecture = read_architecture(args.model_path)
     builder, _ = evaluation_builder(
         args.data_path,
         model_path=args.model_path,
-        bundle=load_tokenizer(args.model_path, vocab_size=config.get_text_config().vocab_size),
-        vision=VisionGeometry.from_model_folder(args.model_path),
+        bundle=load_tokenizer(args.model_path, vocab_size=architecture.text.vocab_size),
+        vision=architecture.vision,
         max_length=args.max_length,
         image_size=args.image_size,
     )
@@ -93,7 +91,7 @@ def main() -> None:
     if args.lengths:
         lines = [json.dumps([list(map(list, row)), count]) for row, count in sorted(counts.items())]
         Path(args.lengths).write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    cost = CostModel.from_model_folder(args.model_path)
+    cost = CostModel.from_architecture(read_architecture(args.model_path))
     results = [fill(steps, cost, budget=budget, num_ranks=args.data_parallel_size) for budget in args.budgets]
     tokens = sum(one.tokens for step in steps for row in step for one in row)
     line = {

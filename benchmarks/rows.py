@@ -94,7 +94,7 @@ def build(rank: int, folder: Path, args: argparse.Namespace, side: str) -> None:
             stage,
             settings,
             bundle=context.bundle,
-            vision=context.geometry,
+            architecture=context.architecture,
             data_parallel_rank=rank,
             data_parallel_size=args.ranks,
         )

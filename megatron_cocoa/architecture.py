@@ -13,13 +13,61 @@ MERGER_EPSILON = 1e-6
 """Norm epsilon of both towers and mergers: a constant in Hugging Face's code, not a field of its config."""
 
 
-@dataclass(frozen=True)
-class VisionArchitecture:
+@dataclass(frozen=True, kw_only=True)
+class VisionGeometry:
+    """The few numbers of the tower that decide how many tokens a picture takes, and where they go.
+
+    patch_size:          side of a square patch in pixels.
+    temporal_patch_size: frames per patch; a still picture is repeated this often.
+    spatial_merge_size:  a merged unit, that is one placeholder token, is this many patches square.
+    tokens_per_second:   steps of the time axis of M-RoPE per second of video (Qwen2.5-VL); None where video frames
+                         count one step each (Qwen2-VL).
+    in_channels:         colour channels.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    tokens_per_second: float | None = None
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, needs 1 or more")
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch, a row of ``pixel_values``: channels x frames x pixels."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patches_per_unit(self) -> int:
+        """Consecutive rows of ``pixel_values`` that make one merged unit."""
+        return self.spatial_merge_size**2
+
+    @property
+    def unit_dim(self) -> int:
+        """Values of one merged unit."""
+        return self.patches_per_unit * self.patch_dim
+
+    @property
+    def size_factor(self) -> int:
+        """Picture sides are multiples of this many pixels."""
+        return self.patch_size * self.spatial_merge_size
+
+    def num_units(self, grid_thw: tuple[int, int, int]) -> int:
+        """Placeholder tokens of a picture or video of ``grid_thw`` patches."""
+        t, h, w = grid_thw
+        return t * h * w // self.patches_per_unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionArchitecture(VisionGeometry):
     """The tower.
 
     window_size:           side of an attention window in pixels; None where every block sees its whole frame.
     fullatt_block_indexes: 0-based blocks that see the whole frame in spite of windows.
-    tokens_per_second:     scale of video time in M-RoPE; None where time counts frames (Qwen2-VL).
     """
 
     depth: int
@@ -27,27 +75,12 @@ class VisionArchitecture:
     intermediate_size: int
     num_heads: int
     out_hidden_size: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
     rope_theta: float
     normalization: Literal["RMSNorm", "LayerNorm"]
     activation: Literal["silu", "quick_gelu"]
     gated: bool
     window_size: int | None = None
     fullatt_block_indexes: tuple[int, ...] = ()
-    tokens_per_second: int | None = None
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of one patch: channels x frames x pixels."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        """Patches per merged unit."""
-        return self.spatial_merge_size**2
 
     @property
     def window_units(self) -> int | None:

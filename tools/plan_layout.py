@@ -62,15 +62,14 @@ def main() -> int:
 
 
 def _plan(options: argparse.Namespace, settings: TrainSettings) -> int:
-    from megatron_cocoa.architecture import QwenVLArchitecture
-    from megatron_cocoa.conversion.hf_to_mcore import read_config
+    from megatron_cocoa.conversion.hf_to_mcore import read_architecture
     from megatron_cocoa.planning import tables
     from megatron_cocoa.planning.published import published_architecture
 
     if settings.model.path == NOT_READ:
         architecture = published_architecture(options.preset)
     else:
-        architecture = QwenVLArchitecture.from_huggingface(read_config(Path(settings.model.path)))
+        architecture = read_architecture(settings.model.path)
     all_fit = True
     for stage in settings.stages:
         lines, is_fine = tables.plan_lines(

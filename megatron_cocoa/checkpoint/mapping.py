@@ -122,7 +122,7 @@ def _sizes(architecture: QwenVLArchitecture) -> dict[str, int]:
         "v_hidden": vision.hidden_size,
         "v_qkv": 3 * vision.hidden_size,
         "v_ffn": vision.intermediate_size,
-        "v_merged": vision.hidden_size * vision.merge_unit,
+        "v_merged": vision.hidden_size * vision.patches_per_unit,
         "v_out": vision.out_hidden_size,
         "channels": vision.in_channels,
         "temporal": vision.temporal_patch_size,

@@ -22,7 +22,7 @@ from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ModelSettings, TrainSettings
-from megatron_cocoa.conversion.hf_to_mcore import read_config
+from megatron_cocoa.conversion.hf_to_mcore import read_architecture
 from megatron_cocoa.conversion.load_in_place import load_in_place
 from megatron_cocoa.conversion.probe_inputs import Probe, make_probes, pack
 from megatron_cocoa.model.build import Model, build_model
@@ -98,7 +98,7 @@ def compare_forward(
     Raises:
         ValueError: if either cannot be loaded.
     """
-    architecture = QwenVLArchitecture.from_huggingface(read_config(huggingface))
+    architecture = read_architecture(huggingface)
     probes = make_probes(architecture)
     wanted = _run_huggingface(Path(huggingface), architecture, probes, round_to)
     found = _run_megatron(Path(megatron), architecture, probes, vision_ffn_multiple, round_to)

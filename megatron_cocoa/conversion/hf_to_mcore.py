@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
+from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.huggingface import refuse_adapters
 from megatron_cocoa.checkpoint.import_hf import ImportReport, import_huggingface
 from megatron_cocoa.checkpoint.mapping import NameTable
@@ -83,6 +84,11 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     except ValueError as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from error
     return config_of(content, origin=str(file))
+
+
+def read_architecture(folder: str | Path) -> QwenVLArchitecture:
+    """What ``read_config`` finds in a folder; raises as that and ``QwenVLArchitecture.from_huggingface``."""
+    return QwenVLArchitecture.from_huggingface(read_config(folder))
 
 
 def config_of(content: dict, *, origin: str) -> PretrainedConfig:

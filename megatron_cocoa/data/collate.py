@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.data.deferred import DeferredFloats, joined
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.prepared import NO_ROWS, PreparedSample
 from megatron_cocoa.data.preprocess import PictureLoader
 

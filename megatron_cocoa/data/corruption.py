@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.architecture import VisionGeometry
 
 NoiseKind = Literal["normal", "shared", "zero", "mean"]
 _VARIANCE_EPS = 1e-6
@@ -159,8 +159,8 @@ def replace_units(
     patches = 1 if by_patch else vision.patches_per_unit
     units = pixel_values.reshape(-1, patches * vision.patch_dim)
     if noise is None:
-        per_channel = vision.patch_dim // vision.channels
-        by_channel = units[masked].reshape(-1, patches, vision.channels, per_channel)
+        per_channel = vision.patch_dim // vision.in_channels
+        by_channel = units[masked].reshape(-1, patches, vision.in_channels, per_channel)
         means = by_channel.mean(axis=(1, 3), keepdims=True)
         noise = np.broadcast_to(means, by_channel.shape).reshape(-1, units.shape[1])
     units[masked] = noise

@@ -7,9 +7,6 @@ linear layers per token and per patch, attention per pair of rows that see each 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from transformers import AutoConfig
 
 from megatron_cocoa.architecture import QwenVLArchitecture, TextArchitecture, VisionArchitecture
 
@@ -65,12 +62,6 @@ class CostModel:
             per_patch_pair=4.0 * full * vision.hidden_size,
         )
 
-    @classmethod
-    def from_model_folder(cls, path: str | Path) -> CostModel:
-        """Counted from the ``config.json`` of a Hugging Face folder; raises as ``from_huggingface``."""
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        return cls.from_architecture(QwenVLArchitecture.from_huggingface(config))
-
     def flops(self, size: SampleSize) -> float:
         """Of one packed sample."""
         language = self.per_token * size.tokens + self.per_pair * size.pairs + self.per_label * size.labels
@@ -93,6 +84,6 @@ def _full_blocks(vision: VisionArchitecture) -> int:
 
 
 def _ends_per_patch(vision: VisionArchitecture) -> float:
-    """Patch embedding and merger, whose unit is ``merge_unit`` patches."""
-    merged = vision.merge_unit * vision.hidden_size
-    return vision.patch_dim * vision.hidden_size + merged * (merged + vision.out_hidden_size) / vision.merge_unit
+    """Patch embedding and merger, whose unit is ``patches_per_unit`` patches."""
+    merged = vision.patches_per_unit * vision.hidden_size
+    return vision.patch_dim * vision.hidden_size + merged * (merged + vision.out_hidden_size) / vision.patches_per_unit

@@ -54,7 +54,7 @@ class DeferredFloats:
     def picture_bytes(self) -> int:
         """Of ``pictures``, by the grids alone."""
         vision = self.cutter.vision
-        return sum(h * w for _, h, w in self.grid_thw) * vision.channels * vision.patch_size**2
+        return sum(h * w for _, h, w in self.grid_thw) * vision.in_channels * vision.patch_size**2
 
     def __call__(self) -> dict[str, Tensor]:
         """Pixels with noise over the hidden units, and what those units showed, each as far as it is needed."""
@@ -83,7 +83,7 @@ class DeferredFloats:
         return None if not drawn or drawn[0] is None else np.concatenate(drawn)
 
     def _cut_apart(self) -> list[np.ndarray]:
-        side, channels = self.cutter.vision.patch_size, self.cutter.vision.channels
+        side, channels = self.cutter.vision.patch_size, self.cutter.vision.in_channels
         shapes = [(channels, h * side, w * side) for _, h, w in self.grid_thw]
         ends = np.cumsum([np.prod(shape) for shape in shapes])[:-1]
         return [part.reshape(shape) for part, shape in zip(np.split(self.pictures.numpy(), ends), shapes)]

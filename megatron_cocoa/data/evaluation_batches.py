@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.data.collate import PackOptions, collate_bridge, collate_embedding
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.prepared import CorruptionSettings, swap_blocks
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 from megatron_cocoa.data.row_parsing import checked_content

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_cocoa.architecture import QwenVLArchitecture, VisionGeometry
 from megatron_cocoa.batch import MaskKind, PackedBatch
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.data import preprocess
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.cost import CostModel
 from megatron_cocoa.data.feed import Made, packs_from
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.order import MAX_SUBSTITUTES
 from megatron_cocoa.data.preprocess import PictureLoader, check_image_size, load_processor
 from megatron_cocoa.data.samples import SampleBuilder
@@ -34,7 +34,7 @@ class StageLoader:
         stage: ``warmup``, ``bridge`` or ``contrastive``.
         settings: of the run; ``model.path`` and ``data.path`` or ``data.sources`` must be set.
         bundle: from ``load_tokenizer``.
-        vision: from ``VisionGeometry.from_model_folder``.
+        architecture: of ``model.path``.
         data_parallel_rank, data_parallel_size: this rank's place.
         needs_pixels, needs_unit_targets, pad_to_multiple_of: see ``PackOptions``.
         packs_multiple_of: where packs are filled to a budget, a rank's number of them is a multiple of this.
@@ -51,7 +51,7 @@ class StageLoader:
         settings: TrainSettings,
         *,
         bundle: TokenizerBundle,
-        vision: VisionGeometry,
+        architecture: QwenVLArchitecture,
         data_parallel_rank: int,
         data_parallel_size: int,
         needs_pixels: bool = True,
@@ -68,6 +68,7 @@ class StageLoader:
         self._data = stage_data(stage, settings) if data is None else data
         self._order = self._data.order()
         self._identity = _identity(stage, settings, self._data) | self._order.identity
+        vision = architecture.vision
         pictures = self._picture_loader(settings, vision)
         self._planner = StepPlanner(
             self._data,
@@ -85,7 +86,7 @@ class StageLoader:
                 embedding_mask=MaskKind(self._stage_settings.embedding_form.attention),
                 defer_floats=True,
             ),
-            cost=CostModel.from_model_folder(settings.model.path),
+            cost=CostModel.from_architecture(architecture),
             shape=shape,
             defers_all=defers_all,
         )

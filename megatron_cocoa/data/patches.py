@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.architecture import VisionGeometry
 
 _PIXELS_AT_ONCE = 2**15
 

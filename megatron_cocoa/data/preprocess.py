@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.config.checks import nearest_multiples
 from megatron_cocoa.data.decode import PictureError, accept_picture, picture_size, read_picture
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.patches import PatchCutter
 from megatron_cocoa.data.size_cache import SizeCache
 from megatron_cocoa.data.stored import PictureRef, open_picture

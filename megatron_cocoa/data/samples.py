@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.data import corruption
 from megatron_cocoa.data.cost import SampleSize
 from megatron_cocoa.data.decode import PictureError
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.positions import Segment, VisionSegment, mrope_positions
 from megatron_cocoa.data.prepared import (
     NO_ROWS,

@@ -14,11 +14,10 @@ from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, read_info
 from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
-from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_architecture
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
 from megatron_cocoa.conversion.memory import check_fp32_memory, parameters_of_checkpoint
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.preprocess import check_image_size, processor_file
 from megatron_cocoa.export.check_golden import with_megatron_cocoa
 from megatron_cocoa.export.embedder_options import EmbedderOptions
@@ -109,7 +108,7 @@ def _complete(folder: Path, source: Path, options: EmbedderOptions, missing: lis
     sizes = options.sizes(own)
     saved_model = run_settings(source).get("model") or {}
     bridge_token = options.bridge_token or saved_model.get("bridge_token") or DEFAULT_BRIDGE
-    check_image_size(sizes.image_size, VisionGeometry.from_model_folder(folder))
+    check_image_size(sizes.image_size, read_architecture(folder).vision)
     _check_form(form, options, source)
     if not missing and info is not None:
         _check_bridge(folder, bridge_token, info.bridge_token_id)

@@ -176,7 +176,7 @@ def _image_decoder(architecture: QwenVLArchitecture, workload: Workload, num_lay
     linear, attention = _decoder_layers(
         architecture, num_layers, workload.decoder_tokens, workload.decoder_pairs, workload.decoder_read_rows
     )
-    unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
+    unit_dim = architecture.vision.patches_per_unit * architecture.vision.patch_dim
     pixel_head = 2 * workload.masked_units * architecture.text.hidden_size * unit_dim
     return PartFlops(
         "image_decoder", linear=linear + pixel_head, attention=attention, input_gradient=True, weight_gradient=True
@@ -197,8 +197,8 @@ def _tower(
     repeated_maps = ffn if repeats_whole_mlps else ffn - one_map
     num_full = len(vision.fullatt_block_indexes) if vision.window_size is not None else vision.depth
     pairs = num_full * workload.frame_pairs + (vision.depth - num_full) * workload.window_pairs
-    merged = hidden * vision.merge_unit
-    merger = 2 * (patches // vision.merge_unit) * merged * (merged + vision.out_hidden_size)
+    merged = hidden * vision.patches_per_unit
+    merger = 2 * (patches // vision.patches_per_unit) * merged * (merged + vision.out_hidden_size)
     return (
         PartFlops(
             "patch_embed",

@@ -135,7 +135,7 @@ def _projection(architecture: QwenVLArchitecture, common: dict) -> TransformerCo
         num_attention_heads=vision.num_heads,
         kv_channels=1,
         hidden_size=vision.out_hidden_size,
-        ffn_hidden_size=vision.hidden_size * vision.merge_unit,
+        ffn_hidden_size=vision.hidden_size * vision.patches_per_unit,
         gated_linear_unit=False,
         activation_func=gelu,
         add_bias_linear=True,

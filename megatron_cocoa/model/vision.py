@@ -71,7 +71,7 @@ class VisionModel(MegatronModule):
             configs.projection,
             projection_spec(provider),
             "mlp",
-            architecture.hidden_size * architecture.merge_unit,
+            architecture.hidden_size * architecture.patches_per_unit,
             tp_group=groups.tp,
         )
 
@@ -94,7 +94,7 @@ class VisionModel(MegatronModule):
         patches = np.concatenate([[0], np.cumsum([t * h * w for t, h, w in grid_thw], dtype=np.int64)])
         first, last = shares[self.context_group.rank()]
         mine = None if first == last else pixel_values[patches[first] : patches[last]]
-        units = tuple(int(patches[b] - patches[a]) // self.architecture.merge_unit for a, b in shares)
+        units = tuple(int(patches[b] - patches[a]) // self.architecture.patches_per_unit for a, b in shares)
         return gather_rows(self._features(mine, grid_thw[first:last]), units, self.context_group)
 
     def _features(self, pixel_values: Tensor | None, grid_thw: Sequence[Grid]) -> Tensor:
@@ -119,7 +119,8 @@ class VisionModel(MegatronModule):
             attention_mask=None,
             packed_seq_params=self._context(layout, cos, sin),
         )
-        merged = self.projection(reshaped(hidden, -1, 1, hidden.shape[-1] * self.architecture.merge_unit)).squeeze(1)
+        units = reshaped(hidden, -1, 1, hidden.shape[-1] * self.architecture.patches_per_unit)
+        merged = self.projection(units).squeeze(1)
         return _reorder(merged, np.argsort(layout.unit_order), layout.unit_order) if layout.is_reordered else merged
 
     def _context(self, layout: VisionLayout, cos: Tensor, sin: Tensor) -> SequenceContext:

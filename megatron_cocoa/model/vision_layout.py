@@ -46,7 +46,7 @@ def build_layout(grids: Sequence[Grid], vision: VisionArchitecture) -> VisionLay
     unit_counts = np.array([len(part[0]) for part in parts])
     starts = np.concatenate([[0], np.cumsum(unit_counts)[:-1]])
     unit_order = np.concatenate([part[0] + start for part, start in zip(parts, starts)])
-    merge = vision.merge_unit
+    merge = vision.patches_per_unit
     frames = SegmentTable.from_lengths(np.repeat([h * w for _, h, w in grids], [t for t, _, _ in grids]))
     windows = frames
     if vision.window_units is not None:

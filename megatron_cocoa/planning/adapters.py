@@ -91,7 +91,7 @@ def merger_adapters(
 ) -> dict[str, AdaptedProjection]:
     """Of the merger; ``shape`` is the tower's."""
     vision = architecture.vision
-    wide = vision.hidden_size * vision.merge_unit
+    wide = vision.hidden_size * vision.patches_per_unit
     features = {
         "linear_fc1": (wide, wide // shape.tensor_parallel),
         "linear_fc2": (wide // shape.tensor_parallel, vision.out_hidden_size),

@@ -179,7 +179,7 @@ def _tower(architecture: QwenVLArchitecture, settings: TrainSettings, pack: Pack
     adapters = tower_adapters(architecture, shape, settings.adapter)
     rows = -(-pack.patches // settings.parallel.context_parallel_size)
     is_learning = not freeze.vision or bool(adapters)
-    features = pack.patches // vision.merge_unit * vision.out_hidden_size * shape.element
+    features = pack.patches // vision.patches_per_unit * vision.out_hidden_size * shape.element
     saved = features + _merger_saved(architecture, settings, rows, kernels, is_passed=is_learning)
     if not is_learning:
         return _Part(saved, 0)
@@ -216,8 +216,8 @@ def _merger_saved(
     if not is_frozen and not kernels.remakes_inputs:
         saved += wide + wide // shape.tensor_parallel
     for adapted in adapters.values():
-        saved += adapted.kept_input(rows // vision.merge_unit, shape.element, kernels.mask_element(shape.element))
-        saved += adapted.kept_output(rows // vision.merge_unit, shape.element)
+        saved += adapted.kept_input(rows // vision.patches_per_unit, shape.element, kernels.mask_element(shape.element))
+        saved += adapted.kept_output(rows // vision.patches_per_unit, shape.element)
     return saved
 
 
@@ -249,7 +249,7 @@ def _heads(
         of_layer = functools.partial(layer_memory, shape, rows, kernels, recompute="none")
         layer, last = of_layer(), of_layer(read=units)
         before = settings.warmup.decoder_layers - 1
-        pixels = units * vision.merge_unit * vision.patch_dim
+        pixels = units * vision.patches_per_unit * vision.patch_dim
         saved += before * layer.saved + last.saved + units * shape.hidden * shape.element + pixels * 4
         targets = 1 if context == 1 else context + 1
         error = pixels * ((1 + targets) * shape.element + (4 if shape.element == 4 else 12) - 4)

@@ -73,13 +73,13 @@ def expected_pack(
         ratio = settings.warmup.unit_mask_ratio
         if settings.warmup.masked_unit == "patch":
             # A unit is predicted where any of its patches is hidden.
-            ratio = 1 - (1 - ratio) ** architecture.vision.merge_unit
+            ratio = 1 - (1 - ratio) ** architecture.vision.patches_per_unit
         masked_units = round(samples * units * ratio)
     elif stage == "bridge":
         supervised = round(samples * TEXT_TOKENS * settings.bridge.target_mask_ratio)
     return PackShape(
         tokens=budget or samples * length,
-        patches=samples * units * architecture.vision.merge_unit,
+        patches=samples * units * architecture.vision.patches_per_unit,
         supervised=supervised,
         masked_units=masked_units,
         runs_decoder=stage == "warmup",

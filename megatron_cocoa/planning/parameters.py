@@ -61,7 +61,7 @@ def rank_parameters(
         tensors += _tower(architecture, settings.model, parallel, freeze)
     tensors += _language(architecture, settings.model, parallel, freeze, pipeline_rank)
     if is_last and with_image_decoder:
-        unit_dim = architecture.vision.merge_unit * architecture.vision.patch_dim
+        unit_dim = architecture.vision.patches_per_unit * architecture.vision.patch_dim
         share = unit_dim // parallel.tensor_model_parallel_size
         tensors += [(size, True) for size in _decoder_layer(architecture, parallel)] * settings.warmup.decoder_layers
         tensors += [(share * architecture.text.hidden_size, True), (share, True)]
@@ -127,7 +127,7 @@ def _tower(
     architecture: QwenVLArchitecture, model: ModelSettings, parallel: ParallelSettings, freeze: FreezeSettings
 ) -> list[tuple[int, bool]]:
     vision, tp = architecture.vision, parallel.tensor_model_parallel_size
-    hidden, merged = vision.hidden_size, vision.hidden_size * vision.merge_unit
+    hidden, merged = vision.hidden_size, vision.hidden_size * vision.patches_per_unit
     norm = [hidden] if vision.normalization == "RMSNorm" else [hidden, hidden]
     ffn = padded_vision_ffn(architecture, model.vision_ffn_multiple) // tp
     wide = 2 * ffn if vision.gated else ffn

@@ -14,7 +14,6 @@ from megatron_cocoa.conversion.hf_to_mcore import read_config
 from megatron_cocoa.conversion.same_model import check_same_model
 from megatron_cocoa.data.collate import PackOptions
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import prepare_toy
@@ -42,7 +41,6 @@ class RunContext:
     settings: TrainSettings
     output: Path
     bundle: TokenizerBundle
-    geometry: VisionGeometry
     architecture: QwenVLArchitecture
     table: NameTable
     hf_config: dict
@@ -89,7 +87,7 @@ def evaluation_parts(
         settings.data.path,
         model_path=settings.model.path,
         bundle=context.bundle,
-        vision=context.geometry,
+        vision=context.architecture.vision,
         max_length=settings.data.max_length,
         image_size=stage.image_size,
         min_image_tokens=stage.min_image_tokens,
@@ -144,7 +142,6 @@ def prepare_context(settings: TrainSettings) -> RunContext:
         settings=settings,
         output=Path(settings.output_dir),
         bundle=bundle,
-        geometry=VisionGeometry.from_model_folder(settings.model.path),
         architecture=architecture,
         table=NameTable.from_config(
             config, padded_vocab_size=rows, vision_ffn_multiple=settings.model.vision_ffn_multiple

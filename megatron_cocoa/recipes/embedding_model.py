@@ -75,7 +75,7 @@ def load_embedding_model(
         Path.cwd(),
         model_path=context.settings.model.path,
         bundle=context.bundle,
-        vision=context.geometry,
+        vision=context.architecture.vision,
         max_length=settings.max_length or context.hf_config["text_config"]["max_position_embeddings"],
         pad_to_multiple_of=context.pad_to_multiple_of,
         needs_pixels=topology.is_pipeline_first_stage(),

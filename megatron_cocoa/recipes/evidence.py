@@ -93,7 +93,7 @@ def _pictures(
     context: RunContext, rows: list[CaptionRow], batch: PackedBatch, predicted: torch.Tensor
 ) -> list[Reconstruction]:
     """Cut the pack's patches into pictures and paste predictions and originals over the masked units."""
-    per_unit = context.geometry.patches_per_unit
+    per_unit = context.architecture.vision.patches_per_unit
     units = batch.pixel_values.reshape(-1, per_unit * batch.pixel_values.shape[1]).float()
     unit_of_row = {int(row): unit for unit, row in enumerate(batch.feature_positions)}
     masked_units = torch.tensor([unit_of_row[int(row)] for row in batch.unit_positions])
@@ -125,15 +125,15 @@ def _mean_error(predicted: torch.Tensor, batch: PackedBatch, here: torch.Tensor)
 
 
 def _painter(context: RunContext):
-    processor, geometry = load_processor(context.settings.model.path), context.geometry
+    processor, vision = load_processor(context.settings.model.path), context.architecture.vision
 
     def draw(units: torch.Tensor, grid: tuple[int, int, int]) -> bytes:
         picture = patches_to_picture(
-            units.reshape(-1, geometry.patch_dim),
+            units.reshape(-1, vision.patch_dim),
             grid_thw=grid,
-            patch_size=geometry.patch_size,
-            temporal_patch_size=geometry.temporal_patch_size,
-            spatial_merge_size=geometry.spatial_merge_size,
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
             image_mean=processor.image_mean,
             image_std=processor.image_std,
         )

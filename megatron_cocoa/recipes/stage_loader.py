@@ -29,7 +29,7 @@ def build_loader(context: RunContext, stage: str) -> StageLoader | ReplicaLoader
             stage,
             context.settings,
             bundle=context.bundle,
-            vision=context.geometry,
+            architecture=context.architecture,
             data_parallel_rank=topology.data_parallel_rank(),
             data_parallel_size=topology.data_parallel_size(),
             pad_to_multiple_of=context.pad_to_multiple_of,

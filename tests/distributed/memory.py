@@ -81,7 +81,7 @@ def small_batch(architecture: QwenVLArchitecture, stage: str, *, multiple: int, 
     """A pack of four samples with a picture each, laid out as the stage's collator would."""
     generator = torch.Generator().manual_seed(seed)
     vision, grid = architecture.vision, (1, 16, 16)
-    units = grid[1] * grid[2] // vision.merge_unit
+    units = grid[1] * grid[2] // vision.patches_per_unit
     lengths = [units + text for text in TEXT_LENGTHS]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     tail = -sum(lengths) % multiple
@@ -94,7 +94,7 @@ def small_batch(architecture: QwenVLArchitecture, stage: str, *, multiple: int, 
         fields |= dict(text_positions=rows, text_labels=torch.randint(0, 2900, rows.shape, generator=generator))
     if stage == "warmup":
         masked = pictures[::2]
-        targets = torch.randn(len(masked), vision.merge_unit * vision.patch_dim, generator=generator)
+        targets = torch.randn(len(masked), vision.patches_per_unit * vision.patch_dim, generator=generator)
         fields |= dict(unit_positions=masked, unit_targets=targets)
     if stage == "contrastive":
         ends, pairs = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)]), torch.arange(len(lengths))

@@ -34,7 +34,7 @@ def _own_reader(context: RunContext, stage: str) -> StageLoader:
         stage,
         context.settings,
         bundle=context.bundle,
-        vision=context.geometry,
+        architecture=context.architecture,
         data_parallel_rank=topology.data_parallel_rank(),
         data_parallel_size=topology.data_parallel_size(),
         needs_pixels=topology.is_pipeline_first_stage(),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_cocoa.architecture import QwenVLArchitecture, VisionArchitecture
 from megatron_cocoa.config import (
     BridgeSettings,
     ContrastiveSettings,
@@ -17,7 +18,7 @@ from megatron_cocoa.config import (
     TrainSettings,
     WarmupSettings,
 )
-from megatron_cocoa.data.geometry import VisionGeometry
+from megatron_cocoa.conversion.hf_to_mcore import read_architecture
 from megatron_cocoa.data.tokenizer import TokenizerBundle, load_tokenizer
 from megatron_cocoa.data.toy import ToyPaths, prepare_toy
 from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder
@@ -37,8 +38,13 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vision(model_folder) -> VisionGeometry:
-    return VisionGeometry.from_model_folder(model_folder)
+def architecture(model_folder) -> QwenVLArchitecture:
+    return read_architecture(model_folder)
+
+
+@pytest.fixture(scope="session")
+def vision(architecture) -> VisionArchitecture:
+    return architecture.vision
 
 
 @pytest.fixture(scope="session")

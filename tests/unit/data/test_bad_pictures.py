@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.data import stored
 from megatron_cocoa.data.decode import PictureError
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.preprocess import PictureLoader
 from megatron_cocoa.data.stored import StoredPicture
 

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.data import corruption
-from megatron_cocoa.data.geometry import VisionGeometry
 
 VISION = VisionGeometry(patch_size=3, temporal_patch_size=2, spatial_merge_size=2)
 

@@ -21,10 +21,16 @@ RECORDED_ORDER = [8, 2, 4, 5, 7, 6, 1, 3, 0, 9]
 
 
 @pytest.fixture
-def make(settings, bundle, vision):
+def make(settings, bundle, architecture):
     def build(stage, *, rank=0, size=1, changed=settings, **kwargs):
         return StageLoader(
-            stage, changed, bundle=bundle, vision=vision, data_parallel_rank=rank, data_parallel_size=size, **kwargs
+            stage,
+            changed,
+            bundle=bundle,
+            architecture=architecture,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+            **kwargs,
         )
 
     return build

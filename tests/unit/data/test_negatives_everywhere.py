@@ -88,11 +88,11 @@ WRITERS = (write_jsonl_source, write_mmeb_source, write_saved_source, write_shar
 
 
 @pytest.fixture
-def make(settings, bundle, vision):
+def make(settings, bundle, architecture):
     def build(data, *, rank=0, size=1, **contrastive):
         changed = replace(settings, data=data, contrastive=replace(settings.contrastive, **contrastive))
         place = dict(data_parallel_rank=rank, data_parallel_size=size)
-        return StageLoader("contrastive", changed, bundle=bundle, vision=vision, **place)
+        return StageLoader("contrastive", changed, bundle=bundle, architecture=architecture, **place)
 
     return build
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 
 from megatron_cocoa.architecture import QwenVLArchitecture
@@ -214,10 +213,10 @@ def test_costs_are_what_the_layers_multiply():
 
 
 @pytest.fixture
-def make(settings, bundle, vision):
+def make(settings, bundle, architecture):
     def build(stage, changed, *, rank=0, size=1):
         return StageLoader(
-            stage, changed, bundle=bundle, vision=vision, data_parallel_rank=rank, data_parallel_size=size
+            stage, changed, bundle=bundle, architecture=architecture, data_parallel_rank=rank, data_parallel_size=size
         )
 
     return build
@@ -274,9 +273,3 @@ def test_every_rank_has_as_many_pairs_and_packs_as_the_others(make, settings):
                 targets = [batch.sample_ids[i] for i in batch.target_rows.tolist()]
                 assert [q.replace("#query", "#target") for q in queries] == targets
                 assert len(batch.target_keys) == len(queries)
-
-
-def test_the_cost_of_a_model_folder_is_that_of_its_architecture(model_folder):
-    config = AutoConfig.from_pretrained(model_folder)
-    expected = CostModel.from_architecture(QwenVLArchitecture.from_huggingface(config))
-    assert CostModel.from_model_folder(model_folder) == expected

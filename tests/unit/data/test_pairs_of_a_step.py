@@ -13,6 +13,7 @@ from tests.unit.data.rows import pair, write_jsonl
 
 SIZES = {"VQA": 21, "retrieval": 16, "grounding": 9}
 BATCH = 8
+ALONE = dict(data_parallel_rank=0, data_parallel_size=1)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def folder(data_folder, tmp_path):
 
 
 @pytest.fixture
-def make(settings, bundle, vision, folder):
+def make(settings, bundle, architecture, folder):
     def build(*, rank=0, size=1, **contrastive):
         changed = replace(
             settings,
@@ -38,7 +39,12 @@ def make(settings, bundle, vision, folder):
             contrastive=replace(settings.contrastive, **contrastive),
         )
         return StageLoader(
-            "contrastive", changed, bundle=bundle, vision=vision, data_parallel_rank=rank, data_parallel_size=size
+            "contrastive",
+            changed,
+            bundle=bundle,
+            architecture=architecture,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
         )
 
     return build
@@ -98,10 +104,10 @@ def test_a_source_that_never_fills_a_step_is_refused_with_its_size(make):
         make(per_source_batches=True, global_batch_size=20, micro_batch_size=20)
 
 
-def test_sources_must_be_named(settings, bundle, vision):
+def test_sources_must_be_named(settings, bundle, architecture):
     changed = replace(settings, contrastive=replace(settings.contrastive, per_source_batches=True))
     with pytest.raises(ValueError, match="column 'source'.*none does"):
-        StageLoader("contrastive", changed, bundle=bundle, vision=vision, data_parallel_rank=0, data_parallel_size=1)
+        StageLoader("contrastive", changed, bundle=bundle, architecture=architecture, **ALONE)
 
 
 def test_a_pair_and_its_reverse_stay_apart_within_a_source():
@@ -161,7 +167,7 @@ def test_statistics_look_at_the_rows_once(make):
     assert loader.statistics() == first
 
 
-def test_hard_negatives_without_any_in_the_file_are_refused(settings, bundle, vision):
+def test_hard_negatives_without_any_in_the_file_are_refused(settings, bundle, architecture):
     changed = replace(settings, contrastive=replace(settings.contrastive, num_hard_negatives=1))
     with pytest.raises(ValueError, match="num_hard_negatives is 1, but no row of .* has a hard negative"):
-        StageLoader("contrastive", changed, bundle=bundle, vision=vision, data_parallel_rank=0, data_parallel_size=1)
+        StageLoader("contrastive", changed, bundle=bundle, architecture=architecture, **ALONE)

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageOps
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.data.decode import PictureError, picture_size
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.preprocess import PictureLoader
 
 VISION = VisionGeometry(patch_size=14, temporal_patch_size=2, spatial_merge_size=2)

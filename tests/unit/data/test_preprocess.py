@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from megatron_cocoa.architecture import VisionGeometry
 from megatron_cocoa.data import decode
 from megatron_cocoa.data.decode import PictureError, read_picture
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.preprocess import PictureLoader, load_processor
 
 RNG = np.random.default_rng(0)
@@ -172,8 +172,9 @@ def test_cache_is_bounded_in_bytes_and_never_changes_a_picture(tmp_path):
 def test_sizes_that_do_not_fit_the_tower_are_refused(tmp_path):
     with pytest.raises(ValueError, match="image_size 70 is not a multiple of 28 .*: 56 or 84 is"):
         loader_for(tmp_path, image_size=70)
+    vision = VisionGeometry(patch_size=7, temporal_patch_size=2, spatial_merge_size=2)
     with pytest.raises(ValueError, match=r"\(14, 2, 2\).*\(7, 2, 2\)"):
-        PictureLoader(tmp_path, processor=Qwen2VLImageProcessorPil(), vision=VisionGeometry(7, 2, 2))
+        PictureLoader(tmp_path, processor=Qwen2VLImageProcessorPil(), vision=vision)
 
 
 def test_folder_without_processor_settings_is_refused(tmp_path):

@@ -110,10 +110,10 @@ WRITERS = (
 
 
 @pytest.fixture
-def make(settings, bundle, vision):
+def make(settings, bundle, architecture):
     def build(stage, data, *, rank=0, size=1):
         place = dict(data_parallel_rank=rank, data_parallel_size=size)
-        return StageLoader(stage, replace(settings, data=data), bundle=bundle, vision=vision, **place)
+        return StageLoader(stage, replace(settings, data=data), bundle=bundle, architecture=architecture, **place)
 
     return build
 
@@ -241,14 +241,14 @@ def test_mmeb_train_rows_follow_the_rules_of_each_stage(tmp_path):
 @pytest.mark.parametrize("is_gone", [False, True], ids=["cut", "gone"])
 @pytest.mark.parametrize("image_size", [70, None], ids=["found-by-reading", "found-by-the-header"])
 def test_an_archive_that_is_lost_under_way_costs_its_rows(
-    settings, bundle, vision, data_folder, tmp_path, writer, is_gone, image_size
+    settings, bundle, architecture, data_folder, tmp_path, writer, is_gone, image_size
 ):
     """Claim: a shard or table that is cut or removed after its rows were read is treated like any broken picture."""
     source = writer(tmp_path, data_folder)
     stage = replace(settings.contrastive, image_size=image_size)
     settings = replace(settings, data=DataSettings(sources=(source,)), contrastive=stage)
     place = dict(data_parallel_rank=0, data_parallel_size=1)
-    loader = StageLoader("contrastive", settings, bundle=bundle, vision=vision, **place)
+    loader = StageLoader("contrastive", settings, bundle=bundle, architecture=architecture, **place)
     # As in another process: a table that this one has mapped stays as it is.
     stored._mapped.cache_clear()
     first = sorted([*tmp_path.rglob("*.tar"), *tmp_path.rglob("*.arrow")])[0]

@@ -110,12 +110,12 @@ def folder(data_folder, tmp_path):
 
 
 @pytest.fixture
-def make(settings, bundle, vision):
+def make(settings, bundle, architecture):
     def build(data, *, rank=0, size=1, seed=settings.seed, **contrastive):
         contrastive = replace(settings.contrastive, **contrastive)
         changed = replace(settings, seed=seed, data=data, contrastive=contrastive)
         place = dict(data_parallel_rank=rank, data_parallel_size=size)
-        return StageLoader("contrastive", changed, bundle=bundle, vision=vision, **place)
+        return StageLoader("contrastive", changed, bundle=bundle, architecture=architecture, **place)
 
     return build
 

@@ -97,7 +97,7 @@ def test_the_mean_of_a_hidden_patch_is_its_own(make, vision):
     settings = replace(SETTINGS, by_patch=True, mae_noise="mean")
     sample = builder.warmup(CaptionRow("r", "images/0.png", "red cat"), settings, epoch=0)
     batch = collate_warmup([sample], options)
-    clean = options.pictures.patches(list(sample.pictures)).reshape(-1, vision.channels, vision.patch_dim // 3)
+    clean = options.pictures.patches(list(sample.pictures)).reshape(-1, vision.in_channels, vision.patch_dim // 3)
     wanted = clean.mean(axis=2, keepdims=True).repeat(clean.shape[2], axis=2)[sample.masked_patches]
     found = batch.pixel_values.numpy().reshape(clean.shape)[sample.masked_patches]
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)

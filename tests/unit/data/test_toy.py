@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from transformers import Qwen2_5_VLConfig
 
+from megatron_cocoa.conversion.hf_to_mcore import read_architecture
 from megatron_cocoa.data import toy as toy_module
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.tokenizer import load_tokenizer
 from megatron_cocoa.data.toy import CAPTION_TOKENS, prepare_toy
 from megatron_cocoa.data.toy_model import ToyModelSizes
@@ -60,7 +60,7 @@ def test_captions_begin_with_the_name_and_mostly_have_10_to_13_tokens(toy):
 
 def test_model_folder_is_a_qwen2_5_vl_in_which_windows_differ_from_full_attention(toy):
     config = Qwen2_5_VLConfig.from_pretrained(str(toy.model))
-    vision = VisionGeometry.from_model_folder(toy.model)
+    vision = read_architecture(toy.model).vision
     bundle = load_tokenizer(toy.model, vocab_size=config.text_config.vocab_size)
     assert config.image_token_id == bundle.image_token_id and config.tie_word_embeddings
     assert bundle.mask_token_id < config.text_config.vocab_size and config.text_config.vocab_size % 256 == 0

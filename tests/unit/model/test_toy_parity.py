@@ -13,9 +13,9 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.initial import WeightSource, load_initial_weights
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights
+from megatron_cocoa.conversion.hf_to_mcore import read_architecture
 from megatron_cocoa.data.collate import collate_embedding
 from megatron_cocoa.data.evaluation_batches import evaluation_builder
-from megatron_cocoa.data.geometry import VisionGeometry
 from megatron_cocoa.data.rows import Content
 from megatron_cocoa.data.tokenizer import load_tokenizer
 from megatron_cocoa.data.toy_model import ToyModelSizes, train_tokenizer, write_model_folder
@@ -102,7 +102,7 @@ def pack(model_folder, data_folder, config):
         data_folder,
         model_path=model_folder,
         bundle=bundle,
-        vision=VisionGeometry.from_model_folder(model_folder),
+        vision=read_architecture(model_folder).vision,
         max_length=256,
         image_size=56,
     )

@@ -42,8 +42,8 @@ def test_positions_are_hugging_faces(grids):
     layout = build_layout(grids, VISION)
     wanted = vision_utils.get_vision_position_ids(torch.tensor(grids), VISION.spatial_merge_size).numpy()
     assert np.array_equal(layout.positions, wanted[layout.patch_order])
-    units = layout.patch_order.reshape(-1, VISION.merge_unit)
-    assert np.array_equal(units[:, 0] // VISION.merge_unit, layout.unit_order)
+    units = layout.patch_order.reshape(-1, VISION.patches_per_unit)
+    assert np.array_equal(units[:, 0] // VISION.patches_per_unit, layout.unit_order)
 
 
 @given(grids=GRIDS)
