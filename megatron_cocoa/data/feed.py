@@ -11,7 +11,7 @@ import gc
 import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import count
 
@@ -78,14 +78,28 @@ def packs_from(planner: StepPlanner, start: int, *, num_workers: int) -> Iterato
 def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) -> Iterator[Made]:
     # Forked workers share the rows, which may be gigabytes, and the caches of tokens.
     shared = dict(batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork", worker_init_fn=_begin_worker)
-    plans = DataLoader(_Plans(planner), sampler=steps, num_workers=1, **shared)
-    packs = DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared)
-    with lost_workers_explained():
+    plans = _made_by(DataLoader(_Plans(planner), sampler=steps, num_workers=1, **shared))
+    packs = _made_by(DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared))
+    with lost_workers_explained(), closing(plans), closing(packs):
         for made in packs:
             if isinstance(made, _Failure):
                 raise ValueError(made.message)
             plan, batch, counts = made
             yield plan, _arrays_as_tensors(batch), counts
+
+
+def _made_by(workers: DataLoader) -> Iterator:
+    """What they make. They end with this generator."""
+    iterator = iter(workers)
+    try:
+        yield from iterator
+    except (ConnectionError, EOFError) as error:
+        # A worker itself hands over the memory of its tensors, and torch may not have heard of its death yet.
+        raise RuntimeError(f"DataLoader worker hung up: {error!r}") from error
+    finally:
+        # The iterator's own end, which an error whose traceback holds it puts off, may come too late: the end of the
+        # process sends them a signal that they are deaf to, and waits for them.
+        iterator._shutdown_workers()
 
 
 @contextmanager
@@ -101,7 +115,9 @@ def lost_workers_explained() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         found = str(error).strip().rstrip(".")
-        # Its traceback would keep torch's iterators, and so the other workers, beyond the end of the rank's threads.
+        # It may hold an iterator that ``_made_by`` never got, and from Python 3.12 on contextlib makes a cycle of the
+        # two. The collector may never come, or close the queue by which workers are asked to end before it asks them.
+        error.__traceback__ = None
         raise ValueError(
             f"a process that reads data on host {socket.gethostname()} was lost: {found}. The kernel ends one where a "
             f"host runs out of memory: give it more, or set data.num_workers lower, and go on from the last checkpoint"
@@ -141,7 +157,7 @@ def _arrays_as_tensors(batch: PackedBatch) -> PackedBatch:
     )
 
 
-def _each(plans: DataLoader) -> Iterator[PackPlan | _Failure]:
+def _each(plans: Iterator[list[PackPlan] | _Failure]) -> Iterator[PackPlan | _Failure]:
     for planned in plans:
         if isinstance(planned, _Failure):
             yield planned

@@ -188,9 +188,9 @@ class StageLoader:
 
     def close(self) -> None:
         """End the worker processes, if there are any. Safe to call twice."""
-        # The generator holds the last references to torch's iterators, whose end stops the workers.
         packs, self._packs = self._packs, None
         if packs is not None:
+            # The workers end with the generator.
             packs.close()
 
     def _step_shape(self, settings: TrainSettings, rank: int, num_ranks: int, packs_multiple_of: int) -> StepShape:

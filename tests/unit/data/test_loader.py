@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import STAGES, DataSettings, SourceSettings
-from megatron_cocoa.data.feed import lost_workers_explained
+from megatron_cocoa.data.feed import lost_workers_explained, packs_from
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.order import SampleOrder
 from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples
@@ -291,21 +294,54 @@ def test_errors_of_the_worker_processes_surface(make, settings, data_folder, tmp
     loader.close()
 
 
-def test_a_worker_that_was_killed_is_an_error_that_says_what_to_change(make, settings):
-    """Claim: wherever torch reports the death, it ends in one message for users, and no other worker stays."""
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_worker_that_was_killed_is_an_error_that_says_what_to_change(make, settings, which):
+    """Claim: wherever torch reports the death, it ends in one message for users, and no other worker stays.
+
+    Neither where the error is kept, whose traceback holds what has to do with the workers.
+    """
     loader = make("warmup", changed=replace(settings, data=replace(settings.data, num_workers=1)))
     before = set(multiprocessing.active_children())
     loader.next_step()
-    started = [process for process in multiprocessing.active_children() if process not in before]
-    with pytest.raises(ValueError, match="reads data on host .* was lost: DataLoader worker .*data.num_workers lower"):
+    started = sorted(set(multiprocessing.active_children()) - before, key=lambda process: process._identity)
+    message = "reads data on host .* was lost: DataLoader worker .*data.num_workers lower"
+    with pytest.raises(ValueError, match=message) as lost:
         with lost_workers_explained():
-            started[0].kill()
+            started[which].kill()
             for _ in range(NUM_PICTURES):
                 loader.next_step()
     loader.close()
     for process in started:
         process.join(30)
-    assert not any(process.is_alive() for process in started)
+    assert not any(process.is_alive() for process in started), lost.value
+
+
+def hang_up():
+    raise ConnectionResetError("by peer")
+
+
+class HangsUp:
+    """Fails where it arrives, as a tensor does whose worker has died since it sent it."""
+
+    def __reduce__(self):
+        return hang_up, ()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [lambda step: os.kill(os.getpid(), signal.SIGKILL), lambda step: [HangsUp()]],
+    ids=["killed", "hangs up"],
+)
+def test_a_worker_that_is_lost_at_once_leaves_no_other_either(plan):
+    """Claim: the others also end where the stream has not begun, so that nobody can close it."""
+    before = set(multiprocessing.active_children())
+    planner = SimpleNamespace(shape=SimpleNamespace(global_batch_size=1), plan=plan)
+    with pytest.raises(ValueError, match="was lost: DataLoader worker"):
+        next(packs_from(planner, 0, num_workers=1))
+    others = set(multiprocessing.active_children()) - before
+    for process in others:
+        process.join(30)
+    assert not any(process.is_alive() for process in others)
 
 
 def test_too_many_broken_pictures_end_the_run(make, settings, broken_folder):
