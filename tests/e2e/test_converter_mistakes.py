@@ -115,7 +115,10 @@ BAD_CHECKPOINTS = {
         lambda f: (f / CHECKPOINT_FILE).write_bytes(bytes((f / CHECKPOINT_FILE).stat().st_size)),
         "cannot be read as a tensor",
     ),
-    "pickle for metadata": (lambda f: (f / ".metadata").write_bytes(pickle.dumps(Explosive())), "it names io.open"),
+    "pickle for metadata": (
+        lambda f: (f / ".metadata").write_bytes(pickle.dumps(Explosive())),
+        f"it names {open.__module__}.open",  # io, and from Python 3.12 on _io
+    ),
     "other pickle for metadata": (lambda f: (f / ".metadata").write_bytes(pickle.dumps([1])), "holds list"),
     "no metadata": (lambda f: (f / ".metadata").unlink(), "incomplete or no torch_dist checkpoint"),
 }

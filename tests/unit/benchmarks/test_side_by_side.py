@@ -57,6 +57,7 @@ def test_peak_counts_what_is_freed_again_and_not_what_stays():
 
 def test_versions_and_hardware_say_where_a_number_comes_from():
     """Claim: the line names torch's version, the cores and the threads."""
-    assert side_by_side.versions()["torch"] == torch.__version__
+    # PyPI's packages of torch say to Python only which CUDA they are built for.
+    assert side_by_side.versions()["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     found = side_by_side.hardware()
     assert found["cores"] >= 1 and found["threads"] == torch.get_num_threads() and found["processor"]
