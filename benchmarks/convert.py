@@ -8,7 +8,7 @@ before and once after the conversion, and the mean counts; the converters run as
 own whose start is part of the time. Before each run the files that it reads are dropped from the page cache. Memory is
 the largest resident size of the process and its children. With --verify the round trip is followed by the tool's own
 comparison of the two models (--verify-only), with weights that a model can compute with; at the 3B shape that takes
-17 GiB.
+less than 9.6 GiB.
 """
 
 from __future__ import annotations

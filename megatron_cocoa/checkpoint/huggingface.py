@@ -12,12 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
 from torch import Tensor
 
 from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.mapping import NameTable, flat_spelling
 from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX
-from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile
+from megatron_cocoa.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 SINGLE_FILE = "model.safetensors"
@@ -83,6 +84,11 @@ class HuggingFaceReader:
         """Safetensors' word for the dtype on disk, such as ``BF16``, without reading the tensor."""
         file, spelled = self._locate(name)
         return self._open(file).dtype(spelled)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of all tensors on disk, without reading them."""
+        return {DTYPES[self.dtype(name)] for name in self.keys()}
 
     def read(self, mapping: Mapping) -> Tensor:
         """The unsharded Megatron tensor of ``mapping``."""

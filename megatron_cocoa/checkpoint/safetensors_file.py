@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -83,7 +83,7 @@ class SafetensorsFile:
             self._read_into(memoryview(data.numpy()), self._start + entry.begin)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} in {self.path} cannot be read: {error}") from error
-        return data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def _read_into(self, buffer: memoryview, position: int) -> None:
         done = 0
@@ -122,11 +122,11 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _parse(name: str, value: dict) -> _Entry:
     shape, (begin, end) = value["shape"], value["data_offsets"]
-    if value["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} has dtype {value['dtype']}, needed one of {', '.join(_DTYPES)}")
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has dtype {value['dtype']}, needed one of {', '.join(DTYPES)}")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has shape {shape} at bytes {begin} to {end}")
-    size = torch.Size(shape).numel() * _DTYPES[value["dtype"]].itemsize
+    size = torch.Size(shape).numel() * DTYPES[value["dtype"]].itemsize
     if end - begin != size:
         raise ValueError(f"{name} of shape {shape} takes {size} bytes, the header gives it {end - begin}")
     return _Entry(value["dtype"], tuple(shape), begin, end)

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,8 +50,8 @@ def add_verify_options(parser: argparse.ArgumentParser) -> None:
         "--verify",
         action="store_true",
         help="read both sides back and compare them bit for bit, then run both models in fp32 on text and pictures, "
-        "causal and bidirectional, one after the other: 4 bytes of memory a parameter and 3 GiB more, which is "
-        "checked first",
+        "causal and bidirectional, one after the other: the memory of the weights on disk, of their embeddings and one "
+        "layer in fp32, and 1 GiB more, which is checked first",
     )
     choice.add_argument(
         "--verify-only", action="store_true", help="write nothing: run that comparison on two folders that exist"
@@ -65,23 +66,19 @@ def check_verify_memory(args: argparse.Namespace, *, source: Literal["huggingfac
     """
     if not (args.verify or args.verify_only):
         return
-    from megatron_cocoa.conversion.memory import (
-        check_fp32_memory,
-        parameters_of_checkpoint,
-        parameters_of_huggingface,
-    )
+    from megatron_cocoa.conversion.memory import check_fp32_memory, size_of_checkpoint, size_of_huggingface
 
-    if source == "huggingface":
-        num_parameters = parameters_of_huggingface(args.hf_path)
-    else:
-        num_parameters = parameters_of_checkpoint(args.mcore_path)
+    readers = {"huggingface": (size_of_huggingface, args.hf_path), "megatron": (size_of_checkpoint, args.mcore_path)}
+    sizes = [read(path) for side, (read, path) in readers.items() if args.verify_only or side == source]
+    if args.verify and (cast := dtype_of(args.dtype)) is not None:
+        sizes.append(replace(sizes[0], itemsize=cast.itemsize))
     check_fp32_memory(
-        num_parameters,
+        sizes[0].num_parameters,
         what="--verify" if args.verify else "--verify-only",
         instead="convert without it, and compare with --verify-only where there is more memory"
         if args.verify
         else "run it where there is more memory",
-        also_on_host=True,
+        host_bytes=max(size.verify_bytes() for size in sizes),
     )
 
 

@@ -2,7 +2,7 @@
 
 Hugging Face's model derives positions and masks by itself and runs each input alone; ours packs all inputs into one
 sequence and is loaded through Megatron's own ``dist_checkpointing`` (in this project's dialect). The two are in memory
-one after the other.
+one after the other, their layers in the dtype on disk (see ``fp32_layers``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
+from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.live import fill_parameters
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import ModelSettings, TrainSettings
+from megatron_cocoa.conversion.fp32_layers import held_dtype, run_in_fp32
 from megatron_cocoa.conversion.hf_to_mcore import read_architecture
 from megatron_cocoa.conversion.load_in_place import load_in_place
 from megatron_cocoa.conversion.probe_inputs import Probe, make_probes, pack
@@ -86,8 +88,9 @@ def compare_forward(
 ) -> list[Agreement]:
     """Run both models on text and pictures, causal and bidirectional.
 
-    Takes the memory of one fp32 model at a time: at the 3B's 3.755 B parameters 16.7 GiB were resident. Starts a
-    process group of one rank where none is running.
+    Takes the memory of one model in the dtype on disk at a time, and of the embeddings and one layer in fp32 (on a
+    GPU, where ours runs if there is one, of a whole fp32 model). Starts a process group of one rank where none is
+    running.
 
     Args:
         huggingface: model folder.
@@ -109,11 +112,14 @@ def _run_huggingface(
     folder: Path, architecture: QwenVLArchitecture, probes: list[Probe], round_to: torch.dtype | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Hidden states and logits of all inputs by mask. On the CPU, whose fp32 is fp32 in every kernel."""
+    with HuggingFaceReader(folder) as reader:
+        held = held_dtype(reader.dtypes)
+    # In the dtype on disk the parameters are the files themselves, mapped into memory: a cast would add to them.
     model = getattr(transformers, _CLASSES[architecture.model_type]).from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        folder, dtype=held, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
     )
     model.eval()
-    _round(model, round_to)
+    run_in_fp32(model, [*model.model.visual.blocks, *model.model.language_model.layers], round_to=round_to)
     results = {}
     for name, kind in _KINDS.items():
         model.model.language_model.config.is_causal = kind is MaskKind.CAUSAL
@@ -129,11 +135,6 @@ def _huggingface_hidden(model: torch.nn.Module, probe: Probe) -> Tensor:
     return model.model(**inputs, use_cache=False).last_hidden_state[0]
 
 
-def _round(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
-    for parameter in model.parameters() if dtype is not None else ():
-        parameter.copy_(parameter.to(dtype))
-
-
 def _run_megatron(
     folder: Path,
     architecture: QwenVLArchitecture,
@@ -146,15 +147,20 @@ def _run_megatron(
     )
     topology.initialize_alone()
     model = build_model(architecture, settings, with_image_decoder=False)
+    chunk = model.bare_chunks[0]
+    layers = [*chunk.vision_model.decoder.layers, *chunk.language_model.decoder.layers]
     with TorchDistReader(folder) as reader:
         tensors = StackedTensors(reader)
+        held = held_dtype(tensors.dtypes)
+        for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+            # What is let go here was never written to: on a CPU it has taken no memory.
+            parameter.data = torch.empty_like(parameter, dtype=held)
         if tensors.dialect == "sharded":
             load_in_place(folder, model.bare_chunks)
         else:
             _fill_from_dialect(model, tensors, settings.model.make_vocab_size_divisible_by)
     model.train(False)
-    chunk = model.bare_chunks[0]
-    _round(chunk, round_to)
+    run_in_fp32(chunk, layers, round_to=round_to)
     results = {}
     for name, kind in _KINDS.items():
         hidden = chunk(pack(probes, kind).to(device.device()), return_hidden_states=True).hidden_states

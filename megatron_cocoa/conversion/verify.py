@@ -20,7 +20,6 @@ from megatron_cocoa.conversion.forward import compare_forward
 from megatron_cocoa.conversion.mcore_to_hf import table_of
 
 _SHOWN = 20
-_PRECISION = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def verify(huggingface: str | Path, megatron: str | Path, *, source: Literal["huggingface", "megatron"]) -> bool:
@@ -52,6 +51,6 @@ def verify(huggingface: str | Path, megatron: str | Path, *, source: Literal["hu
 def _cast_to(huggingface: str | Path, stored: set[torch.dtype], source: str) -> torch.dtype | None:
     """The dtype of the side that was made from the other, where the other's is another one."""
     with HuggingFaceReader(huggingface) as reader:
-        on_disk = {_PRECISION.get(reader.dtype(name)) for name in reader.keys()}
+        on_disk = reader.dtypes
     made, origin = (stored, on_disk) if source == "huggingface" else (on_disk, stored)
     return next(iter(made)) if len(made) == 1 and made != origin else None

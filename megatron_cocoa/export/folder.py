@@ -16,7 +16,7 @@ from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_architecture
 from megatron_cocoa.conversion.mcore_to_hf import NO_TOKENIZER, convert_mcore_to_hf
-from megatron_cocoa.conversion.memory import check_fp32_memory, parameters_of_checkpoint
+from megatron_cocoa.conversion.memory import check_fp32_memory, size_of_checkpoint
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
 from megatron_cocoa.data.preprocess import check_image_size, processor_file
 from megatron_cocoa.export.check_golden import with_megatron_cocoa
@@ -76,10 +76,9 @@ def export_embedder(
         check_target(target, origin, marker="config.json", kind="model folder", overwrite=overwrite)
     if options.golden and not missing:
         check_fp32_memory(
-            parameters_of_checkpoint(source),
+            size_of_checkpoint(source).num_parameters,
             what=GOLDEN_FILE,
             instead="leave it out with --no-golden, or export where there is more memory",
-            also_on_host=False,
         )
     with new_folder(target) as work:
         # Readers refuse a folder under its incomplete name, so the model is made one level below it.

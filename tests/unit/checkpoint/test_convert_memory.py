@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
@@ -35,26 +37,58 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def little(monkeypatch, folders) -> int:
-    """Free memory that is one byte short; returns the model's parameters."""
-    found = memory.parameters_of_huggingface(folders[0])
-    monkeypatch.setattr(memory, "available_bytes", lambda: memory.fp32_bytes(found) - 1)
+    """Free memory that is one byte short of what --verify needs."""
+    found = memory.size_of_huggingface(folders[0]).verify_bytes() - 1
+    monkeypatch.setattr(memory, "available_bytes", lambda: found)
     return found
 
 
 def test_both_sides_count_the_same_parameters(folders):
-    """Claim: the headers of either folder give the number of values; only the vocabulary's padding differs."""
+    """Claim: the headers of either folder give the number of values, in and outside of layers; only the vocabulary's
+    padding differs."""
     text = AutoConfig.from_pretrained(folders[0]).text_config
     with TorchDistReader(folders[1]) as reader:
         rows = reader.shape("language_model.output_layer.weight")[0]
     padding = 2 * (rows - text.vocab_size) * text.hidden_size
-    found = memory.parameters_of_huggingface(folders[0])
-    assert memory.parameters_of_checkpoint(folders[1]) == found + padding
+    found = memory.size_of_huggingface(folders[0])
+    assert found.in_layers > found.largest_layer > 0
+    assert memory.size_of_checkpoint(folders[1]) == replace(found, outside=found.outside + padding)
 
 
 def test_the_needed_memory_is_that_which_was_measured():
-    """Claim: --verify of the 3B took 16.7 GiB at least, a tiny model is asked for little more than its weights."""
+    """Claim: an FP32 model of the 3B's size took 16.7 GiB; a tiny model is asked for little more than its weights."""
     assert 16.7 * 2**30 < memory.fp32_bytes(3_754_622_976) < 17.5 * 2**30
     assert memory.fp32_bytes(1000) == 5000
+
+
+def test_verify_needs_the_bytes_on_disk_and_what_it_casts():
+    """Claim: --verify of BF16 needs two bytes a parameter, four more for each outside of layers and of the largest
+    layer, and a share for its work; of one gibibyte at most, which is more than was measured."""
+    size = memory.ModelSize(in_layers=600, outside=300, largest_layer=100, itemsize=2)
+    assert size.num_parameters == 900 and size.verify_bytes() == (2 * 900 + 4 * 400) * 5 // 4
+    large = memory.ModelSize(in_layers=70 * 10**9, outside=2 * 10**9, largest_layer=10**9, itemsize=2)
+    assert large.verify_bytes() == 144 * 10**9 + 12 * 10**9 + 2**30
+
+
+@pytest.mark.parametrize("options, factor", [(("--dtype", "fp32"), 4), (("--dtype", "bf16"), 2), ((), 2)])
+def test_the_wider_side_counts(tmp_path, monkeypatch, capsys, options, factor):
+    """Claim: where one side has FP32 weights, --verify asks for four bytes a parameter, else for two; --verify-only
+    finds that on disk."""
+    source = write_model(tmp_path / "hf", tied=False, dtype=torch.bfloat16)
+    size = memory.size_of_huggingface(source)
+    assert size.itemsize == 2
+    needed = replace(size, itemsize=factor).verify_bytes()
+    into, mcore = tool("convert_hf_to_mcore"), tmp_path / "mcore"
+    arguments = ["--hf-path", str(source), "--mcore-path", str(mcore), *options]
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
+    assert into.main([*arguments, "--verify"]) == 2 and not mcore.exists()
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed)
+    assert into.main([*arguments, "--verify"]) == 0
+    needed = max(needed, memory.size_of_checkpoint(mcore).verify_bytes())
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
+    assert into.main([*arguments, "--verify-only"]) == 2
+    monkeypatch.setattr(memory, "available_bytes", lambda: needed)
+    assert into.main([*arguments, "--verify-only"]) == 0
 
 
 def test_verify_that_does_not_fit_writes_nothing(folders, tmp_path, little, capsys):
@@ -78,8 +112,8 @@ def test_a_gpu_counts_where_the_model_runs_on_it(monkeypatch):
     monkeypatch.setattr(memory.device_memory, "free_gpu_memory_bytes", lambda: 10**6)
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     asked = dict(what="it", instead="wait")
-    memory.check_fp32_memory(10**5, **asked, also_on_host=False)
+    memory.check_fp32_memory(10**5, **asked)
     with pytest.raises(ValueError, match="are free on this host"):
-        memory.check_fp32_memory(10**5, **asked, also_on_host=True)
+        memory.check_fp32_memory(10**5, **asked, host_bytes=1)
     with pytest.raises(ValueError, match="are free on the GPU .CUDA_VISIBLE_DEVICES= hides it"):
-        memory.check_fp32_memory(10**6, **asked, also_on_host=False)
+        memory.check_fp32_memory(10**6, **asked)

@@ -199,7 +199,7 @@ def test_vectors_of_another_picture_size_are_not_mixed(run, tmp_path):
 
 def test_golden_vectors_that_do_not_fit_are_told_first(run, tmp_path, monkeypatch):
     """Claim: where memory is one byte short an export names --no-golden before it writes anything, and does without."""
-    needed = memory.fp32_bytes(memory.parameters_of_checkpoint(run))
+    needed = memory.fp32_bytes(memory.size_of_checkpoint(run).num_parameters)
     monkeypatch.setattr(memory, "available_bytes", lambda: needed - 1)
     with pytest.raises(ValueError, match="golden.json runs a model of .*leave it out with --no-golden"):
         export_embedder(run, tmp_path / "out")
