@@ -70,6 +70,7 @@ def convert(args: argparse.Namespace) -> bool:
 
 
 def _import(args: argparse.Namespace, dtype):
+    from megatron_cocoa.conversion.command import ProgressLines
     from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 
     return convert_hf_to_mcore(
@@ -81,6 +82,7 @@ def _import(args: argparse.Namespace, dtype):
         bridge_token=args.bridge_token,
         vision_ffn_multiple=args.vision_ffn_multiple,
         dialect=args.dialect,
+        progress=ProgressLines("converted"),
     )
 
 

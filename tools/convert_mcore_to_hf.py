@@ -114,7 +114,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> bool:
     # Imported late: --help and a mistyped option must not wait for torch.
     from megatron_cocoa.checkpoint.store import refuse_folder_around
-    from megatron_cocoa.conversion.command import check_verify_memory, dtype_of, report_export, verified
+    from megatron_cocoa.conversion.command import (
+        ProgressLines,
+        check_verify_memory,
+        dtype_of,
+        report_export,
+        verified,
+    )
 
     refuse_folder_around(args.mcore_path)
     check_verify_memory(args, source="megatron")
@@ -127,6 +133,7 @@ def convert(args: argparse.Namespace) -> bool:
             overwrite=args.overwrite,
             with_cocoa_tensors=args.with_cocoa_tensors,
             dialect=args.dialect,
+            progress=ProgressLines("converted"),
         )
         report_export(_export(args, conversion))
     return verified(args, source="megatron")

@@ -11,6 +11,7 @@ import torch
 from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
 from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.progress import Progress, counted
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 
@@ -29,7 +30,12 @@ class BitComparison:
 
 
 def compare_weights(
-    huggingface: str | Path, megatron: str | Path, table: NameTable, *, source: Literal["huggingface", "megatron"]
+    huggingface: str | Path,
+    megatron: str | Path,
+    table: NameTable,
+    *,
+    source: Literal["huggingface", "megatron"],
+    progress: Progress | None = None,
 ) -> BitComparison:
     """Compare all tensors of the two, one at a time.
 
@@ -38,6 +44,7 @@ def compare_weights(
         megatron: distributed checkpoint.
         table: name table with the checkpoint's padding.
         source: the side that the other was made from; where dtypes differ, it is cast to the other's.
+        progress: is told how many of the Megatron tensors are compared.
 
     Raises:
         ValueError: if either side cannot be read or lacks a tensor.
@@ -46,7 +53,7 @@ def compare_weights(
     with HuggingFaceReader(huggingface) as reader, TorchDistReader(megatron) as checkpoint:
         check_coverage(reader, table)
         tensors = StackedTensors(checkpoint)
-        for mapping in table:
+        for mapping in counted(table, progress):
             if mapping.megatron_name not in tensors.names:
                 raise ValueError(f"{megatron} holds no tensor {mapping.megatron_name}")
             for name, ours in zip(mapping.hf_names, mapping.split(tensors(mapping.megatron_name))):

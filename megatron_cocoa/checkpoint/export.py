@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from megatron_cocoa.checkpoint.huggingface import INDEX_FILE, SINGLE_FILE
 from megatron_cocoa.checkpoint.layouts import VocabularyRows
 from megatron_cocoa.checkpoint.mapping import NameTable, nested_spelling
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
+from megatron_cocoa.checkpoint.progress import Progress, counted
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
@@ -62,6 +64,7 @@ def export_huggingface(
     overwrite: bool = False,
     keep: str | Path | None = None,
     write_own: Callable[[Path], str] | None = None,
+    progress: Progress | None = None,
 ) -> ExportReport:
     """Write the model as a Hugging Face folder; one Megatron tensor is in memory at a time.
 
@@ -79,6 +82,7 @@ def export_huggingface(
         keep: folder that the tensors come from, if it is not ``source``: it is never overwritten either.
         write_own: writes what has no place in a Hugging Face model into a file of its own, in the folder that it is
             given, and returns a line about it; None leaves it out.
+        progress: is told how many of the Megatron tensors are written.
 
     Raises:
         ValueError: if the target exists and ``overwrite`` is off or it is not a model folder, the source has no
@@ -97,11 +101,12 @@ def export_huggingface(
     weight_map: dict[str, str] = {}
     files, num_bytes, beside = [], 0, ()
     room = dtype.itemsize * sum(torch.Size(shape).numel() for shape in table.hf_shapes.values()) if dtype else 0
+    steps = counted(itertools.chain.from_iterable(shards), progress)
     with new_folder(target, num_bytes=room) as work:
         for number, mappings in enumerate(shards, start=1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             shapes = {spell(n): s for m in mappings for n, s in zip(m.hf_names, m.hf_shapes)}
-            num_bytes += write_safetensors(work / file, writer.parts(mappings), shapes)
+            num_bytes += write_safetensors(work / file, writer.parts(itertools.islice(steps, len(mappings))), shapes)
             files.append(file)
             weight_map.update(dict.fromkeys(shapes, file))
         if len(shards) > 1:

@@ -14,6 +14,7 @@ from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_cover
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, OwnTensors, own_tensors
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
+from megatron_cocoa.checkpoint.progress import Progress, counted
 from megatron_cocoa.checkpoint.stacked import StackedLayout
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
@@ -57,6 +58,7 @@ def import_huggingface(
     info: CheckpointInfo,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> ImportReport:
     """Write the model in ``source`` as a checkpoint that ``store.load_checkpoint`` loads at any layout.
 
@@ -69,6 +71,7 @@ def import_huggingface(
         info: goes into the checkpoint.
         dtype: cast to it; None keeps what is on disk.
         overwrite: replace an existing checkpoint at ``target``.
+        progress: is told how many of the Megatron tensors are written.
 
     Raises:
         ValueError: if the folder does not fit the table, its tensors have several dtypes (and ``dtype`` is None), the
@@ -87,7 +90,7 @@ def import_huggingface(
         shapes = {mapping.stacked_name: layout.shape(mapping) for mapping in table}
         room = (dtype or found).itemsize * sum(torch.Size(shape).numel() for shape in shapes.values())
         with new_folder(target, num_bytes=room) as work, TorchDistWriter(work) as writer:
-            for mapping in table:
+            for mapping in counted(table, progress):
                 tensor = reader.read(mapping)
                 if own is not None:
                     tensor = own.with_rows(mapping, tensor, limit=rows)

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -24,6 +25,7 @@ DTYPES = ("auto", "bf16", "fp32")
 DIALECT_NAMES = ("sharded", "megatron-bridge")
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
+REPORT_SECONDS = 30
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -88,7 +90,30 @@ def verified(args: argparse.Namespace, *, source: Literal["huggingface", "megatr
         return True
     from megatron_cocoa.conversion.verify import verify
 
-    return verify(args.hf_path, args.mcore_path, source=source)
+    return verify(args.hf_path, args.mcore_path, source=source, progress=ProgressLines("compared"))
+
+
+class ProgressLines:
+    """Prints how far a step has come, each time that ``REPORT_SECONDS`` have passed.
+
+    Args:
+        done: the word for it, such as ``converted``.
+    """
+
+    def __init__(self, done: str) -> None:
+        self.word = done
+        self.start = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= REPORT_SECONDS:
+            self.last, took = now, now - self.start
+            # A batch system's log is a file, where lines would wait for thousands more.
+            print(
+                f"{self.word}: {done} of {total} tensors after {took:.0f} s, about {took * (total / done - 1):.0f} s "
+                f"more",
+                flush=True,
+            )
 
 
 def run_command(action: Callable[[], bool], *, target: str) -> int:
@@ -105,6 +130,8 @@ def run_command(action: Callable[[], bool], *, target: str) -> int:
         # Other ranks have nothing to wait for: torchrun ends when the first one does.
         return 0
     _quiet_libraries()
+    # What a batch system sends when time is up must clean up as an interrupt does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.monotonic()
     try:
         from megatron_cocoa.checkpoint.placement import leftovers
@@ -119,7 +146,7 @@ def run_command(action: Callable[[], bool], *, target: str) -> int:
         hint = f": free space or choose another place than {target}" if full else ""
         return _fail(f"{error}{hint}")
     except KeyboardInterrupt:
-        return _fail("interrupted: nothing was written")
+        return _fail(f"interrupted: {target} is as it was, or whole if a line above says that it was written")
     print(f"{'done' if passed else 'FAILED: the two models differ'} after {time.monotonic() - start:.1f} s")
     return 0 if passed else EXIT_DIFFERENT
 
@@ -140,7 +167,8 @@ def report_import(report: ImportReport) -> None:
     """Print what an import wrote and what it ignored."""
     print(
         f"{report.path}: {report.num_hf_tensors} Hugging Face tensors in {report.num_tensors} Megatron tensors, "
-        f"{report.num_bytes / 1e9:.3f} GB"
+        f"{report.num_bytes / 1e9:.3f} GB",
+        flush=True,
     )
     for name, reason in report.ignored.items():
         print(f"ignored {name}: {reason}")
@@ -151,7 +179,7 @@ def report_import(report: ImportReport) -> None:
 def report_export(report: ExportReport) -> None:
     """Print what an export wrote and what it left out."""
     size = f"{report.num_bytes / 1e9:.3f} GB"
-    print(f"{report.path}: {report.num_tensors} tensors in {len(report.files)} file(s), {size}")
+    print(f"{report.path}: {report.num_tensors} tensors in {len(report.files)} file(s), {size}", flush=True)
     for line in report.beside:
         print(f"beside it: {line}")
     for line in report.left_out:

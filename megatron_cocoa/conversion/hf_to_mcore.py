@@ -14,6 +14,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.huggingface import refuse_adapters
 from megatron_cocoa.checkpoint.import_hf import ImportReport, import_huggingface
 from megatron_cocoa.checkpoint.mapping import NameTable
+from megatron_cocoa.checkpoint.progress import Progress
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo
 from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.data.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ def convert_hf_to_mcore(
     bridge_token: str = "<|im_end|>",
     vision_ffn_multiple: int = 1,
     dialect: str = "sharded",
+    progress: Progress | None = None,
 ) -> ImportReport:
     """Write ``source`` as a distributed checkpoint of stage ``import``; no weight is changed.
 
@@ -45,6 +47,7 @@ def convert_hf_to_mcore(
         mask_token, bridge_token: as in training; their ids are noted in the checkpoint.
         vision_ffn_multiple: the setting ``model.vision_ffn_multiple`` of the run that will load the checkpoint.
         dialect: whose tensor names; one of ``mapping.DIALECTS``.
+        progress: see ``import_huggingface``.
 
     Raises:
         ValueError: for anything that does not fit, before or while writing; nothing is left at the target then.
@@ -61,7 +64,7 @@ def convert_hf_to_mcore(
         hf_config=content,
         **asdict(form_of_config(content)),
     )
-    return import_huggingface(source, table, target, info=info, dtype=dtype, overwrite=overwrite)
+    return import_huggingface(source, table, target, info=info, dtype=dtype, overwrite=overwrite, progress=progress)
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:

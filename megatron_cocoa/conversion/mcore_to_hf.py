@@ -12,6 +12,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport, export_huggingface
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, write_own_tensors
+from megatron_cocoa.checkpoint.progress import Progress
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
@@ -35,6 +36,7 @@ def convert_mcore_to_hf(
     overwrite: bool = False,
     with_cocoa_tensors: bool = False,
     dialect: str = "auto",
+    progress: Progress | None = None,
 ) -> ExportReport:
     """Write a checkpoint as a Hugging Face folder: the weights, and the configuration as it is.
 
@@ -44,7 +46,7 @@ def convert_mcore_to_hf(
         companions: Hugging Face folder whose configuration, tokenizer and processor files go along; None takes
             those that an imported checkpoint carries, or the run's settings name, else the configuration alone.
         dtype: cast to it; None keeps the checkpoint's.
-        spelling, max_shard_bytes, overwrite: see ``export_huggingface``.
+        spelling, max_shard_bytes, overwrite, progress: see ``export_huggingface``.
         with_cocoa_tensors: write image decoder and mask token's row into ``cocoa.safetensors`` too.
         dialect: one of ``mapping.DIALECTS``, if the checkpoint must be in that one; ``auto`` takes either.
 
@@ -71,6 +73,7 @@ def convert_mcore_to_hf(
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             keep=source,
+            progress=progress,
             write_own=(lambda work: write_own_tensors(work, tensors, table, info, dtype=dtype))
             if with_cocoa_tensors
             else None,

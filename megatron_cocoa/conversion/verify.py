@@ -14,6 +14,7 @@ import torch
 
 from megatron_cocoa.checkpoint.comparison import compare_weights
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.progress import Progress
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.forward import compare_forward
@@ -22,13 +23,20 @@ from megatron_cocoa.conversion.mcore_to_hf import table_of
 _SHOWN = 20
 
 
-def verify(huggingface: str | Path, megatron: str | Path, *, source: Literal["huggingface", "megatron"]) -> bool:
+def verify(
+    huggingface: str | Path,
+    megatron: str | Path,
+    *,
+    source: Literal["huggingface", "megatron"],
+    progress: Progress | None = None,
+) -> bool:
     """Run both checks, print what they found, and tell whether both passed.
 
     Args:
         huggingface: model folder.
         megatron: distributed checkpoint.
         source: which of the two the other was made from.
+        progress: see ``compare_weights``.
 
     Raises:
         ValueError: if one of the two cannot be read.
@@ -37,8 +45,11 @@ def verify(huggingface: str | Path, megatron: str | Path, *, source: Literal["hu
         tensors = StackedTensors(reader)
         table = table_of(Path(megatron), tensors, Path(huggingface))
         multiple, stored = tensors.vision_ffn_multiple, tensors.dtypes
-    weights = compare_weights(huggingface, megatron, table, source=source)
-    print(f"{weights.num_tensors - len(weights.different)} of {weights.num_tensors} tensors are equal bit for bit")
+    weights = compare_weights(huggingface, megatron, table, source=source, progress=progress)
+    print(
+        f"{weights.num_tensors - len(weights.different)} of {weights.num_tensors} tensors are equal bit for bit",
+        flush=True,
+    )
     for line in weights.different[:_SHOWN]:
         print(f"  different: {line}")
     round_to = _cast_to(huggingface, stored, source)

@@ -7,7 +7,9 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_cocoa.conversion import command
+from megatron_cocoa.conversion import verify as verification
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
-from tests.e2e.converter_tools import EXPORT, IMPORT, python, torchrun
+from tests.e2e.converter_tools import EXPORT, IMPORT, python, run, torchrun
 from tests.e2e.processes import full_disk_after
 from tests.huggingface_folders import write_model
 from tests.unit.rewritten import rewrite_checkpoint
@@ -239,3 +243,37 @@ def test_a_disk_that_fills_up_ends_in_one_message(sides, tmp_path):
         done = python(tool, *arguments, preexec_fn=full_disk_after(200_000))
         assert done.returncode == 2 and "free space or choose another place" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_long_step_says_how_far_it_is(sides, tmp_path, monkeypatch, capsys):
+    """Claim: both tools and --verify say how many tensors are done, whenever the time for a line has come."""
+    hf, mcore = sides
+    monkeypatch.setattr(command, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(verification, "compare_forward", lambda *_, **__: [])
+    assert load_tool(IMPORT).main(["--hf-path", str(hf), "--mcore-path", str(tmp_path / "mcore"), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert load_tool(EXPORT).main(["--hf-path", str(tmp_path / "hf"), "--mcore-path", str(mcore)]) == 0
+    for text, word in ((said, "converted"), (said, "compared"), (capsys.readouterr().out, "converted")):
+        found = [tuple(map(int, pair)) for pair in re.findall(rf"{word}: (\d+) of (\d+) tensors after", text)]
+        # An export is at its end when the last tensor is done.
+        assert found == [(done, found[0][1]) for done in range(1, len(found) + 1)]
+        assert found[0][1] - 1 <= len(found) <= found[0][1] and found[0][1] > 50
+
+
+TERMINATED = """
+import os, runpy, signal, sys
+from megatron_cocoa.conversion import command
+command.ProgressLines.__call__ = lambda self, done, total: done == 3 and os.kill(os.getpid(), signal.SIGTERM)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", [IMPORT, EXPORT], ids=lambda script: script.stem)
+def test_a_batch_system_that_ends_a_conversion_leaves_nothing(sides, tmp_path, script):
+    """Claim: SIGTERM in the middle of a conversion ends it as an interrupt does: status 2, and no half folder."""
+    names = ["--hf-path", "--mcore-path"]
+    source, place = (sides[0], names) if script is IMPORT else (sides[1], names[::-1])
+    arguments = [script, place[0], source, place[1], tmp_path / "new" / "target"]
+    done = run(sys.executable, "-c", f"import sys; sys.argv = sys.argv[1:]{TERMINATED}", *arguments)
+    assert done.returncode == 2 and "error: interrupted: " in done.stderr, done.stderr
+    assert list((tmp_path / "new").iterdir()) == []
