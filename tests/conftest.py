@@ -35,9 +35,13 @@ def checked(item: pytest.Item) -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rehearse", action="store_true", help="run tests of a GPU on a CPU, as far as they go there")
+    parser.addoption("--combinations", type=int, default=10, help="random combinations that the slow tests train")
+    parser.addoption("--combinations-seed", type=int, default=0, help="number of the first of them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Read by this process and by all ranks, which draw the same combinations.
+    os.environ["COMBINATIONS"] = " ".join(str(config.getoption(f"--combinations{what}")) for what in ("-seed", ""))
     if config.getoption("--rehearse"):
         # Read where Triton is imported, and torch imports it where it is installed.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron_cocoa.batch import PackedBatch
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import EMBEDDING, OUTPUT_LAYER, NameTable
 from megatron_cocoa.checkpoint.sharding import Sharding, shard
+from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.objectives import GlobalObjective, PairEmbeddings, build_objective
@@ -91,7 +93,9 @@ def pairs_of(output, batch: PackedBatch) -> PairEmbeddings:
     )
 
 
-def shard_of(table: NameTable, name: str, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def shard_of(
+    table: NameTable, name: str, whole: torch.Tensor, like: torch.Tensor, adapters: Sequence[Mapping] = ()
+) -> torch.Tensor:
     """This tensor-parallel rank's part of the whole Megatron tensor ``name``."""
     ranks = dict(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -101,24 +105,29 @@ def shard_of(table: NameTable, name: str, whole: torch.Tensor, like: torch.Tenso
         return whole
     if name.startswith("image_decoder.pixel_head."):
         return shard(whole, Sharding.COLUMN, **ranks)
-    mapping = table.megatron_to_hf(name.replace("image_decoder.", "language_model.", 1))
+    mapping = next((adapter for adapter in adapters if adapter.megatron_name == name), None)
+    mapping = mapping or table.megatron_to_hf(name.replace("image_decoder.", "language_model.", 1))
     if name == EMBEDDING:
         # Each layout pads the vocabulary to a multiple of its own; padded rows get no gradient.
         whole = F.pad(whole, (0, 0, 0, like.shape[0] * ranks["tp_size"] - whole.shape[0]))
     return mapping.shard(whole, **ranks)
 
 
-def worst_gradient(model: Model, table: NameTable, wanted: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest difference over the largest entry, of the worst parameter on this rank."""
+def worst_gradient(
+    model: Model, table: NameTable, wanted: dict[str, torch.Tensor], adapters: Sequence[Mapping] = ()
+) -> tuple[float, str]:
+    """Largest difference over the largest entry, of the worst parameter on this rank that trains."""
     # Gradients that cancel to nothing have no scale of their own: measure those by the largest of all.
     floor = 1e-6 * max(float(g.abs().max()) for g in wanted.values())
     worst, where = 0.0, ""
     for chunk in model.bare_chunks:
         for local_name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue
             name = global_name(chunk, local_name)
             # A tied last pipeline stage holds a copy of the embedding under this name.
             name = EMBEDDING if name == OUTPUT_LAYER and name not in wanted else name
-            shard = shard_of(table, name, wanted[name], parameter)
+            shard = shard_of(table, name, wanted[name], parameter, adapters)
             error = float((parameter.main_grad - shard).abs().max()) / max(float(wanted[name].abs().max()), floor)
             if not error <= worst:
                 worst, where = error, name

@@ -28,22 +28,26 @@ SECONDS_PER_CHECK = 200
 MOST_LAUNCHES = 6
 """After as many failures the rest is given up: something is wrong with all of it."""
 
+_shared = tempfile.TemporaryDirectory()
+"""See ``check.shared_folder``."""
+
 # More ranks than a machine has GPUs, and float32 bounds: these checks run on the CPU route everywhere. Taken once:
 # tests that change their environment run while ranks start. On that route nothing is compiled (model/compiled.py), but
 # Megatron's decorators would import torch's compiler: a second a rank.
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1", "SHARED_FOLDER": _shared.name}
 
-_results: dict[int, Future[dict[str, dict]]] = {}
+_results: dict[tuple[int, int], Future[dict[str, dict]]] = {}
 _processes: list[subprocess.Popen] = []
 _background = ThreadPoolExecutor(1, "ranks")
 
 
 def start(names: set[str]) -> None:
-    """Run the checks in the background, one world size after the other."""
+    """Run the checks, and those that they come after, in the background, one launch after the other."""
     checks = all_checks()
-    for world_size in sorted({check.world_size for name, check in checks.items() if name in names}):
-        selected = [n for n, check in checks.items() if n in names and check.world_size == world_size]
-        _results[world_size] = _background.submit(run_all, selected, world_size)
+    names = names.union(*(checks[name].after for name in names))
+    for launch in sorted({checks[name].launch for name in names}):
+        selected = [name for name, check in checks.items() if name in names and check.launch == launch]
+        _results[launch] = _background.submit(run_all, selected, launch[1])
 
 
 def stop() -> None:
@@ -60,12 +64,12 @@ def some_slow(names: Iterable[str], slow: set[str]) -> list:
 
 def result_of(request: pytest.FixtureRequest, name: str) -> dict:
     """What check ``name`` returned on rank 0; fails the test with the ranks' tracebacks if it failed."""
-    world_size = all_checks()[name].world_size
-    found = _results[world_size].result() if world_size in _results else {}
+    launch = all_checks()[name].launch
+    world_size, found = launch[1], _results[launch].result() if launch in _results else {}
     if name not in found:
         # A test may compare with a check that the session did not select.
         found |= _background.submit(run_all, [name], world_size).result()
-        _results[world_size] = _background.submit(lambda: found)
+        _results[launch] = _background.submit(lambda: found)
     result = found[name]
     if "error" in result:
         pytest.fail(f"{name} on {world_size} rank(s):\n{result['error']}", pytrace=False)

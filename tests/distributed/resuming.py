@@ -14,7 +14,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.config import AdapterSettings, CheckpointSettings, OptimizerSettings, ParallelSettings
+from megatron_cocoa.config import (
+    AdapterSettings,
+    CheckpointSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    TrainSettings,
+)
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.context import prepare_context
 from megatron_cocoa.recipes.initial_model import build_with_weights
@@ -70,7 +76,7 @@ def resume_at(
             stopped = _run(own, shared / f"{stage}-stopped", stage, parts, adapter, dtype, **checkpoint)
             found[stage] = {
                 "losses": [through["losses"], stopped["losses"]],
-                "weights_apart": _weights_apart(through["weights"], stopped["weights"]),
+                "weights_apart": weights_apart(through["weights"], stopped["weights"]),
                 "kept": stopped["kept"],
             }
     return found
@@ -82,9 +88,7 @@ def _run(
     """One stage in one or several processes' worth of calls; what it leaves behind."""
     kept: list[list[int]] = []
     for layout, resume_step, stop_after in parts:
-        parallel = ParallelSettings(**layout)
-        topology.set_layout(parallel, seed=0)
-        settings = tiny_settings(own, steps=STEPS, parallel=parallel, adapter=adapter)
+        settings = tiny_settings(own, steps=STEPS, parallel=ParallelSettings(**layout), adapter=adapter)
         settings = replace(
             settings,
             output_dir=str(output),
@@ -93,23 +97,31 @@ def _run(
             model=replace(settings.model, dtype=dtype),
             contrastive=replace(settings.contrastive, learnable_temperature=dtype == "bf16"),
         )
-        summary = run_stage(
-            prepare_context(settings),
-            stage,
-            checkpoint=None,
-            resume_step=resume_step,
-            stop=None if stop_after is None else _StopAfter(stop_after),
-        )
-        assert (summary.stopped is None) == (stop_after is None), summary
-        dist.barrier()
+        run_part(settings, stage, resume_step=resume_step, stop_after=stop_after)
         kept.append(complete_steps(output / stage / "checkpoints"))
     losses = [line["loss"] for line in read_metrics(output / stage)] if topology.is_first_rank() else []
     return {"losses": losses, "weights": output / stage / "checkpoint", "kept": kept}
 
 
-def _weights_apart(one: Path, other: Path) -> dict[str, float]:
+def run_part(
+    settings: TrainSettings, stage: str, *, resume_step: int | None = None, stop_after: int | None = None
+) -> None:
+    """One process's worth of a stage: from its start or a checkpoint, to its end or so many steps on."""
+    topology.set_layout(settings.parallel, seed=0)
+    summary = run_stage(
+        prepare_context(settings),
+        stage,
+        checkpoint=None,
+        resume_step=resume_step,
+        stop=None if stop_after is None else _StopAfter(stop_after),
+    )
+    assert (summary.stopped is None) == (stop_after is None), summary
+    dist.barrier()
+
+
+def weights_apart(one: Path, other: Path) -> dict[str, float | str]:
     """Largest difference between two checkpoints' weights, relative to each tensor's largest value; and how many."""
-    worst, compared = 0.0, 0
+    worst, worst_key, compared = 0.0, "", 0
     with TorchDistReader(one) as left, TorchDistReader(other) as right:
         keys = [key for key in left.keys() if not key.endswith("_extra_state")]
         assert set(keys) == {key for key in right.keys() if not key.endswith("_extra_state")}
@@ -118,9 +130,9 @@ def _weights_apart(one: Path, other: Path) -> dict[str, float]:
             # Vocabulary rows are padded to a multiple of the tensor parallel size.
             rows = min(a.shape[0], b.shape[0])
             apart = (a[:rows] - b[:rows]).abs().max() / a.abs().max().clamp_min(1e-3)
-            worst, compared = max(worst, float(apart)), compared + 1
+            (worst, worst_key), compared = max((worst, worst_key), (float(apart), key)), compared + 1
             assert torch.isfinite(apart)
-    return {"worst": worst, "compared": compared}
+    return {"worst": worst, "worst_key": worst_key, "compared": compared}
 
 
 def extra_state(first: dict, second: dict) -> dict:
