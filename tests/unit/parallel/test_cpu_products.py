@@ -1,0 +1,89 @@
+"""Products by oneDNN: the numbers of torch's own, in every form, and only on the processors that gain by it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_cocoa.parallel import cpu_products
+
+PRODUCTS = """
+import torch
+from torch.nn import functional as F
+from megatron_cocoa.parallel import cpu_products
+
+cpu_products.is_wanted = lambda: True
+cpu_products.install()
+cpu_products.install()
+torch.manual_seed(0)
+taken = []
+product = cpu_products._product
+cpu_products._product = lambda *args: taken.append(1) or product(*args)
+
+
+def check(compute, *inputs, calls):
+    # Outputs and gradients beside float64's; products of 512 to 1024 terms round by less than this.
+    taken.clear()
+    mine = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, wanted = compute(*mine), compute(*exact)
+    grad = torch.randn(out.shape)
+    out.backward(grad)
+    wanted.backward(grad.double())
+    assert len(taken) == calls, (len(taken), calls)
+    for found, other in zip([out, *(x.grad for x in mine)], [wanted, *(x.grad for x in exact)]):
+        torch.testing.assert_close(found.double(), other, rtol=1e-4, atol=2e-4)
+
+
+rows, weight, bias = torch.randn(600, 512), torch.randn(640, 512), torch.randn(640)
+check(lambda x, w: x @ w.t(), rows, weight, calls=3)
+check(F.linear, rows, weight, bias, calls=3)
+check(F.linear, rows.view(3, 200, 512), weight, calls=3)
+check(torch.addmm, torch.randn(600, 640), rows, weight.t(), calls=2)
+check(lambda b, x, w: torch.addmm(b, x, w.t(), beta=0.5, alpha=2), bias, rows, weight, calls=2)
+check(lambda x, w: x[:, 3:515] @ w[:, ::2].t(), torch.randn(600, 1024), torch.randn(640, 1024), calls=3)
+check(lambda x, w: x.expand(600, 512) @ w.t(), torch.randn(1, 512), weight, calls=3)
+check(lambda x, w: x @ w.t(), rows[:8], weight, calls=0)
+check(lambda x, w: x @ w.t(), rows[:0], weight, calls=0)
+taken.clear()
+assert (rows.bfloat16() @ weight.bfloat16().t()).dtype == torch.bfloat16 and not taken
+torch.backends.mkldnn.set_flags(False)
+check(F.linear, rows, weight, bias, calls=0)
+torch.backends.mkldnn.set_flags(True)
+for left, right in ((rows, weight), (rows, weight.t().double()), (rows[0], weight.t())):
+    for function in (torch.mm, lambda a, b: torch.addmm(bias, a, b)):
+        try:
+            function(left, right)
+        except RuntimeError:
+            continue
+        raise AssertionError("shapes or dtypes that do not fit were multiplied")
+print("done")
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_products_and_gradients_are_those_of_torch():
+    """Claim: whatever the strides, with and without a bias; what is small, in another dtype or switched off stays."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PRODUCTS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "vendor, capability, available, wanted",
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("GenuineIntel", "AVX512", True, False),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("AuthenticAMD", "AVX512", False, False),
+        (None, "AVX512", True, False),
+    ],
+)
+def test_only_processors_that_gain_are_chosen(vendor, capability, available, wanted, monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    if vendor is not None:
+        cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(cpu_products, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
+    assert cpu_products.is_wanted() is wanted
