@@ -94,6 +94,9 @@ def _made_by(workers: DataLoader) -> Iterator:
     try:
         yield from iterator
     except (ConnectionError, EOFError) as error:
+        # One that a worker itself came upon is told by torch, with the worker's traceback, and no worker is lost.
+        if str(error).startswith("Caught "):
+            raise
         # A worker itself hands over the memory of its tensors, and torch may not have heard of its death yet.
         raise RuntimeError(f"DataLoader worker hung up: {error!r}") from error
     finally:

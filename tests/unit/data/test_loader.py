@@ -344,6 +344,17 @@ def test_a_worker_that_is_lost_at_once_leaves_no_other_either(plan):
     assert not any(process.is_alive() for process in others)
 
 
+def test_an_error_in_a_worker_is_not_taken_for_its_loss():
+    """Claim: what a worker comes upon, such as a file that ends too soon, arrives as that, with its traceback."""
+
+    def plan(step):
+        raise EOFError("the file ends too soon")
+
+    planner = SimpleNamespace(shape=SimpleNamespace(global_batch_size=1), plan=plan)
+    with pytest.raises(EOFError, match="in plan\n(?s:.*)the file ends too soon"):
+        next(packs_from(planner, 0, num_workers=1))
+
+
 def test_too_many_broken_pictures_end_the_run(make, settings, broken_folder):
     for i in range(12, 18):
         (broken_folder / "images" / f"{i}.png").unlink()
