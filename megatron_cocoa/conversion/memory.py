@@ -13,6 +13,7 @@ import torch
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
 from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.conversion.fp32_layers import held_dtype
 from megatron_cocoa.parallel import device_memory
 from megatron_cocoa.parallel.host_memory import available_bytes
 
@@ -34,7 +35,7 @@ class ModelSize:
         in_layers: of both stacks together.
         outside: embeddings, output layer, merger.
         largest_layer: of one layer.
-        itemsize: bytes of a value on disk; the largest, where they differ.
+        itemsize: bytes of a value on disk, or as a comparison holds its layer: the largest, where they differ.
     """
 
     in_layers: int
@@ -49,7 +50,7 @@ class ModelSize:
         for name, values in num_values.items():
             layers[match[1] if (match := _LAYER.match(name)) else ""] += values
         outside = layers.pop("", 0)
-        itemsize = max((dtype.itemsize for dtype in dtypes), default=_FP32)
+        itemsize = max(dtype.itemsize for dtype in dtypes | {held_dtype(dtypes)})
         return cls(sum(layers.values()), outside, max(layers.values(), default=0), itemsize)
 
     @property

@@ -71,6 +71,13 @@ def test_verify_needs_the_bytes_on_disk_and_what_it_casts():
     assert large.verify_bytes() == 144 * 10**9 + 12 * 10**9 + 2**30
 
 
+def test_two_dtypes_of_16_bits_are_held_in_32():
+    """Claim: where a layer is held wider than its weights are on disk, four bytes a parameter are asked for."""
+    sizes = {"layers.0.a": 5, "embedding": 2}
+    assert memory.ModelSize.of(sizes, {torch.bfloat16}).itemsize == 2
+    assert memory.ModelSize.of(sizes, {torch.bfloat16, torch.float16}).itemsize == 4
+
+
 @pytest.mark.parametrize("options, factor", [(("--dtype", "fp32"), 4), (("--dtype", "bf16"), 2), ((), 2)])
 def test_the_wider_side_counts(tmp_path, monkeypatch, capsys, options, factor):
     """Claim: where one side has FP32 weights, --verify asks for four bytes a parameter, else for two; --verify-only
