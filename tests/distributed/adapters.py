@@ -116,7 +116,7 @@ def _worst_gradient(model, mappings, gradients: dict[str, torch.Tensor]) -> tupl
         whole = mapping.merge([gradients[hf] for hf in mapping.hf_names])
         scale = float(whole.abs().max())
         difference = parameter.main_grad - mapping.shard(whole, **place)
-        error = float(difference.abs().max()) / scale if difference.numel() else 0.0
+        error = compare.largest(difference) / scale
         worst, where = max((worst, where), (error, name))
         count += 1
     return worst, where, count

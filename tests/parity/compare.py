@@ -181,7 +181,12 @@ def relative(found: torch.Tensor, wanted: torch.Tensor, floor: float = 1e-30) ->
         return float("inf")
     if not wanted.numel():
         return 0.0
-    return float((found - wanted).abs().max() / max(float(wanted.abs().max()), floor))
+    return largest(found - wanted) / max(float(wanted.abs().max()), floor)
+
+
+def largest(values: torch.Tensor) -> float:
+    """Of absolute values; infinite where one is no number, which ``max`` and comparisons would pass over. 0 of none."""
+    return float(values.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if values.numel() else 0.0
 
 
 def run_case(case: Case) -> dict[str, float | str]:
@@ -223,8 +228,7 @@ def compare_heads(model: Model, mine: list, result: HuggingFaceResult) -> dict[s
         # A rank's share of the rows may be small: the scale is that of the whole result.
         scale = max(float(x.abs().max()) for x in getattr(result, measure) if x.numel())
         same = found.shape == wanted.shape
-        error = float((found.detach() - wanted).abs().max()) / scale if same and wanted.numel() else 0.0
-        errors[measure] = max(errors[measure], error if same else float("inf"))
+        errors[measure] = max(errors[measure], largest(found - wanted) / scale if same else float("inf"))
 
     def loss_function(index: int, output: ModelOutput, batch: PackedBatch):
         members = mine[index][1]
