@@ -1,8 +1,8 @@
 """Cross-entropy over a vocabulary that tensor-parallel ranks share, with the logits as its only large tensor.
 
 Megatron's keeps a softmax in float32, twice as large as BF16 logits, and passes over it seven times. This one keeps the
-logits and two numbers a row, reads them once on the way forward, and writes their gradient over them. Everything is
-computed in float32, in blocks that fit a core's cache or by one kernel on a GPU.
+logits and two numbers a row, writes nothing as large on the way forward, and their gradient over them on the way back.
+Everything is computed in float32, in blocks that fit a core's cache or by one kernel each way on a GPU.
 """
 
 from __future__ import annotations
