@@ -7,8 +7,8 @@ which needs room for four of it, and prints one JSON line. The reference copies 
 before and once after the conversion, and the mean counts; the converters run as users run them, as a process of their
 own whose start is part of the time. Before each run the files that it reads are dropped from the page cache. Memory is
 the largest resident size of the process and its children. With --verify the round trip is followed by the tool's own
-comparison of the two models (--verify-only), with weights that a model can compute with; at the 3B shape that takes
-less than 9.6 GiB.
+comparison of the two models (--verify-only), with weights that a model can compute with; at the 3B shape
+9.6 GiB are asked for.
 """
 
 from __future__ import annotations

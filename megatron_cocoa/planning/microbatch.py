@@ -227,9 +227,8 @@ def _heads(
     """Of the heads; their moment is the loss's.
 
     The cross-entropy keeps logits, which become their gradient; then comes the gradient of the output layer's weight.
-    The pixels' error is taken in FP32, beside prediction and targets in the
-    model's dtype (under context parallelism all of the batch, and those of this share again), and its difference is
-    kept, in whose place its gradient comes.
+    The pixels' error is taken in FP32, beside prediction and targets in the model's dtype (under context parallelism
+    all of the batch, and those of this share again), and its difference is kept, in whose place its gradient comes.
     """
     text, vision, context = architecture.text, architecture.vision, settings.parallel.context_parallel_size
     shape = language_shape(architecture, settings.model, settings.parallel)

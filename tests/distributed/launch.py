@@ -1,8 +1,9 @@
-"""Starts the ranks once per world size and hands every test its check's result.
+"""Starts the ranks once per turn and world size and hands every test its check's result.
 
 Ranks take seconds to import, checks a fraction of one: so one launch runs all checks of a world size that the session
-has selected. Launches follow one another in the background from the session's start, while tests that need no ranks
-run, and tests that do come last. A failed or hanging check costs a second launch for the checks after it.
+has selected; few have another turn than the first (see ``Check``). Launches follow one another in the background from
+the session's start, while tests that need no ranks run, and tests that do come last. A failed or hanging check costs a
+second launch for the checks after it.
 """
 
 from __future__ import annotations
