@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from megatron_cocoa.data.rows import IMAGE_TOKEN, Content
+from megatron_cocoa.data.row_parsing import plain, without_marks
+from megatron_cocoa.data.rows import IMAGE_TOKEN, PLACEHOLDER, Content
 from megatron_cocoa.evaluation.mmeb_tasks import Task
 from megatron_cocoa.parallel.threads import map_ahead
 
@@ -35,8 +36,8 @@ class EvalItem(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The text without the mark of a picture, and without blanks around it."""
-        return self.text.replace(IMAGE_TOKEN, " ").strip()
+        """The text without the marks of pictures, and without blanks around it."""
+        return plain(self.text)
 
     def content(self) -> Content:
         """The item with placeholder and path in agreement.
@@ -45,17 +46,17 @@ class EvalItem(NamedTuple):
         it stands, as in training (``row_parsing.without_marks``).
 
         Raises:
-            ValueError: for several places, or neither text nor picture.
+            ValueError: for several places, the mark of another picture, or neither text nor picture.
         """
-        places = self.text.count(IMAGE_TOKEN)
         if not self.image_path:
-            text = self.text.replace(IMAGE_TOKEN, "")
+            text = without_marks(self.text)
             if not text.strip():
                 raise ValueError("it has neither text nor picture")
             return Content(text)
-        if places > 1:
-            raise ValueError(f"its text marks {places} places with {IMAGE_TOKEN} for one picture")
-        return Content(self.text if places else IMAGE_TOKEN + self.text, self.image_path)
+        marks = [match[0] for match in PLACEHOLDER.finditer(self.text)]
+        if marks not in ([], [IMAGE_TOKEN]):
+            raise ValueError(f"its text has the marks {', '.join(marks)} for one picture: needed {IMAGE_TOKEN} once")
+        return Content(self.text if marks else IMAGE_TOKEN + self.text, self.image_path)
 
     def without_picture(self) -> EvalItem | None:
         """The text alone; None where nothing is left, or nothing was taken away."""

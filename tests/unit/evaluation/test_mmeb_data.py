@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content
 from megatron_cocoa.evaluation.mmeb_data import EvalItem, picture_bytes, picture_file, read_task, task_files
 from megatron_cocoa.evaluation.mmeb_tasks import META_TASKS, MMEB_V1, Task, read_benchmark
@@ -66,6 +67,7 @@ def test_placeholders_and_pictures_are_made_to_agree():
     assert EvalItem("a <|image_1|> b\n", "x.png").content() == Content("a <|image_1|> b\n", "x.png")
     assert EvalItem("what?\n", "x.png").content() == Content("<|image_1|>what?\n", "x.png")
     assert EvalItem("<|image_1|>\nfind it\n", "").content() == Content("\nfind it\n")
+    assert EvalItem("<|image_2|>find it", "").content() == checked_content("<|image_2|>find it", "")
     assert EvalItem("kept \n", "").content() == Content("kept \n")
     assert EvalItem("<|image_pad|>", "").content() == Content("<|image_pad|>"), "a control token in a text is text"
     assert EvalItem("<|image_1|> what?", "x.png").without_picture() == EvalItem("what?", "")
@@ -79,7 +81,8 @@ def test_placeholders_and_pictures_are_made_to_agree():
         ((("a", ""), []), "row 0: tgt_text has 0 entries"),
         ((("", ""), [("b", "")]), r"row 0: \('', ''\) cannot be embedded: it has neither"),
         ((("<|image_1|>", ""), [("b", "")]), "neither text nor picture"),
-        ((("<|image_1|> <|image_1|>", "x.png"), [("b", "")]), "marks 2 places"),
+        ((("<|image_1|> <|image_1|>", "x.png"), [("b", "")]), r"has the marks <\|image_1\|>, <\|image_1\|> for one"),
+        ((("<|image_2|> what?", "x.png"), [("b", "")]), r"has the marks <\|image_2\|> for one picture: needed"),
     ],
 )
 def test_malformed_rows_stop_the_evaluation(tmp_path, row, message):
