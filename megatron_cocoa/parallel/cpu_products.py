@@ -9,6 +9,7 @@ for the whole process, below autograd: whatever multiplies matrices, forward or 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from torch import Tensor
 LEAST_MULTIPLICATIONS = 2**26
 """Of a product that goes to oneDNN. It compiles a kernel for each new shape, and packs make new shapes all the time: in
 a third of a millisecond, which is what it saves on a product of this size."""
+
+KEPT_KERNELS = 16
+"""Compiled kernels that oneDNN, and torch beside it, keep: those of a layer, forward and backward. Their own 1024 take
+a gigabyte, with the holes that they leave between activations, before the first is dropped."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _library: torch.library.Library | None = None
@@ -39,6 +44,9 @@ def install() -> None:
     global _library
     if not is_wanted():
         return
+    # Both are read when the first product asks for a kernel.
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
         _library = torch.library.Library("aten", "IMPL")
