@@ -78,4 +78,9 @@ def _is_large(left: Tensor, right: Tensor) -> bool:
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(left, _dense(right).t(), bias, "none", [], "")
+
+
+def _dense(right: Tensor) -> Tensor:
+    """``right`` without gaps between its rows or columns, for which oneDNN has no kernel but a plain loop."""
+    return right if right.is_contiguous() or right.t().is_contiguous() else right.contiguous()

@@ -109,3 +109,12 @@ def test_only_processors_that_gain_are_chosen(vendor, capability, available, wan
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
     assert cpu_products.is_wanted() is wanted
+
+
+def test_what_is_multiplied_by_has_no_gaps():
+    """Claim: a slice is copied, for which oneDNN would take a thousand times as long; a transposed matrix is not."""
+    whole = torch.randn(6, 8)
+    for right in (whole, whole.t(), whole[2:], whole[:, None, :].squeeze(1)):
+        assert cpu_products._dense(right) is right
+    for right in (whole[:, 2:], whole[:, 2:].t(), whole[:, ::2], whole[:1].expand(6, 8)):
+        assert cpu_products._dense(right).is_contiguous() and torch.equal(cpu_products._dense(right), right)
