@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LEAST_MULTIPLICATIONS = 2**26
-"""Of a product that goes to oneDNN. It compiles a kernel for each new shape, and packs make new shapes all the time: in
-a third of a millisecond, which is what it saves on a product of this size."""
+LEAST_MULTIPLICATIONS = 2**24
+"""Of a product that goes to oneDNN. It compiles a kernel for each new shape, which takes longer than a smaller product,
+and packs make new shapes all the time."""
 
-KEPT_KERNELS = 16
-"""Compiled kernels that oneDNN, and torch beside it, keep: those of a layer, forward and backward. Their own 1024 take
-a gigabyte, with the holes that they leave between activations, before the first is dropped."""
+KEPT_KERNELS = 32
+"""Compiled kernels that oneDNN, and torch beside it, keep: those of a few layers. Their own 1024 take a gigabyte, with
+the holes that they leave between activations, before the first is dropped."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _library: torch.library.Library | None = None
