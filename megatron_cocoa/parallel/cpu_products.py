@@ -20,8 +20,8 @@ LEAST_MULTIPLICATIONS = 2**24
 """Of a product that goes to oneDNN. It compiles a kernel for each new shape, which takes longer than a smaller product,
 and packs make new shapes all the time."""
 
-KEPT_KERNELS = 32
-"""Compiled kernels that oneDNN, and torch beside it, keep: those of a few layers. Their own 1024 take a gigabyte, with
+KEPT_KERNELS = 64
+"""Compiled kernels that oneDNN, and torch beside it, keep: those of a step. Their own 1024 take a gigabyte, with
 the holes that they leave between activations, before the first is dropped."""
 
 _CPUINFO = Path("/proc/cpuinfo")
