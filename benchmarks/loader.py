@@ -128,9 +128,8 @@ def rate(stream, num_pictures: int) -> tuple[float, float]:
 
 def compare(folder: Path, args: argparse.Namespace, workers: int) -> dict:
     """Both sides with the same number of decoding processes."""
-    config = json.loads((folder / "model" / "config.json").read_text())
-    bundle = load_tokenizer(folder / "model", vocab_size=config["text_config"]["vocab_size"])
     architecture = read_architecture(folder / "model")
+    bundle = load_tokenizer(folder / "model", vocab_size=architecture.text.vocab_size)
     streams = {"ours": ours(folder, bundle, architecture, workers), "reference": plain(folder, bundle, workers)}
     rates: dict[str, list[float]] = {name: [] for name in streams}
     own: dict[str, list[float]] = {name: [] for name in streams}

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_cocoa.architecture import QwenVLArchitecture  # noqa: E402
 from megatron_cocoa.config import DataSettings, ModelSettings, TrainSettings  # noqa: E402
 from megatron_cocoa.conversion.hf_to_mcore import read_architecture  # noqa: E402
 from megatron_cocoa.data.cost import CostModel, SampleSize  # noqa: E402
@@ -30,14 +31,15 @@ from megatron_cocoa.data.stages import STAGE_DATA  # noqa: E402
 from megatron_cocoa.data.tokenizer import load_tokenizer  # noqa: E402
 
 
-def step_sizes(args: argparse.Namespace) -> tuple[list[list[list[SampleSize]]], Counter]:
+def step_sizes(
+    args: argparse.Namespace, architecture: QwenVLArchitecture
+) -> tuple[list[list[list[SampleSize]]], Counter]:
     """For each step the samples of its rows; and how often each distinct size occurs in the whole stage."""
     settings = TrainSettings(
         model=ModelSettings(path=args.model_path), data=DataSettings(path=args.data_path, max_length=args.max_length)
     )
     stage = replace(settings.stage(args.stage), image_size=args.image_size, global_batch_size=args.global_batch_size)
     settings = replace(settings, **{args.stage: stage})
-    architecture = read_architecture(args.model_path)
     builder, _ = evaluation_builder(
         args.data_path,
         model_path=args.model_path,
@@ -87,11 +89,12 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="as a stage's image_size (default: pictures keep their shape)")
     parser.add_argument("--lengths", metavar="FILE")
     args = parser.parse_args()
-    steps, counts = step_sizes(args)
+    architecture = read_architecture(args.model_path)
+    steps, counts = step_sizes(args, architecture)
     if args.lengths:
         lines = [json.dumps([list(map(list, row)), count]) for row, count in sorted(counts.items())]
         Path(args.lengths).write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    cost = CostModel.from_architecture(read_architecture(args.model_path))
+    cost = CostModel.from_architecture(architecture)
     results = [fill(steps, cost, budget=budget, num_ranks=args.data_parallel_size) for budget in args.budgets]
     tokens = sum(one.tokens for step in steps for row in step for one in row)
     line = {

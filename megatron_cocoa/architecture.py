@@ -85,7 +85,7 @@ class VisionArchitecture(VisionGeometry):
     @property
     def window_units(self) -> int | None:
         """Side of a window in merged units."""
-        return None if self.window_size is None else self.window_size // self.spatial_merge_size // self.patch_size
+        return None if self.window_size is None else self.window_size // self.size_factor
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _make(layout: tuple, architecture: QwenVLArchitecture, generator: torch.Gene
             segments.append(item)
             continue
         grid = (item[0], *(side // 2 * vision.spatial_merge_size for side in item[1:]))
-        units = grid[0] * grid[1] * grid[2] // vision.patches_per_unit
+        units = vision.num_units(grid)
         marks = [architecture.vision_start_token_id, architecture.vision_end_token_id]
         ids.append(torch.tensor([marks[0], *[architecture.image_token_id] * units, marks[1]]))
         types.append(torch.tensor([0, *[1] * units, 0]))

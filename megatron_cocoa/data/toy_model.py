@@ -144,7 +144,7 @@ def write_model_folder(folder: Path, tokenizer: Tokenizer, sizes: ToyModelSizes)
     )
     wrapped.save_pretrained(str(folder))
     ids = {token: wrapped.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    config = _model_config(sizes, ids, num_tokens=len(wrapped))
+    config = model_config(sizes, ids, num_tokens=len(wrapped))
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     config.save_pretrained(str(folder))
     pixels = sizes.image_size**2
@@ -158,7 +158,8 @@ def write_model_folder(folder: Path, tokenizer: Tokenizer, sizes: ToyModelSizes)
     (folder / "preprocessor_config.json").write_text(description + "\n", encoding="utf-8")
 
 
-def _model_config(sizes: ToyModelSizes, ids: dict[str, int], *, num_tokens: int) -> Qwen2_5_VLConfig:
+def model_config(sizes: ToyModelSizes, ids: dict[str, int], *, num_tokens: int) -> Qwen2_5_VLConfig:
+    """Of a model of these sizes, whose tokenizer has ``num_tokens`` tokens, the special ones with these ids."""
     # One row beyond the tokenizer's is needed for the mask token.
     vocab_size = -(-(num_tokens + 1) // sizes.vocab_multiple) * sizes.vocab_multiple
     text = {

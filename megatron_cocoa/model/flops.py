@@ -176,7 +176,7 @@ def _image_decoder(architecture: QwenVLArchitecture, workload: Workload, num_lay
     linear, attention = _decoder_layers(
         architecture, num_layers, workload.decoder_tokens, workload.decoder_pairs, workload.decoder_read_rows
     )
-    unit_dim = architecture.vision.patches_per_unit * architecture.vision.patch_dim
+    unit_dim = architecture.vision.unit_dim
     pixel_head = 2 * workload.masked_units * architecture.text.hidden_size * unit_dim
     return PartFlops(
         "image_decoder", linear=linear + pixel_head, attention=attention, input_gradient=True, weight_gradient=True

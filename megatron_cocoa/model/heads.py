@@ -184,7 +184,7 @@ class ImageDecoder(MegatronModule):
         )
         self.pixel_head = ColumnParallelLinear(
             architecture.text.hidden_size,
-            architecture.vision.patches_per_unit * architecture.vision.patch_dim,
+            architecture.vision.unit_dim,
             config=without_sequence_parallel(configs.image_decoder),
             init_method=configs.image_decoder.init_method,
             bias=True,
@@ -201,7 +201,7 @@ class ImageDecoder(MegatronModule):
             local_positions: int64 ``(units_local,)`` rows within this context-parallel share.
 
         Returns:
-            ``(units_local, patches_per_unit * patch_dim)``.
+            ``(units_local, unit_dim)``.
         """
         read = padded_rows(local_positions, self.row_multiple)
         context = replace(context, read_rows=read, last_layer=self.config.num_layers)

@@ -239,16 +239,15 @@ def _heads(
     trains = not settings.frozen_parts.language or architecture.tie_word_embeddings
     # A matrix of its own gets a gradient of zeros where no loss reads logits.
     is_own = not architecture.tie_word_embeddings or settings.parallel.pipeline_model_parallel_size > 1
-    weight = vocabulary * text.hidden_size * shape.element if trains and (supervised or is_own) else 0
+    moment = vocabulary * text.hidden_size * shape.element if trains and (supervised or is_own) else 0
     if settings.parallel.pipeline_model_parallel_size > 1:
         # On one stage the matrix waits for its gradient as embedding.
-        weight *= _gradients(settings)
-    moment = weight
+        moment *= _gradients(settings)
     if pack.runs_decoder:
         of_layer = functools.partial(layer_memory, shape, rows, kernels, recompute="none")
         layer, last = of_layer(), of_layer(read=units)
         before = settings.warmup.decoder_layers - 1
-        pixels = units * vision.patches_per_unit * vision.patch_dim
+        pixels = units * vision.unit_dim
         saved += before * layer.saved + last.saved + units * shape.hidden * shape.element + pixels * 4
         targets = 1 if context == 1 else context + 1
         error = pixels * ((1 + targets) * shape.element + (4 if shape.element == 4 else 12) - 4)

@@ -117,7 +117,7 @@ def _samples_per_row(settings: TrainSettings, stage: str) -> int:
 def _expected_sample(architecture: QwenVLArchitecture, settings: TrainSettings, stage: str) -> tuple[int, int]:
     """Merged units of a sample's picture, and its tokens."""
     values = settings.stage(stage)
-    side = architecture.vision.patch_size * architecture.vision.spatial_merge_size
+    side = architecture.vision.size_factor
     limit = settings.data.max_length
     units = max(limit - TEXT_TOKENS, 0) if values.image_size is None else max(1, round(values.image_size / side)) ** 2
     # A picture stands between a start and an end token, unless it stands bare.

@@ -61,8 +61,7 @@ def rank_parameters(
         tensors += _tower(architecture, settings.model, parallel, freeze)
     tensors += _language(architecture, settings.model, parallel, freeze, pipeline_rank)
     if is_last and with_image_decoder:
-        unit_dim = architecture.vision.patches_per_unit * architecture.vision.patch_dim
-        share = unit_dim // parallel.tensor_model_parallel_size
+        share = architecture.vision.unit_dim // parallel.tensor_model_parallel_size
         tensors += [(size, True) for size in _decoder_layer(architecture, parallel)] * settings.warmup.decoder_layers
         tensors += [(share * architecture.text.hidden_size, True), (share, True)]
     adapted = _adapters(architecture, settings, pipeline_rank)

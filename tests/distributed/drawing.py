@@ -22,7 +22,7 @@ from megatron_cocoa.config import (
     RecomputeSettings,
     TrainSettings,
 )
-from megatron_cocoa.data.toy_model import SPECIAL_TOKENS, _model_config
+from megatron_cocoa.data.toy_model import SPECIAL_TOKENS, model_config
 from megatron_cocoa.model.layout_checks import check_layout
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.recipes.stage_checks import check_contrastive, check_microbatches
@@ -203,5 +203,5 @@ def _is_refused(combination: Combination) -> bool:
 @functools.cache
 def _architecture() -> QwenVLArchitecture:
     return QwenVLArchitecture.from_huggingface(
-        _model_config(SIZES, dict.fromkeys(SPECIAL_TOKENS, 0), num_tokens=SIZES.tokenizer_pieces)
+        model_config(SIZES, dict.fromkeys(SPECIAL_TOKENS, 0), num_tokens=SIZES.tokenizer_pieces)
     )

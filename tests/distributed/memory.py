@@ -94,7 +94,7 @@ def small_batch(architecture: QwenVLArchitecture, stage: str, *, multiple: int, 
         fields |= dict(text_positions=rows, text_labels=torch.randint(0, 2900, rows.shape, generator=generator))
     if stage == "warmup":
         masked = pictures[::2]
-        targets = torch.randn(len(masked), vision.patches_per_unit * vision.patch_dim, generator=generator)
+        targets = torch.randn(len(masked), vision.unit_dim, generator=generator)
         fields |= dict(unit_positions=masked, unit_targets=targets)
     if stage == "contrastive":
         ends, pairs = torch.tensor([start + n - 1 for start, n in zip(starts, lengths)]), torch.arange(len(lengths))
