@@ -1,13 +1,14 @@
 """How full packs of a token budget are, and how even the ranks, on the lengths of real rows; nothing is decoded.
 
     python benchmarks/packing.py --data-path outputs/mini --model-path outputs/toy/model [--stage contrastive]
-        [--global-batch-size 1024] [--data-parallel-size 4] [--budgets 256 384 512 1024 2048] [--steps 20]
+        [--global-batch-size 1024] [--data-parallel-size 4] [--budgets 256 512 1024 2048 4096 8192]
+        [--steps 20]
 
 Takes the stage's own steps in their order, measures rows by their texts and the headers of their pictures, and shares
-them out as training does. Prints one JSON line: for each budget the share that is filled over all steps, that of the
-emptiest step, packs a rank, and by how much the worst rank's cost exceeds the mean. So it also tells which value of
-data.tokens_per_microbatch suits a data set: packs come whole, and a step of t tokens a rank fills at most
-t / (budget x ceil(t / budget)). --lengths FILE writes the distinct sizes of rows with their counts.
+them out as training does. Prints one JSON line: for each budget the share of all packs' tokens that belongs to samples
+(a rank's packs are padded to the longest of them), over all steps and in the emptiest one, the tokens of a pack, packs
+a rank, and by how much the worst rank's cost exceeds the mean. --lengths FILE writes the distinct sizes of rows with
+their counts.
 """
 
 from __future__ import annotations
@@ -58,19 +59,22 @@ def step_sizes(
 
 def fill(steps: list[list[list[SampleSize]]], cost: CostModel, *, budget: int, num_ranks: int) -> dict:
     """One budget's figures over all steps."""
-    filled, capacity, emptiest, imbalance, packs = 0, 0, 1.0, 0.0, set()
+    filled, capacity, emptiest, imbalance, packs, lengths = 0, 0, 1.0, 0.0, set(), set()
     for step in steps:
         tokens = [sum(one.tokens for one in row) for row in step]
         costs = [sum(map(cost.flops, row)) for row in step]
         found = assign_samples(tokens, costs, num_ranks=num_ranks, samples_per_pack=1, budget=budget)
-        held = budget * sum(map(len, found.packs))
+        longest = [max(sum(tokens[i] for i in pack) for pack in own) for own in found.packs]
+        held = sum(length * len(own) for length, own in zip(longest, found.packs))
         filled, capacity = filled + sum(tokens), capacity + held
         emptiest, imbalance = min(emptiest, sum(tokens) / held), max(imbalance, found.rank_imbalance)
         packs.add(len(found.packs[0]))
+        lengths.update(longest)
     return {
         "budget": budget,
         "filled": round(filled / capacity, 4),
         "emptiest_step": round(emptiest, 4),
+        "tokens_per_pack": [min(lengths), max(lengths)],
         "packs_per_rank": [min(packs), max(packs)],
         "worst_rank_imbalance": float(f"{imbalance:.1e}"),
     }
@@ -83,7 +87,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=sorted(STAGE_DATA), default="contrastive")
     parser.add_argument("--global-batch-size", type=int, default=1024)
     parser.add_argument("--data-parallel-size", type=int, default=4)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 384, 512, 1024, 2048])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--image-size", type=int, help="as a stage's image_size (default: pictures keep their shape)")

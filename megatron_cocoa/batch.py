@@ -144,6 +144,18 @@ class PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _IN_HOST_MEMORY}
         return replace(self, **{name: function(x) for name, x in values.items() if isinstance(x, Tensor)})
 
+    def filled_to(self, num_tokens: int, *, pad_token_id: int) -> PackedBatch:
+        """The batch with its tail lengthened to ``num_tokens`` rows in all; on the host."""
+        more = num_tokens - self.num_tokens
+        assert more >= 0, (num_tokens, self.num_tokens)
+        tail = self.tail_length + more
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, self.input_ids.new_full((more,), pad_token_id)]),
+            position_ids=torch.cat([self.position_ids, torch.arange(self.tail_length, tail).expand(3, more)], dim=1),
+            tail_length=tail,
+        )
+
     def validate(self, *, spatial_merge_size: int) -> None:
         """Refuse a batch whose parts do not fit together.
 

@@ -28,7 +28,6 @@ class PackOptions:
         pictures: normalises and cuts pictures.
         vision: sizes of the tower.
         pad_token_id: fills the tail.
-        tokens_per_microbatch: fill every pack to exactly this length, or None.
         pad_to_multiple_of: fill every pack to a multiple of this (sequence and context parallel, FP8).
         needs_pixels: False on ranks that hold no tower: ``pixel_values`` stays None.
         needs_unit_targets: False on ranks that hold no image decoder: ``unit_targets`` is ``(masked_units, 0)``, so
@@ -37,28 +36,17 @@ class PackOptions:
         embedding_mask: attention under which things are embedded.
         defer_floats: leave ``pixel_values`` and ``unit_targets`` to ``PackedBatch.materialized``, so that a step of
             many packs holds 8-bit pictures and not floats, which take eight times the memory.
-
-    Raises:
-        ValueError: if ``tokens_per_microbatch`` is not a multiple of ``pad_to_multiple_of``.
     """
 
     pictures: PictureLoader
     vision: VisionGeometry
     pad_token_id: int
-    tokens_per_microbatch: int | None = None
     pad_to_multiple_of: int = 1
     needs_pixels: bool = True
     needs_unit_targets: bool = True
     normalize_unit_targets: bool = False
     embedding_mask: MaskKind = MaskKind.BIDIRECTIONAL
     defer_floats: bool = False
-
-    def __post_init__(self) -> None:
-        fixed, multiple = self.tokens_per_microbatch, self.pad_to_multiple_of
-        if multiple < 1 or (fixed is not None and fixed % multiple):
-            raise ValueError(
-                f"data.tokens_per_microbatch {fixed} is not a multiple of {multiple}, which the parallel layout needs"
-            )
 
 
 def collate_warmup(samples: list[PreparedSample], options: PackOptions) -> PackedBatch:
@@ -142,10 +130,6 @@ def _pack(
 ) -> PackedBatch:
     lengths = tuple(sample.input_ids.size for sample in samples)
     starts = np.cumsum((0, *lengths[:-1])).tolist()
-    tail = _tail_length(sum(lengths), samples, options)
-    ids = np.concatenate([s.input_ids for s in samples] + [np.full(tail, options.pad_token_id, dtype=np.int64)])
-    tail_positions = np.broadcast_to(np.arange(tail, dtype=np.int64), (3, tail))
-    position_ids = np.concatenate([s.position_ids for s in samples] + [tail_positions], axis=1)
     bridges = tuple(None if s.bridge is None else start + s.bridge for s, start in zip(samples, starts))
     fields: dict = dict(pairs)
     if supervise_text:
@@ -154,30 +138,20 @@ def _pack(
     if embeddings:
         fields["embedding_positions"] = torch.tensor(bridges, dtype=torch.int64)
     batch = PackedBatch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(position_ids),
+        input_ids=torch.from_numpy(np.concatenate([s.input_ids for s in samples])),
+        position_ids=torch.from_numpy(np.concatenate([s.position_ids for s in samples], axis=1)),
         sample_lengths=lengths,
         mask_kind=mask_kind,
         bridge_positions=bridges,
-        tail_length=tail,
         grid_thw=tuple(grid for s in samples for grid in s.grid_thw),
         sample_ids=tuple(s.sample_id for s in samples),
         **fields,
         **_vision_fields(samples, starts, options, supervise_units=supervise_units),
     )
+    tail = -batch.num_tokens % options.pad_to_multiple_of
+    batch = batch.filled_to(batch.num_tokens + tail, pad_token_id=options.pad_token_id)
     batch.validate(spatial_merge_size=options.vision.spatial_merge_size)
     return batch
-
-
-def _tail_length(tokens: int, samples: list[PreparedSample], options: PackOptions) -> int:
-    if options.tokens_per_microbatch is None:
-        return -tokens % options.pad_to_multiple_of
-    if tokens > options.tokens_per_microbatch:
-        raise ValueError(
-            f"a pack of {len(samples)} samples has {tokens} tokens, data.tokens_per_microbatch is "
-            f"{options.tokens_per_microbatch}: raise it, or lower micro_batch_size, data.max_length or image_size"
-        )
-    return options.tokens_per_microbatch - tokens
 
 
 def _vision_fields(

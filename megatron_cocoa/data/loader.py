@@ -65,6 +65,11 @@ class StageLoader:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank is {data_parallel_rank}, needs to lie in [0, {data_parallel_size})")
         shape = self._step_shape(settings, data_parallel_rank, data_parallel_size, packs_multiple_of)
+        if shape.budget is not None and shape.budget % pad_to_multiple_of:
+            raise ValueError(
+                f"data.tokens_per_microbatch {shape.budget} is not a multiple of {pad_to_multiple_of}, which the "
+                f"parallel layout needs"
+            )
         self._data = stage_data(stage, settings) if data is None else data
         self._order = self._data.order()
         self._identity = _identity(stage, settings, self._data) | self._order.identity
@@ -78,7 +83,6 @@ class StageLoader:
                 pictures=pictures,
                 vision=vision,
                 pad_token_id=bundle.pad_token_id,
-                tokens_per_microbatch=settings.data.tokens_per_microbatch,
                 pad_to_multiple_of=pad_to_multiple_of,
                 needs_pixels=needs_pixels,
                 needs_unit_targets=needs_unit_targets,
@@ -90,6 +94,7 @@ class StageLoader:
             shape=shape,
             defers_all=defers_all,
         )
+        self._pad_token_id = bundle.pad_token_id
         self._num_workers = settings.data.num_workers
         self._position = 0
         self._plan_digest = 0
@@ -100,6 +105,7 @@ class StageLoader:
         """This rank's micro-batches of the next optimizer step, on the CPU.
 
         Of several, only the first holds its pixels; the others hold 8-bit pictures until they are ``materialized``.
+        Under ``data.tokens_per_microbatch`` all have the length of the longest.
 
         Raises:
             ValueError: if more than ``MAX_BAD_SHARE`` of the pictures cannot be used, or a sample is longer than
@@ -118,9 +124,13 @@ class StageLoader:
             assert (plan.step, plan.index) == (self._position, len(batches)), (plan, self._position)
             batches.append(batch)
             self._counts.update(counts)
-            self._counts["packed"] += batch.num_tokens
             if len(batches) == plan.count:
                 break
+        if self._planner.shape.budget is not None:
+            # Only now: a substitute may have changed the length of a pack.
+            longest = max(batch.num_tokens for batch in batches)
+            batches = [batch.filled_to(longest, pad_token_id=self._pad_token_id) for batch in batches]
+        self._counts["packed"] += sum(batch.num_tokens for batch in batches)
         self._counts.update(steps=1, rank_imbalance=plan.rank_imbalance, pack_imbalance=plan.pack_imbalance)
         self._position += self._stage_settings.global_batch_size
         self._plan_digest = plan.digest
@@ -160,7 +170,7 @@ class StageLoader:
         Keys: ``rows``, ``dropped/<reason>`` and ``flipped`` (whole data); what the stage's data and order tell of
         the rows, such as ``rows_with_fewer_hard_negatives`` and ``left_out_per_epoch``; ``samples``, ``decoded``
         (pictures read and decoded), ``skipped/<reason>``, ``cut_tokens``, ``text_mask_ratio`` and ``unit_mask_ratio``
-        as drawn (this rank's share so far); ``budget_filled``: the share of its packs' tokens that belongs to samples;
+        as drawn (this rank's share so far); ``packs_filled``: the share of its packs' tokens that belongs to samples;
         ``rank_imbalance`` and ``pack_imbalance``: by how much the costliest rank and pack of a step exceed the mean,
         on average over the steps.
         """
@@ -174,7 +184,7 @@ class StageLoader:
             if counts[f"{kind}_eligible"]:
                 report[f"{kind}_mask_ratio"] = counts[f"{kind}_masked"] / counts[f"{kind}_eligible"]
         if counts["steps"]:
-            report["budget_filled"] = counts["tokens"] / counts["packed"]
+            report["packs_filled"] = counts["tokens"] / counts["packed"]
             report |= {name: counts[name] / counts["steps"] for name in ("rank_imbalance", "pack_imbalance")}
         return report
 

@@ -74,7 +74,7 @@ def assign_samples(
     if budget is None:
         packs = [_even_groups(np.asarray(own), weights, num_groups=len(own) // samples_per_pack) for own in ranks]
     else:
-        packs = _budget_packs(ranks, sizes, weights, budget, packs_multiple_of)
+        packs = _budget_packs(ranks, sizes, budget, packs_multiple_of)
     return Assignment(
         packs=tuple(tuple(tuple(sorted(pack)) for pack in own) for own in packs),
         rank_costs=tuple(float(weights[list(own)].sum()) for own in ranks),
@@ -119,9 +119,7 @@ def _exchange(groups: list[list[int]], weights: np.ndarray) -> None:
         loads[light] += float(moved[i, j])
 
 
-def _budget_packs(
-    ranks: list[list[int]], sizes: np.ndarray, weights: np.ndarray, budget: int, multiple: int
-) -> list[list[list[int]]]:
+def _budget_packs(ranks: list[list[int]], sizes: np.ndarray, budget: int, multiple: int) -> list[list[list[int]]]:
     """The fewest packs, equally many on every rank, that hold all within ``budget``."""
     number = max(-(-int(sizes[own].sum()) // budget) for own in ranks)
     number = -(-number // multiple) * multiple
@@ -131,29 +129,28 @@ def _budget_packs(
                 f"a rank would need {number} packs for its {len(ranks[0])} samples of a step (packs come in multiples "
                 f"of {multiple}): raise global_batch_size or data.tokens_per_microbatch"
             )
-        found = [_fit(own, sizes, weights, budget, number) for own in ranks]
+        found = [_fit(own, sizes, budget, number) for own in ranks]
         if all(packs is not None for packs in found):
             return found
         number += multiple
 
 
-def _fit(own: list[int], sizes: np.ndarray, weights: np.ndarray, budget: int, number: int) -> list[list[int]] | None:
+def _fit(own: list[int], sizes: np.ndarray, budget: int, number: int) -> list[list[int]] | None:
     """``own`` in ``number`` packs within ``budget``, none of them empty; or None.
 
-    Evenly by cost if that fits, else by the fullest pack that still has room, which fits more often, else pack by pack
-    with what fills it best.
+    Of nearly equal length if that fits, since all are padded to the longest; else by the fullest pack that still has
+    room, which fits more often; else pack by pack with what fills it best.
     """
-    for key, choose in ((weights, _emptiest), (sizes, _fullest)):
+    for choose in (np.argmax, np.argmin):
         packs: list[list[int]] = [[] for _ in range(number)]
-        room, load = np.full(number, budget, dtype=np.int64), np.zeros(number)
-        for index in sorted(own, key=lambda i: (-key[i], i)):
+        room = np.full(number, budget, dtype=np.int64)
+        for index in sorted(own, key=lambda i: (-sizes[i], i)):
             fits = np.flatnonzero(room >= sizes[index])
             if not fits.size:
                 break
-            chosen = choose(fits, room, load)
+            chosen = int(fits[choose(room[fits])])
             packs[chosen].append(index)
             room[chosen] -= sizes[index]
-            load[chosen] += weights[index]
         else:
             if all(packs):
                 return packs
@@ -196,10 +193,3 @@ def _best_sum(sizes: list[int], room: int) -> set[int]:
             total -= sizes[place]
     return chosen
 
-
-def _emptiest(fits: np.ndarray, room: np.ndarray, load: np.ndarray) -> int:
-    return int(fits[np.argmin(load[fits])])
-
-
-def _fullest(fits: np.ndarray, room: np.ndarray, load: np.ndarray) -> int:
-    return int(fits[np.argmin(room[fits])])

@@ -192,11 +192,12 @@ class StepPlanner:
     def _prepare(
         self, planned: PlannedRow, step: int, taken: set[int], limit: int | None, counts: Counter
     ) -> list[PreparedSample]:
-        """The samples of a place; ``limit`` is how many tokens its pack can take."""
+        """The samples of a place; ``limit`` is how many tokens its pack has left for a substitute."""
         counts["rows"] += 1
         counts.update(f"skipped/{reason}" for _, reason in planned.skipped)
         tried = {row for row, _ in planned.skipped}
         last: Exception | None = None
+        found: list[tuple[int, list[PreparedSample]]] = []
         # Substitutes are drawn only where the first cannot be used.
         for epoch, row in chain([(planned.epoch, planned.row)], self._candidates(planned.place, taken)):
             if row in tried:
@@ -208,12 +209,16 @@ class StepPlanner:
                 counts[f"skipped/{error.reason}"] += 1
                 last = error
                 continue
-            if limit is None or _tokens(samples) <= limit:
-                if not self._order.repeats_rows:
-                    taken.add(row)
-                return samples
-            last = ValueError(f"a row of {_tokens(samples)} tokens is more than the {limit} that its pack has left")
-        raise self._given_up(planned.place, len(tried), last)
+            found.append((row, samples))
+            if row == planned.row or limit is None or _tokens(samples) <= limit:
+                break
+        if not found:
+            raise self._given_up(planned.place, len(tried), last)
+        # Where no substitute fits, the shortest: the pack is then a little longer than its budget.
+        row, samples = min(found, key=lambda one: _tokens(one[1]))
+        if not self._order.repeats_rows:
+            taken.add(row)
+        return samples
 
     def _candidates(self, place: int, taken: Set[int]) -> Iterator[tuple[int, int]]:
         """``(epoch, row)``: the row of ``place``, then substitutes; those that the step has already last, or never."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,14 +41,16 @@ class _Losses:
         self.grad_norms.append(metrics["grad_norm"])
 
 
-def stage_losses(**parallel) -> dict[str, list[float]]:
+def stage_losses(*, tokens_per_microbatch: int | None = None, **parallel) -> dict[str, list[float]]:
     """The first losses and gradient norms of each stage at a layout, each stage from the same random weights."""
     settings = ParallelSettings(**parallel)
     topology.set_layout(settings, seed=0)
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         write_folders(Path(folder))
-        context = prepare_context(tiny_settings(Path(folder), steps=STEPS, parallel=settings))
+        run = tiny_settings(Path(folder), steps=STEPS, parallel=settings)
+        run = replace(run, data=replace(run.data, tokens_per_microbatch=tokens_per_microbatch))
+        context = prepare_context(run)
         for stage in STAGES:
             model, log = _train(context, stage)
             losses[stage] = log.values
@@ -139,6 +142,8 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "train-cp2": (2, degrees(cp=2)),
     "train-tp2-pp2": (4, degrees(tp=2, pp=2)),
     "train-pp2-dp2": (4, degrees(pp=2)),
+    "train-pp2-vpp2-filled": (2, dict(tokens_per_microbatch=128, **degrees(pp=2, vpp=2))),
+    "train-tp2-pp2-sp-filled": (4, dict(tokens_per_microbatch=128, **degrees(tp=2, pp=2, sequence_parallel=True))),
 }
 
 UNREAD_HEADS: dict[str, tuple[int, bool, dict]] = {

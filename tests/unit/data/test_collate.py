@@ -108,25 +108,17 @@ def test_contrastive_pack_lays_pairs_next_to_each_other(parts):
     assert batch.text_positions is None and batch.unit_positions is None
 
 
-def test_tail_fills_to_a_multiple_or_to_the_budget(parts, bundle):
+def test_tail_fills_to_a_multiple_and_further(parts, bundle):
     builder, options = parts
     samples = [builder.embedding("a", Content("red cat dog"))]
     used = samples[0].input_ids.size
     multiple = collate_embedding(samples, replace(options, pad_to_multiple_of=8))
     assert multiple.num_tokens % 8 == 0 and multiple.tail_length == -used % 8
-    fixed = collate_embedding(samples, replace(options, tokens_per_microbatch=64, pad_to_multiple_of=8))
-    assert fixed.num_tokens == 64 and fixed.tail_length == 64 - used
-    assert (fixed.input_ids[used:] == bundle.pad_token_id).all()
-    assert fixed.position_ids[:, used:].tolist() == [list(range(64 - used))] * 3
-
-
-def test_a_pack_over_the_budget_is_refused_with_the_numbers(parts):
-    builder, options = parts
-    samples = [builder.embedding(str(i), picture) for i, picture in enumerate(PICTURES)]
-    with pytest.raises(ValueError, match=r"4 samples has 112 tokens, data.tokens_per_microbatch is 100"):
-        collate_embedding(samples, replace(options, tokens_per_microbatch=100))
-    with pytest.raises(ValueError, match="100 is not a multiple of 8"):
-        replace(options, tokens_per_microbatch=100, pad_to_multiple_of=8)
+    further = multiple.filled_to(64, pad_token_id=bundle.pad_token_id)
+    assert further.num_tokens == 64 and further.tail_length == 64 - used
+    assert (further.input_ids[used:] == bundle.pad_token_id).all()
+    assert further.position_ids[:, used:].tolist() == [list(range(64 - used))] * 3
+    further.validate(spatial_merge_size=2)
 
 
 def test_embedding_batches_keep_every_item_in_order(parts, bundle):

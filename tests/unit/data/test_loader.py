@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from dataclasses import fields, replace
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,8 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import STAGES, DataSettings, SourceSettings
 from megatron_cocoa.data.feed import lost_workers_explained, packs_from
 from megatron_cocoa.data.loader import StageLoader
-from megatron_cocoa.data.order import SampleOrder
-from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples
+from megatron_cocoa.data.order import MAX_SUBSTITUTES, SampleOrder
+from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, write_jsonl
 
 RECORDED_ORDER = [8, 2, 4, 5, 7, 6, 1, 3, 0, 9]
 
@@ -225,10 +226,16 @@ def test_query_units_can_be_masked_in_stage_bridge(make, settings):
     assert 0.25 < changed_rows < 0.75
 
 
-def test_packs_have_the_length_of_the_budget(make, settings):
+def test_packs_have_the_length_of_the_longest_within_the_budget(make, settings):
     changed = replace(settings, data=replace(settings.data, tokens_per_microbatch=128, max_length=64))
-    for batch in make("contrastive", changed=changed, pad_to_multiple_of=4).next_step():
-        assert batch.num_tokens == 128 and batch.tail_length == 128 - sum(batch.sample_lengths)
+    loader = make("contrastive", changed=changed, pad_to_multiple_of=4)
+    for _ in range(3):
+        packs = loader.next_step()
+        lengths = [sum(batch.sample_lengths) for batch in packs]
+        assert {batch.num_tokens for batch in packs} == {-(-max(lengths) // 4) * 4} and len(packs) > 1
+        assert max(lengths) <= 128 and len(packs) == -(-sum(lengths) // 128)
+    with pytest.raises(ValueError, match="128 is not a multiple of 5"):
+        make("contrastive", changed=changed, pad_to_multiple_of=5)
 
 
 @pytest.fixture
@@ -252,6 +259,38 @@ def test_broken_pictures_are_counted_and_replaced_alike_on_every_rank(make, sett
         seen += [i for batch in batches for i in batch.sample_ids]
     assert len(seen) == NUM_PICTURES and not {"row-3", "row-11"} & set(seen)
     assert single.statistics()["skipped/unreadable_picture"] >= 2
+
+
+def test_a_full_pack_whose_shortest_row_breaks_takes_the_shortest_substitute(make, settings, data_folder, tmp_path):
+    """Claim: where no substitute fits, a run goes on: the pack exceeds its budget by as little as the substitutes
+    allow, and its other rows are those that were planned."""
+    shutil.copytree(data_folder, tmp_path / "pairs")
+    rows = [json.loads(line) for line in (data_folder / "warmup.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows[5]["caption"] = "red"
+    write_jsonl(tmp_path / "pairs" / "warmup.jsonl", rows)
+
+    def steps_of_an_epoch(budget: int) -> tuple[list[dict[str, int]], StageLoader]:
+        """Tokens of each sample of a step, in the order of the stream where one pack holds them all."""
+        data = replace(settings.data, path=str(tmp_path / "pairs"), max_length=64, tokens_per_microbatch=budget)
+        loader = make("warmup", changed=replace(settings, data=data))
+        packs = [pack for _ in range(NUM_PICTURES // 8) for pack in loader.next_step()]
+        return [dict(zip(pack.sample_ids, pack.sample_lengths)) for pack in packs], loader
+
+    planned, _ = steps_of_an_epoch(1000)
+    lengths = {name: size for step in planned for name, size in step.items()}
+    number = next(i for i, step in enumerate(planned) if "row-5" in step)
+    wanted = planned[number]
+    assert min(lengths, key=lengths.get) == "row-5"
+    budget = sum(wanted.values())
+    picture = tmp_path / "pairs" / rows[5]["image_path"]
+    picture.write_bytes(picture.read_bytes()[:200])
+    found, loader = steps_of_an_epoch(budget)
+    assert loader.statistics()["skipped/unreadable_picture"] >= 1
+    drawn = loader._order.substitutes(8 * number + list(wanted).index("row-5"))
+    fitting = [lengths[f"row-{row}"] for row in islice(drawn, MAX_SUBSTITUTES - 1) if row != 5]
+    assert min(fitting) > wanted.pop("row-5")
+    (pack,) = [step for step in found if wanted.items() <= step.items()]
+    assert sum(pack.values()) == sum(wanted.values()) + min(fitting) > budget
 
 
 @pytest.mark.parametrize("workers", [0, 1])

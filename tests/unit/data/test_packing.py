@@ -64,19 +64,23 @@ def check_whole(found, number: int, num_ranks: int) -> None:
     assert len({len(rank) for rank in found.packs}) == 1 and all(pack for rank in found.packs for pack in rank)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_published_step_is_even_over_four_ranks_and_fills_its_packs(seed):
-    """Claim: of 1,024 pairs, the worst of four ranks is within 5% of the mean, and 95% of the token budget is used.
+def padded_tokens(found, tokens: list[int], budget: int) -> int:
+    """Of all packs, where those of a rank are padded to the longest of them; none exceeds the budget."""
+    lengths = [[sum(tokens[i] for i in pack) for pack in rank] for rank in found.packs]
+    assert max(max(rank) for rank in lengths) <= budget
+    return sum(max(rank) * len(rank) for rank in lengths)
 
-    A rank has about 29 packs: what is lost by rounding up to whole packs is at most one in 29.
-    """
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [4096, 8192, 16384])
+def test_a_published_step_is_even_over_four_ranks_and_fills_its_packs(seed, budget):
+    """Claim: of 1,024 pairs, the worst of four ranks is within 5% of the mean, and 95% of the packs' tokens are those
+    of samples."""
     pairs = realistic_pairs(1024, seed)
     tokens, costs = measured(pairs)
-    found = assign_samples(tokens, costs, num_ranks=4, samples_per_pack=32, budget=4096)
+    found = assign_samples(tokens, costs, num_ranks=4, samples_per_pack=32, budget=budget)
     check_whole(found, 1024, 4)
-    packs = [pack for rank in found.packs for pack in rank]
-    assert max(sum(tokens[i] for i in pack) for pack in packs) <= 4096
-    assert sum(tokens) / (4096 * len(packs)) >= 0.95
+    assert sum(tokens) / padded_tokens(found, tokens, budget) >= 0.95
     # Both are of float64 sums; an exchange ends when the two extremes cannot be evened out further.
     assert found.rank_imbalance < 0.05 and found.rank_imbalance == pytest.approx(worst(found, costs), abs=1e-9)
 
@@ -96,9 +100,9 @@ def mini_benchmark_pairs() -> list[list[SampleSize]]:
     ]
 
 
-@pytest.mark.parametrize("budget", [384, 512, 1024])
+@pytest.mark.parametrize("budget", [384, 512, 1024, 2048, 4096, 8192])
 def test_the_mini_benchmarks_steps_fill_their_packs(budget):
-    """Claim: on the mini benchmark's own lengths, steps of 1,024 pairs over four ranks fill 95% of the budget, and the
+    """Claim: on the mini benchmark's own lengths, steps of 1,024 pairs over four ranks fill 95% of their packs, and the
     worst rank is within 5% of the mean. All 19 whole steps of an epoch count."""
     pairs = mini_benchmark_pairs()
     assert len(pairs) == 19_770
@@ -108,10 +112,8 @@ def test_the_mini_benchmarks_steps_fill_their_packs(budget):
         tokens, costs = measured([pairs[i] for i in order[step * 1024 : (step + 1) * 1024]])
         found = assign_samples(tokens, costs, num_ranks=4, samples_per_pack=1, budget=budget)
         check_whole(found, 1024, 4)
-        packs = [pack for rank in found.packs for pack in rank]
-        assert max(sum(tokens[i] for i in pack) for pack in packs) <= budget
         assert found.rank_imbalance < 0.05
-        filled, capacity = filled + sum(tokens), capacity + budget * len(packs)
+        filled, capacity = filled + sum(tokens), capacity + padded_tokens(found, tokens, budget)
     assert filled / capacity >= 0.95, filled / capacity
 
 
@@ -244,9 +246,9 @@ def test_the_share_of_the_budget_and_the_imbalance_are_reported(make, settings):
         for batch in loader.next_step():
             filled += sum(batch.sample_lengths)
             packed += batch.num_tokens
-            assert batch.num_tokens == 256
+            assert batch.num_tokens <= 256
     report = loader.statistics()
-    assert report["budget_filled"] == filled / packed
+    assert report["packs_filled"] == filled / packed
     assert report["rank_imbalance"] == 0 and 0 <= report["pack_imbalance"] < 1
 
 
