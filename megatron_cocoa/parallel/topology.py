@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import resource
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
         ValueError: if the degrees do not divide the world size; before any process group exists.
     """
     parallel.data_parallel_size(launch.world_size)
+    _allow_open_files()
     device.setup_device(launch.local_rank)
     if not dist.is_initialized():
         dist.init_process_group(
@@ -99,6 +101,16 @@ def initialize(parallel: ParallelSettings, launch: LaunchInfo, *, seed: int) -> 
             # group do not, and groups of some ranks alone (``replica.py``) would leave the others waiting for them.
         )
     set_layout(parallel, seed=seed)
+
+
+def _allow_open_files() -> None:
+    """Let this process and those that it starts hold as many files open as the system allows.
+
+    A gloo group holds a connection from each of its ranks to each other one: with 512 ranks, in the world's group and
+    Megatron's over data parallel, these are up to 2,060 files of every rank, and shells often give 1,024.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def initialize_alone() -> None:

@@ -1,5 +1,9 @@
 """What a launcher says about a process, and degrees that do not fit the world."""
 
+import os
+import resource
+from contextlib import ExitStack
+
 import pytest
 import torch.distributed as dist
 
@@ -65,3 +69,17 @@ def test_degrees_that_do_not_divide_the_world_are_refused_before_any_process_gro
     with pytest.raises(ValueError, match=message):
         topology.initialize(parallel, LaunchInfo(rank=0, world_size=8, local_rank=0), seed=0)
     assert dist.is_initialized() == before
+
+
+def test_a_rank_may_hold_all_files_open_that_the_system_allows():
+    """Claim: a shell's limit does not end a run of many ranks, each of which gloo connects with all others."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as opened:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(128, limits[1]), limits[1]))
+            topology.initialize(ParallelSettings(), LaunchInfo(rank=0, world_size=1, local_rank=0), seed=0)
+            for _ in range(256):
+                opened.enter_context(open(os.devnull))
+        finally:
+            topology.shutdown()
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
