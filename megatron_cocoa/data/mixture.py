@@ -97,6 +97,8 @@ class MixedOrder:
         ]
         self._seed, self._stage = seed, stage
         self._block = lru_cache(maxsize=4)(self._draw_block)
+        # Exact products of fractions, as many as there are sources, where a step asks for each of its places twice.
+        self._before = lru_cache(maxsize=256)(self._count_before)
 
     @property
     def identity(self) -> dict[str, list]:
@@ -148,10 +150,10 @@ class MixedOrder:
                     f"negative; lower its weight or {stage}.global_batch_size"
                 )
 
-    def _before(self, block: int) -> list[int]:
+    def _count_before(self, block: int) -> tuple[int, ...]:
         """Rows of each source in the blocks before ``block``."""
         reached = [int(end * block * self._size) for end in self._ends]
-        return [after - before for after, before in zip(reached, [0, *reached])]
+        return tuple(after - before for after, before in zip(reached, [0, *reached]))
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each position of the block its source, and how many of that source precede it in the block."""
