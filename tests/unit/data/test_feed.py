@@ -56,3 +56,25 @@ def test_a_worker_frees_nothing_that_its_rank_has_left(tmp_path):
         if was_enabled:
             gc.enable()
     assert told.read_text() == f"{os.getpid()}\n"
+
+
+class ShowingPlanner:
+    """Makes packs that say who planned them, and of which step."""
+
+    shape = SimpleNamespace(global_batch_size=1)
+
+    def plan(self, step: int) -> list[tuple[int, int]]:
+        return [(step, os.getpid())]
+
+    def execute(self, plan: tuple[int, int]):
+        return Pack(plan[1]), Counter()
+
+
+def test_several_steps_are_planned_at_a_time_and_come_in_order():
+    """Claim: planning keeps up where a step of many ranks takes less time than its plan, which is of all ranks."""
+    packs = packs_from(ShowingPlanner(), 0, num_workers=2)
+    made = [next(packs) for _ in range(6)]
+    packs.close()
+    assert [step for (step, _), _, _ in made] == list(range(6))
+    first, second, *others = (pack.pid for _, pack, _ in made)
+    assert first != second and others == [first, second] * 2
