@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.distributed.launch import result_of
-from tests.distributed.writers import KILLED, RECYCLED, ROUNDED, TAKEN_OVER, WITHOUT_MEMORY
+from tests.distributed.writers import KILLED, RECYCLED, ROUNDED, TAKEN_OVER, VALIDATED, WITHOUT_MEMORY
 
 
 @pytest.mark.parametrize("check", KILLED)
@@ -54,3 +54,10 @@ def test_weights_in_fp8_are_written_as_plain_tensors(request, check):
     """Claim: whoever reads a checkpoint needs no Transformer Engine, whatever form it keeps on the host."""
     found = result_of(request, check)
     assert found["written"] == [1.0] * 8 and set(found["classes"]) == {"Tensor"}
+
+
+@pytest.mark.parametrize("check", VALIDATED)
+def test_how_states_are_cut_is_compared_over_ranks_once(request, check):
+    """Claim: of checkpoints with the same parts, the first alone makes each rank hear of every other rank's pieces."""
+    found = result_of(request, check)
+    assert found["counts"] == [1, 1, 2, 2] and found["written"] == [0.5] * 4 + [1.5] * 4

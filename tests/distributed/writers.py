@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import state_dict_utils
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import FileSystemReader
@@ -137,6 +138,22 @@ def rounded() -> dict:
         return {"written": TorchDistReader(shared / "one").read("w").tolist(), "classes": classes}
 
 
+def validated() -> dict:
+    """How often ranks had told each other how their states are cut, after each of several writes.
+
+    Also what the last one wrote.
+    """
+    topology.set_layout(ParallelSettings(), seed=0)
+    tell, told, writer = state_dict_utils.determine_global_metadata, [], CheckpointWriter()
+    with rank_folders() as (_, shared), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_dict_utils, "determine_global_metadata", lambda state: told.append(state) or tell(state))
+        counts = []
+        for name, parts in (("one", "w"), ("two", "w"), ("best", "v"), ("three", "w")):
+            writer.write(shared / name, {part: _part(part, dist.get_rank() + 0.5) for part in parts}, **HOW)
+            counts.append(len(told))
+        return {"counts": counts, "written": TorchDistReader(shared / "three").read("w").tolist()}
+
+
 def without_memory(*, asynchronous: bool) -> dict:
     """What each rank is told where the last rank's host has no memory left for its part, and what lies there then."""
     topology.set_layout(ParallelSettings(), seed=0)
@@ -220,4 +237,5 @@ WITHOUT_MEMORY = {
     for asynchronous in (True, False)
 }
 ROUNDED = {"writer-rounded": Check(2, rounded)}
-CHECKS = KILLED | TAKEN_OVER | RECYCLED | WITHOUT_MEMORY | ROUNDED
+VALIDATED = {"writer-validated": Check(2, validated)}
+CHECKS = KILLED | TAKEN_OVER | RECYCLED | WITHOUT_MEMORY | ROUNDED | VALIDATED
