@@ -141,13 +141,14 @@ class StepPlanner:
             packs_multiple_of=shape.packs_multiple_of,
         )
         own, digest = found.packs[shape.rank], _digest(rows, found.packs)
+        all_taken = frozenset(taken)
         return [
             PackPlan(
                 step=step,
                 index=index,
                 count=len(own),
                 rows=tuple(rows[i] for i in pack),
-                taken=frozenset(taken),
+                taken=all_taken,
                 rank_imbalance=found.rank_imbalance,
                 pack_imbalance=found.pack_imbalance,
                 digest=digest,
