@@ -43,26 +43,32 @@ def build_calls(table: SegmentTable, device: torch.device) -> tuple[VarlenCall, 
     for members in np.split(np.arange(len(table.rows)), edges):
         rows = table.rows[members]
         q_len, k_len = rows[:, 1] - rows[:, 0], rows[:, 3] - rows[:, 2]
-        k_rows = np.concatenate([np.arange(a, b) for a, b in rows[:, 2:]])
-        run = slice(int(k_rows[0]), int(k_rows[-1]) + 1)
-        contiguous = np.array_equal(k_rows, np.arange(run.start, run.stop))
+        same_lengths = np.array_equal(q_len, k_len)
+        cu_q = upload(_offsets(q_len).astype(np.int32), device)
         calls.append(
             VarlenCall(
                 q_rows=slice(int(rows[0, 0]), int(rows[-1, 1])),
-                k_rows=run if contiguous else upload(k_rows, device),
-                cu_q=_offsets(q_len, device),
-                cu_k=_offsets(k_len, device),
+                k_rows=_key_rows(rows[:, 2], rows[:, 3], device),
+                cu_q=cu_q,
+                cu_k=cu_q if same_lengths else upload(_offsets(k_len).astype(np.int32), device),
                 max_q=int(q_len.max()),
                 max_k=int(k_len.max()),
                 causal=bool(table.causal[members[0]]),
-                same_lengths=np.array_equal(q_len, k_len),
+                same_lengths=same_lengths,
             )
         )
     return tuple(calls)
 
 
-def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
-    return upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+def _key_rows(starts: np.ndarray, ends: np.ndarray, device: torch.device) -> Tensor | slice:
+    if np.array_equal(starts[1:], ends[:-1]):
+        return slice(int(starts[0]), int(ends[-1]))
+    offsets = _offsets(ends - starts)
+    return upload(np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts), device)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def attend_with(

@@ -112,7 +112,7 @@ class VisionModel(MegatronModule):
         embedded = self.patch_embed(pixel_values)
         if layout.is_reordered:
             # Rather than the pixels, whose copy would be kept for the weight's gradient.
-            embedded = _reorder(embedded, layout.patch_order, np.argsort(layout.patch_order))
+            embedded = _reorder(embedded, layout.patch_order)
         cos, sin = vision_tables(device.upload(layout.positions, pixel_values.device), self.architecture)
         hidden = self.decoder(
             hidden_states=input_of_layers(embedded.unsqueeze(1), self.decoder),
@@ -121,16 +121,23 @@ class VisionModel(MegatronModule):
         )
         units = reshaped(hidden, -1, 1, hidden.shape[-1] * self.architecture.patches_per_unit)
         merged = self.projection(units).squeeze(1)
-        return _reorder(merged, np.argsort(layout.unit_order), layout.unit_order) if layout.is_reordered else merged
+        return _reorder(merged, _inverse(layout.unit_order)) if layout.is_reordered else merged
 
     def _context(self, layout: VisionLayout, cos: Tensor, sin: Tensor) -> SequenceContext:
         full = {index + 1: layout.frames for index in self.architecture.fullatt_block_indexes}
         return SequenceContext(segments=layout.windows, layer_segments=full, cos=cos, sin=sin)
 
 
-def _reorder(rows: Tensor, order: np.ndarray, inverse: np.ndarray) -> Tensor:
-    """``rows[order]`` for a permutation of all of them, and its inverse."""
-    return _Reorder.apply(rows, *(device.upload(x, rows.device) for x in (order, inverse)))
+def _reorder(rows: Tensor, order: np.ndarray) -> Tensor:
+    """``rows[order]`` for a permutation of all of them."""
+    return _Reorder.apply(rows, *(device.upload(x, rows.device) for x in (order, _inverse(order))))
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    # Sorting, which gives the same, takes twenty times as long.
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse
 
 
 class _Reorder(torch.autograd.Function):
