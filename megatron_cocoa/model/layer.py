@@ -56,7 +56,10 @@ class ReadRowsLayer(TransformerLayer):
             ``(rows, 1, hidden)`` and None: all rows, or those that are read; under sequence parallelism this rank's
             part of either.
         """
-        self._rows = kwargs["packed_seq_params"].rows_after(self.layer_number)
+        rows = kwargs["packed_seq_params"].rows_after(self.layer_number)
+        if rows is not self._rows:
+            # In the last layer alone: assigning an attribute of a module takes the host longer than a small operation.
+            self._rows = rows
         return super().forward(*args, **kwargs)
 
     def _add_to_residual(self, training: bool, fused: bool) -> Callable[..., Tensor]:

@@ -23,23 +23,25 @@ class SegmentSelfAttention(SelfAttention):
         self.core_attention.takes_rotated = (
             config.context_parallel_size == 1 and config.num_query_groups >= config.tensor_model_parallel_size
         )
-        self._context: SequenceContext | None = None
+        # A list, since assigning an attribute of a module takes the host a hundred times as long.
+        self._contexts: list[SequenceContext] = []
 
     def forward(self, *args, packed_seq_params: SequenceContext, **kwargs) -> tuple[Tensor, Tensor | None]:
         """As Megatron's."""
-        self._context = packed_seq_params
+        self._contexts.append(packed_seq_params)
         try:
             return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
         finally:
-            self._context = None
+            self._contexts.pop()
 
-    def get_query_key_value_tensors(self, *args, split_qkv: bool = True, **kwargs) -> tuple[Tensor, ...]:
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
         """``(tokens, heads_local, head_dim)`` and twice ``(tokens, key_value_heads_local, head_dim)``.
 
         Where Megatron splits, with its dimension for the batch, of one sequence, after the tokens.
         """
-        if not self.core_attention.takes_rotated or self._context.cos is None:
-            return super().get_query_key_value_tensors(*args, split_qkv=split_qkv, **kwargs)
-        fused, _ = super().get_query_key_value_tensors(*args, split_qkv=False, **kwargs)
-        fused = fused.view(fused.shape[0], fused.shape[2], -1, self.hidden_size_per_attention_head)
-        return split_and_rotate(fused, self._context.cos, self._context.sin)
+        context = self._contexts[-1]
+        if not self.core_attention.takes_rotated or context.cos is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        fused, _ = self.linear_qkv(hidden_states)
+        groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        return split_and_rotate(fused.view(fused.shape[0], groups, -1, dim), context.cos, context.sin)
