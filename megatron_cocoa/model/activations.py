@@ -95,7 +95,8 @@ class _RecomputedInput:
         if self._remake is None:
             raise RuntimeError("a second backward pass through an activation whose input was recomputed for the first")
         if self._made is None:
-            self._made = self._remake()
+            with torch.no_grad():
+                self._made = self._remake()
         return self._made
 
     def pop(self) -> Tensor:
@@ -135,7 +136,7 @@ def _lean(x: Tensor, formula: _Formula) -> Tensor:
     remake = recipe_of(x)
     recomputed = None if remake is None else _RecomputedInput(remake)
     source = (lambda: x) if recomputed is None else recomputed.get
-    return remember(_Lean.apply(x, formula, recomputed), torch.no_grad()(lambda: formula.function(source())))
+    return remember(_Lean.apply(x, formula, recomputed), lambda: formula.function(source()))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GELU (arXiv 1606.08415) by the error function, the merger's activation; any shape."""
-    return remember(F.gelu(x), torch.no_grad()(lambda: F.gelu(x)))
+    return remember(F.gelu(x), lambda: F.gelu(x))
 
 
 class SwiGLU(MegatronModule):

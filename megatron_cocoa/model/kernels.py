@@ -10,6 +10,7 @@ module is imported where a tensor lives on a GPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -177,8 +178,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, sign: float) -> Tensor:
     out = x.new_empty(x.shape)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if out.numel():
-        together, wide = _rows_and_channels(heads, dim // 2)
-        kernel = _rotate_kernel[tokens, triton.cdiv(heads, together)]
+        blocks, together, wide = _blocks_of_a_token(heads, dim // 2)
+        kernel = _rotate_kernel[tokens, blocks]
         tables, strides = (cos.contiguous(), sin.contiguous()), (*x.stride()[:2], *out.stride()[:2])
         kernel(x, *tables, out, heads, sign, *strides, HALF=dim // 2, HEADS=together, WIDE=wide, num_warps=4)
     return out
@@ -195,16 +196,18 @@ def split_and_rotate(fused: Tensor, apart: Sequence[Tensor], cos: Tensor, sin: T
     tokens, groups, parts, dim = fused.shape
     if fused.numel():
         rows = groups * parts
-        together, wide = _rows_and_channels(rows, dim // 2)
-        kernel = _split_kernel[tokens, triton.cdiv(rows, together)]
+        blocks, together, wide = _blocks_of_a_token(rows, dim // 2)
+        kernel = _split_kernel[tokens, blocks]
         tensors = (fused, *apart, cos.contiguous(), sin.contiguous())
         kernel(*tensors, rows, parts, JOIN=join, HALF=dim // 2, ROWS=together, WIDE=wide, num_warps=4)
 
 
-def _rows_and_channels(rows: int, half: int) -> tuple[int, int]:
-    """What one program works on."""
+@functools.cache
+def _blocks_of_a_token(rows: int, half: int) -> tuple[int, int, int]:
+    """How many programs share a token's rows; rows and channels that one works on."""
     wide = triton.next_power_of_2(half)
-    return triton.next_power_of_2(min(rows, max(1, BLOCK // wide))), wide
+    together = triton.next_power_of_2(min(rows, max(1, BLOCK // wide)))
+    return triton.cdiv(rows, together), together, wide
 
 
 def softmax_statistics(logits: Tensor, labels: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

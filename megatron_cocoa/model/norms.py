@@ -58,7 +58,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., hidden_size)``, normalised along the last axis; marked, so that linears need not keep it."""
-        return remember(self._normalize(x), torch.no_grad()(lambda: self._normalize(x)))
+        return remember(self._normalize(x), lambda: self._normalize(x))
 
     def _normalize(self, x: Tensor) -> Tensor:
         if self.bias is not None:

@@ -30,7 +30,7 @@ def remember(output: Tensor, remake: Callable[[], Tensor]) -> Tensor:
 
     Args:
         output: any tensor. Views and copies of it lose the mark and are kept as usual.
-        remake: returns the same values, without gradient; called once in each linear's backward pass. It should refer
+        remake: returns the same values; called under ``no_grad``, once in each linear's backward pass. It should refer
             only to tensors that are kept anyway.
     """
     setattr(output, _RECIPE, remake)
@@ -60,7 +60,10 @@ def _keeping_recipe(x: Tensor) -> Iterator[None]:
         return remake if saved.data_ptr() == pointer and saved.shape == shape else saved
 
     def unpack(kept):
-        return kept if isinstance(kept, Tensor) else kept()
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return kept()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -89,7 +92,7 @@ class RemadeColumnParallelLinear(ColumnParallelLinear):
         output = output if bias is None else output.add_(bias)
         if self.remakes_output and output.requires_grad:
             remake_input = recipe_of(input_) or input_.detach
-            remember(output, torch.no_grad()(lambda: self.forward(remake_input(), *args, **kwargs)[0]))
+            remember(output, lambda: self.forward(remake_input(), *args, **kwargs)[0])
         return output, None
 
 
