@@ -1,0 +1,121 @@
+"""What a stage's steps do to the weights, against torch's AdamW, its clipping, and transformers' schedules."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import nn
+from transformers import get_scheduler
+
+from megatron_cocoa.config import BridgeSettings, OptimizerSettings, ParallelSettings, TrainSettings
+from megatron_cocoa.model.build import Model
+from megatron_cocoa.model.workload import Workload
+from megatron_cocoa.parallel import topology
+from megatron_cocoa.training import trainer
+from megatron_cocoa.training.data_parallel import wrap_data_parallel
+
+STEPS = 8
+ADAM = dict(betas=(0.8, 0.95), eps=1e-6)
+OPTIMIZER = OptimizerSettings(weight_decay=0.1, clip_grad=0.5, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    topology.initialize(ParallelSettings(), topology.LaunchInfo(0, 1, 0), seed=0)
+    yield
+    topology.shutdown()
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def loss_of(module: nn.Module, step: int) -> torch.Tensor:
+    """One whose gradient norm lies above ``clip_grad`` in every other step, below it in the others."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+    return module(x).square().mean() * (10.0 if step % 2 else 0.1)
+
+
+def trained(monkeypatch, stage: BridgeSettings) -> tuple[list[torch.Tensor], list[dict]]:
+    """Weights and metrics of a stage's trainer, whose model is one layer."""
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+    bare = Model([layer()], config, SimpleNamespace(vision=None))
+    model = wrap_data_parallel(bare, ParallelSettings())
+
+    def forward_backward(model, objective, batches, *, detailed):
+        loss = loss_of(model.chunks[0], *batches)
+        loss.backward()
+        model.chunks[0].finish_grad_sync()
+        return {"loss": float(loss)}
+
+    monkeypatch.setattr(trainer, "forward_backward", forward_backward)
+    monkeypatch.setattr(trainer._StageTrainer, "_whole_step", lambda *_: (Workload(), 0))
+    steps = iter(range(stage.steps))
+    own = trainer._StageTrainer(
+        model,
+        None,
+        SimpleNamespace(next_step=lambda: [next(steps)]),
+        stage=stage,
+        settings=TrainSettings(optimizer=OPTIMIZER, bridge=stage),
+        keeping=None,
+        meter=None,
+    )
+    metrics = [own.step() for _ in range(stage.steps)]
+    return [p.detach().clone() for p in bare.chunks[0].parameters()], metrics
+
+
+def by_torch(rates: list[float]) -> tuple[list[torch.Tensor], list[float]]:
+    """Weights and gradient norms of a plain loop."""
+    module, norms = layer(), []
+    decayed = {"params": [module.weight], "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW([decayed, {"params": [module.bias], "weight_decay": 0.0}], **ADAM)
+    for step, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss_of(module, step).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), 0.5)))
+        optimizer.step()
+    return [p.detach() for p in module.parameters()], norms
+
+
+def transformers_rates(style: str, *, lr: float, warmup: int, steps: int) -> list[float]:
+    """Of the updates 2 to ``steps + 1``: our stage is one update ahead, whose first is not taken at rate 0."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    name = "constant_with_warmup" if style == "constant" else style
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    rates = []
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    return rates
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine", "constant"])
+def test_a_stage_is_adamw_with_clipping_at_the_scheduled_rates(monkeypatch, style):
+    """Claim: each step takes its own rate, from the first to the last, clips by the global norm, and spares biases.
+
+    1e-6 is float32 rounding over eight updates; a step of another rate, or one that is not clipped, shows at 1e-3.
+    """
+    stage = BridgeSettings(steps=STEPS, lr=1e-2, lr_warmup_steps=3, lr_decay_style=style)
+    rates = transformers_rates(style, lr=1e-2, warmup=3, steps=STEPS)
+    found, metrics = trained(monkeypatch, stage)
+    wanted, norms = by_torch(rates)
+    assert [line["lr"] for line in metrics] == pytest.approx(rates, rel=1e-9, abs=1e-15)
+    assert [line["grad_norm"] for line in metrics] == pytest.approx(norms, rel=1e-4)
+    assert min(norms) < OPTIMIZER.clip_grad < max(norms)
+    for ours, theirs in zip(found, wanted):
+        assert (ours - theirs).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("warmup, first", [(2, 5e-3), (STEPS, 1e-2 / 7), (0, 1e-2 - 9e-3 / STEPS)])
+def test_the_last_step_is_taken_at_the_least_rate(monkeypatch, warmup, first):
+    """Claim: whatever the warm-up, be it as long as the stage, rates end at ``min_lr`` after a peak at ``lr``."""
+    stage = BridgeSettings(steps=STEPS, lr=1e-2, min_lr=1e-3, lr_warmup_steps=warmup)
+    _, metrics = trained(monkeypatch, stage)
+    rates = [line["lr"] for line in metrics]
+    assert rates[-1] == pytest.approx(1e-3) and rates[0] == pytest.approx(first)
+    assert warmup == 0 or max(rates) == pytest.approx(1e-2)
