@@ -11,7 +11,7 @@ def test_a_norm_is_judged_by_the_median_of_the_last_ones():
     recent: list[float] = []
     for norm in [*[50.0] * NUM_NORMS, *[2.0] * (NUM_NORMS - 1), 1000.0]:
         remember(recent, norm)
-    assert len(recent) == NUM_NORMS and highest_norm(recent, 10.0) == 20.0
+    assert len(recent) == NUM_NORMS and highest_norm(recent, 10.0) == 20.0 == highest_norm(recent[:LEAST_NORMS], 10.0)
     assert highest_norm(recent, None) == math.inf == highest_norm(recent[: LEAST_NORMS - 1], 10.0)
 
 
