@@ -12,7 +12,7 @@ from megatron_cocoa.config import BridgeSettings, OptimizerSettings, ParallelSet
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.parallel import topology
-from megatron_cocoa.training import trainer
+from megatron_cocoa.training import spikes, trainer
 from megatron_cocoa.training.data_parallel import wrap_data_parallel
 
 STEPS = 8
@@ -38,32 +38,34 @@ def loss_of(module: nn.Module, step: int) -> torch.Tensor:
     return module(x).square().mean() * (10.0 if step % 2 else 0.1)
 
 
-def trained(monkeypatch, stage: BridgeSettings) -> tuple[list[torch.Tensor], list[dict]]:
-    """Weights and metrics of a stage's trainer, whose model is one layer."""
+def stage_trainer(monkeypatch, stage: BridgeSettings, optimizer: OptimizerSettings = OPTIMIZER, loss=loss_of):
+    """A stage's trainer, whose model is one layer and whose loader gives the number of the step."""
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
     bare = Model([layer()], config, SimpleNamespace(vision=None))
     model = wrap_data_parallel(bare, ParallelSettings())
 
     def forward_backward(model, objective, batches, *, detailed):
-        loss = loss_of(model.chunks[0], *batches)
-        loss.backward()
+        value = loss(model.chunks[0], *batches)
+        value.backward()
         model.chunks[0].finish_grad_sync()
-        return {"loss": float(loss)}
+        return {"loss": float(value)}
 
     monkeypatch.setattr(trainer, "forward_backward", forward_backward)
     monkeypatch.setattr(trainer._StageTrainer, "_whole_step", lambda *_: (Workload(), 0))
     steps = iter(range(stage.steps))
-    own = trainer._StageTrainer(
+    return trainer._StageTrainer(
         model,
         None,
         SimpleNamespace(next_step=lambda: [next(steps)]),
         stage=stage,
-        settings=TrainSettings(optimizer=OPTIMIZER, bridge=stage),
+        settings=TrainSettings(optimizer=optimizer, bridge=stage),
         keeping=None,
         meter=None,
     )
-    metrics = [own.step() for _ in range(stage.steps)]
-    return [p.detach().clone() for p in bare.chunks[0].parameters()], metrics
+
+
+def weights(model: Model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.chunks[0].parameters()]
 
 
 def by_torch(rates: list[float]) -> tuple[list[torch.Tensor], list[float]]:
@@ -102,12 +104,13 @@ def test_a_stage_is_adamw_with_clipping_at_the_scheduled_rates(monkeypatch, styl
     """
     stage = BridgeSettings(steps=STEPS, lr=1e-2, lr_warmup_steps=3, lr_decay_style=style)
     rates = transformers_rates(style, lr=1e-2, warmup=3, steps=STEPS)
-    found, metrics = trained(monkeypatch, stage)
+    own = stage_trainer(monkeypatch, stage)
+    metrics = [own.step() for _ in rates]
     wanted, norms = by_torch(rates)
     assert [line["lr"] for line in metrics] == pytest.approx(rates, rel=1e-9, abs=1e-15)
     assert [line["grad_norm"] for line in metrics] == pytest.approx(norms, rel=1e-4)
     assert min(norms) < OPTIMIZER.clip_grad < max(norms)
-    for ours, theirs in zip(found, wanted):
+    for ours, theirs in zip(weights(own.model), wanted):
         assert (ours - theirs).abs().max() < 1e-6
 
 
@@ -115,7 +118,40 @@ def test_a_stage_is_adamw_with_clipping_at_the_scheduled_rates(monkeypatch, styl
 def test_the_last_step_is_taken_at_the_least_rate(monkeypatch, warmup, first):
     """Claim: whatever the warm-up, be it as long as the stage, rates end at ``min_lr`` after a peak at ``lr``."""
     stage = BridgeSettings(steps=STEPS, lr=1e-2, min_lr=1e-3, lr_warmup_steps=warmup)
-    _, metrics = trained(monkeypatch, stage)
-    rates = [line["lr"] for line in metrics]
+    own = stage_trainer(monkeypatch, stage)
+    rates = []
+    for _ in range(STEPS):
+        rates.append(own.step()["lr"])
+        assert {group["lr"] for group in own.optimizer.param_groups} == {rates[-1]}
     assert rates[-1] == pytest.approx(1e-3) and rates[0] == pytest.approx(first)
     assert warmup == 0 or max(rates) == pytest.approx(1e-2)
+
+
+def test_a_skipped_step_is_counted_and_forgotten(monkeypatch):
+    """Claim: it moves no weight and is not judged by, takes its samples and its rate, and an applied step ends a row.
+
+    Steps 4 and 5 are 100 times as large as the others and step 7 is NaN, after two norms to judge by.
+    """
+    monkeypatch.setattr(spikes, "LEAST_NORMS", 2)
+    monkeypatch.setattr(trainer, "_why_skipped", lambda *_: "skipped")
+    scale = {4: 100.0, 5: 100.0, 7: float("nan")}
+    stage = BridgeSettings(steps=STEPS, lr=1e-2, lr_warmup_steps=0, global_batch_size=16)
+    own = stage_trainer(
+        monkeypatch,
+        stage,
+        OptimizerSettings(max_norm_ratio=10.0, max_skipped_steps=3),
+        lambda module, step: module(torch.ones(1, 4)).sum() * scale.get(step, 1.0),
+    )
+    moved, rows, before = [], [], weights(own.model)
+    for _ in range(STEPS):
+        own.step()
+        now = weights(own.model)
+        moved.append(any(not torch.equal(a, b) for a, b in zip(before, now)))
+        rows.append(own.progress.skipped_in_a_row)
+        before = now
+    assert moved == [step not in scale for step in range(STEPS)]
+    assert rows == [0, 0, 0, 0, 1, 2, 0, 1]
+    progress = own.progress
+    assert (progress.step, progress.skipped, progress.samples) == (STEPS, 3, 16 * STEPS)
+    assert progress.recent_norms == [progress.recent_norms[0]] * 5
+    assert 0 < progress.data_wait < progress.seconds
