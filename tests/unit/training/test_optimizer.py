@@ -1,19 +1,14 @@
 """What a stage's steps do to the weights, against torch's AdamW, its clipping, and transformers' schedules."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import nn
 from transformers import get_scheduler
 
 from megatron_cocoa.config import BridgeSettings, OptimizerSettings, ParallelSettings, TrainSettings
-from megatron_cocoa.model.build import Model
-from megatron_cocoa.model.workload import Workload
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.training import spikes, trainer
-from megatron_cocoa.training.data_parallel import wrap_data_parallel
+from tests.unit.training.one_layer import Loader, layer, train_on, weights, wrapped_layer
 
 STEPS = 8
 ADAM = dict(betas=(0.8, 0.95), eps=1e-6)
@@ -27,11 +22,6 @@ def one_rank():
     topology.shutdown()
 
 
-def layer() -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(4, 3)
-
-
 def loss_of(module: nn.Module, step: int) -> torch.Tensor:
     """One whose gradient norm lies above ``clip_grad`` in every other step, below it in the others."""
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
@@ -39,33 +29,16 @@ def loss_of(module: nn.Module, step: int) -> torch.Tensor:
 
 
 def stage_trainer(monkeypatch, stage: BridgeSettings, optimizer: OptimizerSettings = OPTIMIZER, loss=loss_of):
-    """A stage's trainer, whose model is one layer and whose loader gives the number of the step."""
-    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
-    bare = Model([layer()], config, SimpleNamespace(vision=None))
-    model = wrap_data_parallel(bare, ParallelSettings())
-
-    def forward_backward(model, objective, batches, *, detailed):
-        value = loss(model.chunks[0], *batches)
-        value.backward()
-        model.chunks[0].finish_grad_sync()
-        return {"loss": float(value)}
-
-    monkeypatch.setattr(trainer, "forward_backward", forward_backward)
-    monkeypatch.setattr(trainer._StageTrainer, "_whole_step", lambda *_: (Workload(), 0))
-    steps = iter(range(stage.steps))
+    train_on(monkeypatch, loss)
     return trainer._StageTrainer(
-        model,
+        wrapped_layer(),
         None,
-        SimpleNamespace(next_step=lambda: [next(steps)]),
+        Loader(),
         stage=stage,
         settings=TrainSettings(optimizer=optimizer, bridge=stage),
         keeping=None,
         meter=None,
     )
-
-
-def weights(model: Model) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.chunks[0].parameters()]
 
 
 def by_torch(rates: list[float]) -> tuple[list[torch.Tensor], list[float]]:
@@ -133,7 +106,6 @@ def test_a_skipped_step_is_counted_and_forgotten(monkeypatch):
     Steps 4 and 5 are 100 times as large as the others and step 7 is NaN, after two norms to judge by.
     """
     monkeypatch.setattr(spikes, "LEAST_NORMS", 2)
-    monkeypatch.setattr(trainer, "_why_skipped", lambda *_: "skipped")
     scale = {4: 100.0, 5: 100.0, 7: float("nan")}
     stage = BridgeSettings(steps=STEPS, lr=1e-2, lr_warmup_steps=0, global_batch_size=16)
     own = stage_trainer(
