@@ -50,11 +50,20 @@ def test_labels_stand_one_row_before_the_masked_token(build, bundle):
         assert masked.size >= 1 and not bundle.is_special(sample.text_labels).any()
 
 
-def test_masks_change_with_the_epoch_and_repeat_within_it(build):
-    builder, row = build(), CaptionRow("r", "images/0.png", "red green blue small large cat dog house tree moon")
-    draws = [builder.warmup(row, HALF, epoch=epoch) for epoch in (0, 0, 1)]
-    assert draws[0].text_rows.tolist() == draws[1].text_rows.tolist() != draws[2].text_rows.tolist()
-    assert draws[0].masked_units.tolist() == draws[1].masked_units.tolist() != draws[2].masked_units.tolist()
+def test_masks_change_with_epoch_and_sample_and_repeat_within_them(build):
+    """Claim: in both stages, for words and for pictures, so that no two samples of a step are hidden alike."""
+    builder, words = build(), "red green blue small large cat dog house tree moon"
+    for stage in ("warmup", "bridge"):
+        draws = []
+        for name, epoch in (("r", 0), ("r", 0), ("r", 1), ("s", 0)):
+            if stage == "warmup":
+                sample = builder.warmup(CaptionRow(name, "images/0.png", words), HALF, epoch=epoch)
+            else:
+                sample = builder.join_blocks(builder.bridge_blocks(name, PICTURE, words, HALF, epoch=epoch))
+            noise = sample.unit_noise.draw(builder.vision.unit_dim, patch_dim=builder.vision.patch_dim)
+            draws.append((sample.text_rows.tolist(), sample.masked_units.tolist(), float(noise[0, 0])))
+        for first, again, *others in zip(*draws):
+            assert first == again and first not in others and others[0] != others[1]
 
 
 def test_masking_never_changes_the_cached_text(build, bundle):
@@ -134,6 +143,14 @@ def test_a_picture_that_does_not_fit_is_refused_with_the_numbers(build):
         with pytest.raises(PictureError, match=r"take 27 tokens.*max_length 20") as caught:
             call(build(max_length=20))
         assert caught.value.reason == "picture_longer_than_max_length"
+
+
+def test_a_picture_may_take_all_room_where_nothing_is_reconstructed_from_text(build):
+    """Claim: a picture alone is embedded; block B needs a token, without which the sample would have no label."""
+    assert build(max_length=28).embedding("e", PICTURE).input_ids.size == 28
+    assert build(max_length=29).bridge_blocks("r", PICTURE, "cat", HALF, epoch=0).masked_ids.size == 1
+    with pytest.raises(PictureError, match="leaves no room for text in data.max_length 28"):
+        build(max_length=28).bridge_blocks("r", PICTURE, "cat", HALF, epoch=0)
 
 
 def test_swapped_blocks_keep_block_b_and_take_the_next_samples_block_a(build):

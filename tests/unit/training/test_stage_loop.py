@@ -64,6 +64,7 @@ class Run:
 
     def __init__(self, monkeypatch, **settings) -> None:
         self.checkpoints = Checkpoints()
+        self.batches: list[int] = []
         self.steps: list[int] = []
         self.rates: list[float] = []
         self.validated: list[int] = []
@@ -72,7 +73,8 @@ class Run:
         self.detailed = train_on(monkeypatch, self._loss)
 
     def _loss(self, module, step: int) -> torch.Tensor:
-        assert module.training
+        assert all(part.training for part in module.modules())
+        self.batches.append(step)
         self.draws.append(float(torch.rand(())))
         return module(torch.ones(1, 4)).sum()
 
@@ -117,7 +119,8 @@ def test_a_stop_puts_the_measurement_off_and_saves(monkeypatch):
     assert not run.checkpoints.pending, "what is written in the background is waited for"
     run.go_on(from_step=4, stop_after=5, values=[0.2])
     run.go_on(from_step=5, values=[0.4, 0.1])
-    assert run.steps == list(range(1, STEPS + 1)) and run.validated == [2, 4, 6, 8] and run.checkpoints.best == [2, 6]
+    assert run.steps == list(range(1, STEPS + 1)) and run.batches == list(range(STEPS))
+    assert run.validated == [2, 4, 6, 8] and run.checkpoints.best == [2, 6]
 
 
 def test_checkpoints_are_written_on_the_way_alone(monkeypatch):
