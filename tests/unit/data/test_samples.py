@@ -120,9 +120,11 @@ def test_long_texts_are_cut_and_pictures_never(build, bundle):
         builder.bridge_blocks("r", Content("<|image_1|>" + long_text, "images/0.png"), long_text, HALF, epoch=0)
     )
     embedded = builder.embedding("e", Content(long_text + "<|image_1|>", "images/0.png"))
-    for sample in (warm, joined, embedded):
+    text = bundle.encode_text(long_text).size
+    # The picture and its marks take 27 tokens.
+    for sample, whole in ((warm, 27 + text), (joined, 27 + text + 1 + text), (embedded, 27 + text + 1)):
         assert sample.input_ids.size == 40 and (sample.input_ids == bundle.image_token_id).sum() == 25
-        assert sample.num_cut > 0 and sample.position_ids.shape == (3, 40)
+        assert sample.num_cut == whole - 40 and sample.position_ids.shape == (3, 40)
     assert joined.bridge == 27 + 6, "of the 12 places that the picture and the bridge leave, each block keeps half"
     assert embedded.input_ids[-1] == bundle.bridge_token_id
 
