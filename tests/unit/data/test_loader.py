@@ -207,6 +207,25 @@ def test_settings_of_the_decision_table_reach_the_batches(make, settings, bundle
         assert bool((ids == bundle.image_token_id).any())
 
 
+def test_settings_of_pictures_reach_the_batches(make, settings, vision):
+    """Claim: limits of a picture's tokens, and what hides a unit and is to be predicted, are those of the stage."""
+
+    def warmup(**changed):
+        return make("warmup", changed=replace(settings, warmup=replace(settings.warmup, **changed))).next_step()[0]
+
+    # The processor's own are 16 tokens both, and 9 to 72 are the pictures' natural sizes.
+    for low, high, allowed in ((40, 400, range(40, 401)), (4, 9, range(10))):
+        grids = warmup(image_size=None, min_image_tokens=low, max_image_tokens=high).grid_thw
+        assert {vision.num_units(tuple(grid)) for grid in grids} <= set(allowed)
+    raw, normalized = (warmup(mae_target=kind).unit_targets for kind in ("pixels", "normalized"))
+    patches = normalized.reshape(-1, vision.patch_dim)
+    # float32 rounding over a patch.
+    assert patches.mean(1).abs().max() < 1e-5 < raw.reshape(patches.shape).mean(1).abs().max()
+    for kind, hides_with_zeros in (("zero", True), ("normal", False)):
+        pixels = warmup(mae_noise=kind).pixel_values
+        assert bool((pixels == 0).all(1).any()) is hides_with_zeros
+
+
 def test_effective_ratios_are_reported(make):
     loader = make("bridge")
     for _ in range(30):
