@@ -39,6 +39,13 @@ def test_a_constant_embedder_is_all_ties():
     assert found.expected == pytest.approx(0.5 + 0.25 + 0.5 + 0.25)
 
 
+def test_a_wrong_thing_counts_once_in_a_rank():
+    """Claim: a candidate that a list holds twice is one thing before the right one, and the next rank is 2."""
+    items = np.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    found = score_task(np.array([[1.0, 0.0]]), items, [np.array([0, 1, 1, 2])])
+    assert found.ranks.tolist() == [2] and found.num_ties == found.num_correct == 0
+
+
 def test_the_order_of_wrong_candidates_and_of_queries_changes_nothing():
     """Claim: a score is a function of the rows, not of their order or scale, on random vectors."""
     rng = np.random.default_rng(0)

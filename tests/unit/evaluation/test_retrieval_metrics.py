@@ -86,6 +86,22 @@ def test_expected_recall_equals_the_mean_over_all_orders_of_ties(items, k):
     )
 
 
+def test_the_median_rank_is_that_of_the_middle_query():
+    """Claim: one query whose answer comes last moves it nowhere; of two in the middle it lies between."""
+    candidates, keys = circle(0, 30, 60, 90), ["a", "b", "c", "d"]
+    # Ranks by hand: "a" is first at 0 degrees, "b" second, "c" third, "d" last.
+    for wanted, median in ((["a", "a", "d"], 1.0), (["a", "a", "b", "d"], 1.5)):
+        queries = circle(*[0.0] * len(wanted))
+        assert evaluate_retrieval(queries, candidates, query_keys=wanted, candidate_keys=keys).median_rank == median
+
+
+def test_a_candidate_that_rounding_puts_before_ties():
+    """Claim: a wrong one whose cosine is a few 1e-7 higher is no better one, and counts once, among the ties."""
+    candidates = torch.tensor([[1.0, 1.0 + 3e-7], [1.0, 1.0]])
+    ranks = retrieval_ranks(torch.tensor([[0.0, 1.0]]), candidates, query_keys=["b"], candidate_keys=["a", "b"])
+    assert (ranks.better.tolist(), ranks.tied_wrong.tolist()) == ([0], [1])
+
+
 def test_equal_captions_are_all_right():
     """Claim: two pictures under one caption answer each other's query, and chance rises accordingly."""
     texts, images = circle(0, 0, 90), circle(40, 5, 90)
