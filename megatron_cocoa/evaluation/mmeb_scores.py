@@ -82,7 +82,7 @@ def score_task(queries: np.ndarray, items: np.ndarray, candidates: Sequence[np.n
         ranks[row] = 1 + len(np.unique(offered[better & ~right]))
         num_things = len(np.unique(offered[best]))
         ties += num_things > 1
-        strict += num_things == 1 and bool(right[best].all())
+        strict += bool(right[best].all())
         chances.append(float(right[best].sum()) / float(best.sum()))
     correct = sum(int(offered[0] == offered[p]) for offered, p in zip(candidates, predictions.tolist()))
     return TaskScore(len(queries), correct, strict, math.fsum(chances), ties, predictions, ranks)
