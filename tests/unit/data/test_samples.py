@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,18 @@ def test_masks_change_with_epoch_and_sample_and_repeat_within_them(build):
             draws.append((sample.text_rows.tolist(), sample.masked_units.tolist(), float(noise[0, 0])))
         for first, again, *others in zip(*draws):
             assert first == again and first not in others and others[0] != others[1]
+
+
+def test_shared_noise_is_that_of_the_step(build):
+    """Claim: samples of one step have it in common, and another step has another."""
+    builder, shared = build(), replace(HALF, mae_noise="shared")
+
+    def noise(name: str, step: int) -> np.ndarray:
+        sample = builder.warmup(CaptionRow(name, "images/0.png", "red cat"), shared, epoch=0, step=step)
+        return sample.unit_noise.draw(builder.vision.unit_dim, patch_dim=builder.vision.patch_dim)[0]
+
+    np.testing.assert_array_equal(noise("r", 8), noise("s", 8))
+    assert (noise("r", 8) != noise("r", 16)).any()
 
 
 def test_masking_never_changes_the_cached_text(build, bundle):
