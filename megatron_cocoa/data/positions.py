@@ -73,7 +73,7 @@ def _vision_positions(
     if segment.seconds_per_grid is not None and tokens_per_second is not None:
         interval = tokens_per_second * segment.seconds_per_grid
     height, width = h // spatial_merge_size, w // spatial_merge_size
-    # Hugging Face multiplies in float32 before it truncates: in float64 a product like 2.9999999 would land lower.
+    # Hugging Face multiplies in float32 before it truncates: where that gives 62.999996, float64 would give 63.
     times = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
     grid = np.empty((3, t, height, width), dtype=np.int64)
     grid[0] = times[:, None, None]

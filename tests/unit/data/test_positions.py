@@ -69,6 +69,14 @@ def test_random_layouts_equal_qwen2_vl(seed):
     np.testing.assert_array_equal(ours, reference(Qwen2VLModel, layout, tokens_per_second=None))
 
 
+def test_times_are_rounded_as_qwen2_5_vl_rounds_them():
+    """Claim: the product is float32's: frame 15 comes at 62.999996, which is 62; float64 would give it 63."""
+    layout = (1, VisionSegment((31, 2, 2), 1.05), 1)
+    ours = mrope_positions(layout, spatial_merge_size=2, tokens_per_second=4)
+    np.testing.assert_array_equal(ours, reference(Qwen2_5_VLModel, layout, tokens_per_second=4))
+    assert ours[0, 1 + 15] == 1 + 62 and int(15 * (4 * 1.05)) == 63
+
+
 def test_plain_text_counts_up_on_all_axes():
     np.testing.assert_array_equal(mrope_positions((5,), spatial_merge_size=2), np.tile(np.arange(5), (3, 1)))
 
