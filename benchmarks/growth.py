@@ -6,8 +6,8 @@ Packs of text under the bridged mask (bridge at 0.7 of each sample), forward and
 series: samples of a fixed length, of which cost should be linear in tokens, and one sample of all tokens, which adds
 attention over its two blocks squared. ``time = host + a * linear + b * attention`` is fitted over both by least squares
 of relative errors, with the operations counted by ``megatron_cocoa.model.flops``. The host's share of a micro-batch is
-bounded from above by a pack of one short sample with one small picture, which runs every operation of a step on next to
-nothing, over a pack of the benchmark preset. Prints one JSON line.
+bounded from above by a pack of as many samples as the benchmark preset's, all short, through a model of as many layers,
+all narrow: every operation of a step on next to nothing. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def main() -> None:
     print(json.dumps(line))
 
 
-def build(args: argparse.Namespace, layers: int | None, vision_layers: int | None) -> tuple[Ours, object]:
-    """The model of this project and its config."""
-    config = model_config(args.shape, layers=layers, vision_layers=vision_layers)
+def build(shape: str, **options) -> tuple[Ours, object]:
+    """The model of this project and its config; options of ``model_config``."""
+    config = model_config(shape, **options)
     with tempfile.TemporaryDirectory() as name:
         write_model(Path(name), config)
         settings = TrainSettings(model=ModelSettings(dtype="fp32", make_vocab_size_divisible_by=1))
@@ -105,7 +105,7 @@ def seconds_of(ours: Ours, batches: list, repeats: int) -> float:
 
 def measure_growth(args: argparse.Namespace) -> list[dict]:
     """Seconds and operations of each pack, each printed to stderr when it is known."""
-    ours, config = build(args, args.layers, 1)
+    ours, config = build(args.shape, layers=args.layers, vision_layers=1)
     points = []
     for series in ("many", "one"):
         for tokens in args.lengths:
@@ -152,13 +152,17 @@ def fit(points: list[dict]) -> dict:
 
 def measure_host(args: argparse.Namespace) -> dict:
     """Seconds of a pack of next to nothing, and of one of the preset."""
-    ours, config = build(args, None, None)
-    least = ExampleMaker(config, "short", image_size=28).step(STAGE, 1)
-    preset = ExampleMaker(config, "short", image_size=args.host_image_size).step(STAGE, args.host_samples)
-    seconds = [seconds_of(ours, ours.batches(e, len(e)), max(args.repeats, 5)) for e in (least, preset)]
+    seconds, tokens = [], []
+    for narrow, image_size in ((True, 28), (False, args.host_image_size)):
+        ours, config = build(args.shape, narrow=narrow)
+        examples = ExampleMaker(config, "short", image_size=image_size).step(STAGE, args.host_samples)
+        batches = ours.batches(examples, len(examples))
+        seconds.append(seconds_of(ours, batches, max(args.repeats, 5)))
+        tokens.append(batches[0].num_tokens)
     return {
-        "least_pack_tokens": least[0].num_tokens,
+        "least_pack_tokens": tokens[0],
         "least_pack_seconds": round(seconds[0], 4),
+        "preset_pack_tokens": tokens[1],
         "preset_pack_seconds": round(seconds[1], 4),
         "share_at_most": round(seconds[0] / seconds[1], 4),
     }

@@ -30,13 +30,20 @@ SHAPES = {
 """``small`` is for CPUs. Patches of 14 and windows of 112 pixels everywhere, as published."""
 
 
-def model_config(shape: str, *, layers: int | None = None, vision_layers: int | None = None) -> Qwen2_5_VLConfig:
+def model_config(
+    shape: str, *, layers: int | None = None, vision_layers: int | None = None, narrow: bool = False
+) -> Qwen2_5_VLConfig:
     """The config of a shape, with fewer layers where that is asked for (their blocks with whole frames stay as dense).
 
+    ``narrow`` has the shape's layers and heads, but eight columns for each head, and as little of all else: a model
+    that runs the same operators on next to nothing.
     The last ``CONTROL_TOKENS`` ids of the vocabulary are the control tokens, see ``examples``.
     """
     sizes = SHAPES[shape]
     vision = dict(sizes["vision"])
+    if narrow:
+        sizes = sizes | dict(hidden=8 * sizes["heads"], ffn=64, section=[1, 1, 2], vocab=256)
+        vision |= dict(hidden_size=8 * vision["num_heads"], intermediate_size=64)
     if vision_layers is not None:
         vision["depth"] = vision_layers
         vision["fullatt_block_indexes"] = list(range(7, vision_layers, 8)) or [vision_layers - 1]
