@@ -95,6 +95,9 @@ def test_low_precision_embeddings_are_widened_first():
     loss, grad_queries, _, _ = gradients_of(objective, queries, targets)
     wide, *_ = gradients_of(objective, queries.float(), targets.float())
     assert loss.dtype == torch.float32 and torch.equal(loss, wide) and grad_queries.dtype == torch.bfloat16
+    rounded = replace(hard_pairs(), **{name: getattr(hard_pairs(), name).bfloat16() for name in EMBEDDINGS})
+    widened = replace(rounded, **{name: getattr(rounded, name).float() for name in EMBEDDINGS})
+    assert torch.equal(objective.embedding_loss(rounded)[0], objective.embedding_loss(widened)[0])
 
 
 def test_sharp_temperature_does_not_overflow():
@@ -154,14 +157,21 @@ def test_wrong_inputs_are_refused_with_their_numbers():
     with pytest.raises(ValueError, match=r"hard negatives need negative_mask of shape \(6, 2\), found None"):
         pairs_without_mask = PairEmbeddings(queries, targets, negatives=torch.zeros(6, 2, 5))
         ContrastiveObjective().embedding_loss(pairs_without_mask)
-    with pytest.raises(ValueError, match="temperature is 0"):
-        ContrastiveObjective(temperature=0)
+    with pytest.raises(ValueError, match=r"mask_equal_targets needs negative_keys of shape \(5, 3\), found None"):
+        ContrastiveObjective(mask_equal_targets=True).embedding_loss(replace(hard_pairs(), negative_keys=None))
+    for temperature in (0, math.nan):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+            ContrastiveObjective(temperature=temperature)
 
 
 def test_the_effective_rank_is_taken_on_request_only():
-    """Claim: no step pays for an eigendecomposition that nobody asked for."""
+    """Claim: no step pays for an eigendecomposition that nobody asked for, which takes queries and targets together."""
     assert "effective_rank" not in loss_of(ContrastiveObjective(), *pairs())[1]
-    assert "effective_rank" in loss_of(ContrastiveObjective(), *pairs(), detailed=True)[1]
+    apart = torch.eye(6)[:3], torch.eye(6)[3:]
+    assert loss_of(ContrastiveObjective(), *apart, detailed=True)[1]["effective_rank"] == pytest.approx(6.0, rel=1e-6)
+
+
+EMBEDDINGS = ("queries", "targets", "negatives")
 
 
 def hard_pairs(pairs_count: int = 5, negatives: int = 3, hidden: int = 4) -> PairEmbeddings:
@@ -258,6 +268,16 @@ def test_matryoshka_is_the_weighted_mean_over_renormalised_widths(weights):
     assert metrics["contrastive_3"] == parts[1].detach() and metrics["contrastive_8"] == parts[0].detach()
 
 
+@pytest.mark.parametrize("dims", [(6, 3), (3, 6), (6,)])
+def test_other_metrics_are_those_of_the_largest_width(dims):
+    """Claim: in whatever order widths stand, also below that of the embeddings."""
+    queries, targets = pairs(6, 8)
+    _, metrics = loss_of(ContrastiveObjective(matryoshka_dims=dims), queries, targets, detailed=True)
+    _, wanted = loss_of(ContrastiveObjective(), queries[:, :6], targets[:, :6], detailed=True)
+    for name in ("accuracy", "positive_cosine", "negative_cosine", "effective_rank"):
+        assert metrics[name] == wanted[name], name
+
+
 def test_a_learned_scale_replaces_the_temperature_and_gets_its_gradient():
     """Claim: at log(1 / 0.07) the loss is that of temperature 0.07, and its derivative is the finite difference."""
     queries, targets = pairs()
@@ -280,14 +300,13 @@ def test_the_order_of_pairs_does_not_matter(shared, symmetric):
     embedding keeps its own gradient."""
     p, order = hard_pairs(), torch.tensor([3, 0, 4, 2, 1])
     moved = {name: None if value is None else value.detach()[order] for name, value in vars(p).items()}
-    leaves = ("queries", "targets", "negatives")
-    q = PairEmbeddings(**moved | {name: moved[name].requires_grad_() for name in leaves})
+    q = PairEmbeddings(**moved | {name: moved[name].requires_grad_() for name in EMBEDDINGS})
     objective = ContrastiveObjective(
         temperature=0.3, symmetric=symmetric, mask_equal_targets=True, hard_negatives_shared=shared
     )
     losses = [objective.embedding_loss(x)[0] for x in (p, q)]
     # Float64: sums of five terms in another order.
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
-    own, other = (torch.autograd.grad(x, [getattr(y, n) for n in leaves]) for x, y in zip(losses, (p, q)))
+    own, other = (torch.autograd.grad(x, [getattr(y, n) for n in EMBEDDINGS]) for x, y in zip(losses, (p, q)))
     for a, b in zip(own, other):
         torch.testing.assert_close(a[order], b, rtol=1e-10, atol=1e-14)

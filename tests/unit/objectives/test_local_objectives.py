@@ -56,8 +56,9 @@ def test_mae_is_the_mean_squared_error_with_its_analytic_gradient():
     predicted = torch.randn(4, UNIT_DIM, requires_grad=True)
     targets = torch.randn(4, UNIT_DIM)
     output = ModelOutput(predicted_units=predicted, unit_targets=targets)
-    loss, _ = MaeObjective().loss(output, make_batch(None, 4), {"mae": 4})
+    loss, metrics = MaeObjective().loss(output, make_batch(None, 4), {"mae": 4})
     loss.backward()
+    assert not metrics["mae"].requires_grad
     # The order of a float32 sum of 24 terms.
     torch.testing.assert_close(loss, F.mse_loss(predicted.detach(), targets), rtol=1e-6, atol=0)
     analytic = 2 * (predicted.detach() - targets) / (4 * UNIT_DIM)
@@ -111,14 +112,37 @@ def test_mae_by_patch_ignores_what_overflowed_where_nothing_was_hidden(value):
     assert predicted.grad.tolist() == [[0.0, 0.0, -1.0, -1.0, 0.0, 0.0]]
 
 
-def test_mae_takes_the_error_in_float32():
-    """Claim: BF16 predictions are widened before the difference, not after."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mae_takes_the_error_in_float32(dtype):
+    """Claim: BF16 predictions, and targets, are widened before the difference, not after."""
     predicted = torch.full((1, UNIT_DIM), 1.0, dtype=torch.bfloat16)
-    targets = torch.full((1, UNIT_DIM), 1.001)  # rounds to 1.0 in BF16, so a BF16 difference would be exactly 0
+    targets = torch.full((1, UNIT_DIM), -(2.0**-9), dtype=dtype)  # a BF16 difference would be exactly 1
     output = ModelOutput(predicted_units=predicted, unit_targets=targets)
     loss, _ = MaeObjective().loss(output, make_batch(None, 1), {"mae": 1})
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.item(), 1e-6, rtol=1e-3, atol=0)
+    # A norm and its square.
+    torch.testing.assert_close(loss.item(), (1 + 2.0**-9) ** 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
+def test_the_warm_up_weighs_pixels_and_not_metrics(weight):
+    """Claim: the scalar and its gradients are torch's mean losses, the pixels' times ``mae_weight``."""
+    torch.manual_seed(4)
+    logits, labels = torch.randn(5, 11, requires_grad=True), torch.randint(11, (5,))
+    predicted, targets = torch.randn(3, UNIT_DIM, requires_grad=True), torch.randn(3, UNIT_DIM)
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    output = ModelOutput(token_nll=nll, predicted_units=predicted, unit_targets=targets)
+    loss, metrics = WarmupObjective(mae_weight=weight).loss(output, make_batch(5, 3), {"mntp": 5, "mae": 3})
+    text, pixels = F.cross_entropy(logits, labels), F.mse_loss(predicted, targets)
+    wanted = text + weight * pixels
+    # The order of float32 sums of a few terms.
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(metrics["mntp"] / 5, text.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(metrics["mae"] / 3, pixels.detach(), rtol=1e-6, atol=0)
+    leaves = (logits, predicted)
+    gradients = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (loss, wanted))
+    for found, expected in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def cuts(total: int) -> st.SearchStrategy[list[int]]:
@@ -195,10 +219,12 @@ def test_missing_terms_are_exact_zeros_with_a_live_graph(texts, units):
 
 def test_the_zero_stays_zero_where_the_output_is_not_finite():
     """Claim: a zero term neither hides in NaN nor sends NaN gradients."""
-    embeddings = torch.tensor([[float("inf"), float("nan")]], requires_grad=True)
-    loss, _ = MntpObjective().loss(ModelOutput(embeddings=embeddings), make_batch(None, None), {"mntp": 4})
+    embeddings = torch.tensor([[float("inf"), float("nan")]], dtype=torch.bfloat16, requires_grad=True)
+    output = ModelOutput(hidden_states=torch.ones(3, 2), embeddings=embeddings)
+    loss, _ = MntpObjective().loss(output, make_batch(None, None), {"mntp": 4})
     loss.backward()
-    assert loss.item() == 0.0 and torch.equal(embeddings.grad, torch.zeros(1, 2))
+    assert loss.item() == 0.0 and loss.dtype == torch.float32
+    assert torch.equal(embeddings.grad, torch.zeros(1, 2, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("kind", [MaskKind.EOS_BRIDGED, MaskKind.EOS_BRIDGED_STRICT])
@@ -213,8 +239,13 @@ def test_eos_bridged_is_mntp_under_its_own_mask(kind):
 def test_wrong_inputs_are_refused_with_their_numbers():
     """Claim: what would silently change the loss is an error that names what was found and needed."""
     nll = ModelOutput(token_nll=torch.ones(3))
-    with pytest.raises(ValueError, match="bidirectional attention, but the batch asks for causal"):
-        MntpObjective().counts(make_batch(3, None, MaskKind.CAUSAL))
+    pixels = ModelOutput(predicted_units=torch.ones(3, UNIT_DIM), unit_targets=torch.ones(3, UNIT_DIM))
+    causal = make_batch(3, 3, MaskKind.CAUSAL)
+    for objective, output in ((MntpObjective(), nll), (MaeObjective(), pixels)):
+        with pytest.raises(ValueError, match="bidirectional attention, but the batch asks for causal"):
+            objective.counts(causal)
+        with pytest.raises(ValueError, match="bidirectional attention, but the batch asks for causal"):
+            objective.loss(output, causal, {"mntp": 3, "mae": 3})
     with pytest.raises(ValueError, match="bidirectional has no bridge"):
         EosBridgedObjective(MaskKind.BIDIRECTIONAL)
     with pytest.raises(ValueError, match="3 units of 'mntp' in this micro-batch, but a total of 2"):
@@ -223,6 +254,13 @@ def test_wrong_inputs_are_refused_with_their_numbers():
         MntpObjective().loss(nll, make_batch(3, None), {})
     with pytest.raises(ValueError, match="returned 3 units of 'mntp' for 2 labels"):
         MntpObjective().loss(nll, make_batch(2, None), {"mntp": 9})
+    with pytest.raises(ValueError, match="3 units of 'mae' in this micro-batch, but a total of 2"):
+        MaeObjective().loss(pixels, make_batch(None, 3), {"mae": 2})
+    with pytest.raises(ValueError, match="returned 3 units of 'mae' for 2 labels"):
+        MaeObjective().loss(pixels, make_batch(None, 2), {"mae": 9})
+    by_patch = replace(make_batch(None, 3), unit_patches=torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"unit_patches of 3 predicted units has shape \(1, 2\)"):
+        MaeObjective().loss(replace(pixels, unit_patches=torch.ones(1, 2, dtype=torch.bool)), by_patch, {"mae": 6})
     with pytest.raises(ValueError, match="has 2 units of 'mae', but the model returned none"):
         WarmupObjective().loss(nll, make_batch(3, 2), {"mntp": 3, "mae": 2})
     with pytest.raises(ValueError, match="returned no tensor"):

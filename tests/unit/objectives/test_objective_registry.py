@@ -8,6 +8,15 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import STAGES, BridgeSettings, ContrastiveSettings, TrainSettings, WarmupSettings
 from megatron_cocoa.objectives import GlobalObjective, LocalObjective, build_objective
 
+CONTRASTIVE = dict(
+    temperature=0.07,
+    symmetric=True,
+    mask_equal_targets=True,
+    hard_negatives_shared=False,
+    matryoshka_dims=(64, 16),
+    matryoshka_weights=(1.0, 0.5),
+)
+
 
 def test_every_stage_has_an_objective_of_one_kind():
     """Claim: the trainer can tell local from global objectives by their interface alone."""
@@ -23,13 +32,13 @@ def test_settings_reach_the_objective():
     settings = TrainSettings(
         warmup=WarmupSettings(mae_weight=0.1),
         bridge=BridgeSettings(bridge_sees_target=False),
-        contrastive=ContrastiveSettings(temperature=0.07, symmetric=True, mask_equal_targets=True),
+        contrastive=ContrastiveSettings(**CONTRASTIVE, num_hard_negatives=1),
     )
     assert build_objective("warmup", settings).weights == {"mntp": 1.0, "mae": 0.1}
     assert build_objective("bridge", settings).mask_kind is MaskKind.EOS_BRIDGED_STRICT
     assert build_objective("bridge", TrainSettings()).mask_kind is MaskKind.EOS_BRIDGED
     contrastive = build_objective("contrastive", settings)
-    assert (contrastive.temperature, contrastive.symmetric, contrastive.mask_equal_targets) == (0.07, True, True)
+    assert {name: getattr(contrastive, name) for name in CONTRASTIVE} == CONTRASTIVE
 
 
 def test_unknown_stage_is_refused():
