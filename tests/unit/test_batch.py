@@ -34,6 +34,11 @@ def batch(**changes) -> PackedBatch:
     return replace(whole, **changes)
 
 
+NEGATIVES = dict(
+    target_keys=torch.tensor([5]), negative_rows=torch.tensor([[1, -1]]), negative_keys=torch.tensor([[6, 0]])
+)
+
+
 def test_a_whole_batch_passes():
     """Claim: the checks refuse nothing that fits together, with pixels or (on later stages) without."""
     batch().validate(spatial_merge_size=2)
@@ -41,6 +46,9 @@ def test_a_whole_batch_passes():
     text = dict(grid_thw=(), pixel_values=None, feature_positions=None, unit_positions=None, unit_targets=None)
     batch(mask_kind=MaskKind.CAUSAL, bridge_positions=(), **text).validate(spatial_merge_size=2)
     batch(mask_kind=MaskKind.BIDIRECTIONAL, bridge_positions=(None, 13)).validate(spatial_merge_size=2)
+    batch(unit_targets=None, deferred=lambda: {}).validate(spatial_merge_size=2)
+    batch(unit_patches=torch.ones(1, 4, dtype=torch.bool)).validate(spatial_merge_size=2)
+    batch(**NEGATIVES).validate(spatial_merge_size=2)
 
 
 REFUSED = [
@@ -49,6 +57,7 @@ REFUSED = [
     (dict(sample_lengths=(14, 0), bridge_positions=(6, 13)), r"at least one token, found lengths \(14, 0\)"),
     (dict(tail_length=-1, sample_lengths=(9, 8)), "at least one token"),
     (dict(position_ids=torch.zeros(3, 15)), r"shape \(3, 15\), needed \(3, 16\)"),
+    (dict(position_ids=torch.zeros(1, 16)), r"shape \(1, 16\), needed \(3, 16\)"),
     (dict(bridge_positions=(6,)), "1 bridge positions for 2 samples"),
     (dict(bridge_positions=(6, 13, 13)), "3 bridge positions for 2 samples"),
     (dict(bridge_positions=()), "0 bridge positions for 2 samples"),
@@ -61,14 +70,23 @@ REFUSED = [
     (dict(grid_thw=((0, 2, 4),)), r"grid \(0, 2, 4\)"),
     (dict(grid_thw=()), r"pixel_values has 8 patches, the grids \(\) need 0"),
     (dict(feature_positions=torch.tensor([1])), "1 image placeholder tokens for 2 image features: truncation"),
+    (dict(feature_positions=torch.tensor([1, 2, 3])), "3 image placeholder tokens for 2 image features"),
     (dict(feature_positions=None), "0 image placeholder tokens for 2 image features"),
     (dict(text_labels=None), r"text_positions and text_labels must come together .* found \(2, None\)"),
     (dict(text_labels=torch.tensor([3])), r"text_positions and text_labels .* found \(2, 1\)"),
     (dict(unit_positions=None), r"unit_positions and unit_targets .* found \(None, 1\)"),
+    (dict(unit_targets=None), r"unit_positions and unit_targets .* found \(1, None\)"),
+    (dict(unit_patches=torch.ones(2, 4)), r"unit_patches has shape \(2, 4\), needed \(1, 4\)"),
+    (dict(unit_patches=torch.ones(1, 3)), r"unit_patches has shape \(1, 3\), needed \(1, 4\)"),
     (dict(target_rows=None), r"query_rows and target_rows .* found \(1, None\)"),
     (dict(text_positions=torch.tensor([6, 16])), r"text_positions spans \[6, 16\], the pack has rows \[0, 16\)"),
     (dict(embedding_positions=torch.tensor([-1, 6])), r"embedding_positions spans \[-1, 6\]"),
     (dict(feature_positions=torch.tensor([1, 40])), r"feature_positions spans \[1, 40\]"),
+    (NEGATIVES | dict(negative_keys=None), r"negative_rows and negative_keys .* found \(1, None\)"),
+    (NEGATIVES | dict.fromkeys(("query_rows", "target_rows")), r"negative_rows has shape \(1, 2\), needed \(0, hard"),
+    (NEGATIVES | dict(negative_rows=torch.tensor([1])), r"negative_rows has shape \(1,\), needed \(1, hard_neg"),
+    (NEGATIVES | dict(target_keys=None), "negative_rows come without target_keys"),
+    (NEGATIVES | dict(negative_rows=torch.tensor([[0, 2]])), "negative_rows names row 2 of 2 embeddings"),
 ]
 
 
