@@ -13,6 +13,7 @@ from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import flat_spelling
 from megatron_cocoa.config import VISION_TARGETS, AdapterSettings, FreezeSettings, RecomputeSettings
 from megatron_cocoa.model import linear_adapter
+from megatron_cocoa.model.adapter_targets import check_targets
 from megatron_cocoa.model.adapters import attach_adapters, merge_adapters, merged_adapters
 from megatron_cocoa.parallel.random_states import seed_everything
 from tests.parity import adapters
@@ -209,8 +210,9 @@ def test_dropout_is_replayed_by_recompute(tiny):
 
 
 def test_a_tower_without_any_target_is_refused(tiny):
-    """Claim: names of the other family alone would adapt nothing, silently."""
+    """Claim: names of the other family alone would adapt nothing, silently; beside the merger's they may stand."""
     other = "gate_proj" if tiny.chunk.architecture.model_type == "qwen2_vl" else "fc1"
     settings = adapters.adapter_settings(AdapterSettings(kind="lora", vision_targets=(other,)))
     with pytest.raises(ValueError, match=f"{other}.* names no module of a {tiny.chunk.architecture.model_type} tower"):
         attach_adapters(adapters.bare_model(tiny, settings), settings, mask_token_id=None)
+    check_targets(tiny.chunk.architecture, replace(settings.adapter, vision_targets=(other, "mlp.0")))

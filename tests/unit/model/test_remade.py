@@ -106,15 +106,22 @@ def test_only_the_activations_input_and_a_number_a_row_are_kept(gated):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("frozen", [None, 1, 3])
 def test_a_projection_is_run_again_for_its_activation(normalization, gated, frozen):
-    """Claim: with ``remakes_output`` nothing of the ffn's width is kept and gradients stay the same, bit for bit."""
+    """Claim: with ``remakes_output`` nothing of the ffn's width is kept and gradients stay the same, bit for bit.
+
+    It is run again once, for the activation and for the linear behind it.
+    """
     own = config(normalization=normalization, gated_linear_unit=gated)
-    found, kept = [], []
+    found, kept, runs = [], [], []
     for again in (False, True):
         parts = mlp(RemadeColumnParallelLinear, RemadeRowParallelLinear, own)
         parts[1].remakes_output = again
         if frozen is not None:
             parts[frozen].weight.requires_grad_(False)
+        parts[1].forward = lambda *args, forward=parts[1].forward: runs.append(forward(*args)) or runs[-1]
         found.append(gradients(parts))
+        assert len(runs) == 1 + again
+        runs.clear()
+        del parts[1].forward
         kept.append(kept_bytes(parts))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[0] - kept[1] == 4 * ROWS * FFN * (1 + gated)
@@ -186,12 +193,13 @@ def test_a_second_backward_pass_through_an_activation_is_refused(again, said):
         loss.backward()
 
 
+@pytest.mark.parametrize("rows", [150, 0])
 @pytest.mark.parametrize("gated", [False, True])
-def test_activations_and_their_gradients_equal_autograds(gated, monkeypatch):
+def test_activations_and_their_gradients_equal_autograds(gated, rows, monkeypatch):
     """Claim: outputs and gradients are those of the definition in double precision, over many blocks and a rest."""
     monkeypatch.setattr(activations, "BLOCK_ELEMENTS", 400)
     activation = SwiGLU(config()) if gated else quick_gelu
-    x, grad = (torch.randn(150, 1, width, generator=torch.Generator().manual_seed(3)) for width in (16, 16 >> gated))
+    x, grad = (torch.randn(rows, 1, width, generator=torch.Generator().manual_seed(3)) for width in (16, 16 >> gated))
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     out = activation(leaf)
     out.backward(grad)

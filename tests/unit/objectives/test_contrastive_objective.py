@@ -239,6 +239,16 @@ def test_hard_negatives_equal_a_plain_loop(monkeypatch, shared, masked, symmetri
     assert torch.isfinite(metrics["accuracy"]) and metrics["contrastive"] == loss.detach()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_accuracy_counts_hard_negatives(shared):
+    """Claim: a query that prefers a hard negative to its own target is wrong, unless there is no such negative."""
+    queries = torch.eye(3)
+    mask = torch.tensor([[True], [False], [True]])
+    p = PairEmbeddings(queries, queries + 0.1, negatives=queries.unsqueeze(1), negative_mask=mask)
+    _, metrics = ContrastiveObjective(hard_negatives_shared=shared).embedding_loss(p)
+    assert metrics["accuracy"] == pytest.approx(1 / 3)
+
+
 def test_a_place_without_a_negative_changes_nothing():
     """Claim: what stands in the place of a missing negative is not read: neither loss nor gradient see it."""
     p = hard_pairs()
