@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.testing import assert_close
 
 from megatron_cocoa import model
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.model import flex, rope, sdpa, sdpa_plan, varlen
+from megatron_cocoa.model import attention, flex, rope, sdpa, sdpa_plan, varlen, varlen_kernels
 from megatron_cocoa.model.attention import attend_function
 from megatron_cocoa.model.rope import rotate, split_and_rotate
 from megatron_cocoa.model.segments import SegmentTable, compile_segments
@@ -225,3 +227,23 @@ def test_backends_that_cannot_serve_are_refused():
         attend_function("transformer_engine", on_gpu=False)
     with pytest.raises(ValueError, match="unknown attention backend 'xformers'"):
         attend_function("xformers", on_gpu=False)
+
+
+def test_flash_kernels_serve_half_precision_alone(monkeypatch):
+    """Claim: in FP32, ``auto`` takes SDPA on a GPU too and ``flash`` is refused, by the dtype of a layer's config."""
+    monkeypatch.setattr(varlen_kernels, "flash_kernel", lambda: "kernel")
+    monkeypatch.setattr(attention.device, "has_gpu", lambda: True)
+    with pytest.raises(ValueError, match="attention backend flash needs model.dtype bf16"):
+        attend_function("flash", on_gpu=True, half_precision=False)
+
+    def attend_of(dtype: torch.dtype, dropout: float = 0.0):
+        config = TransformerConfig(
+            num_layers=1, hidden_size=16, num_attention_heads=2, attention_dropout=dropout, params_dtype=dtype
+        )
+        groups = SimpleNamespace(tp=None, cp=None)
+        return attention.SegmentAttention(config, 1, AttnMaskType.no_mask, "self", pg_collection=groups).attend
+
+    assert attend_of(torch.float32) is sdpa.attend
+    assert attend_of(torch.bfloat16) is not sdpa.attend and attend_of(torch.float16) is not sdpa.attend
+    with pytest.raises(ValueError, match="segment attention has no dropout: set attention_dropout to 0"):
+        attend_of(torch.float32, dropout=0.1)

@@ -49,6 +49,17 @@ def test_a_frozen_language_model_still_trains_the_mask_tokens_row(tiny):
         assert_close(found[n], free[n])
 
 
+def test_an_unfrozen_language_model_trains_every_row(tiny):
+    """Claim: naming the mask token, as every run does, holds no row back where the language model trains."""
+    batch = masked_batch(tiny)
+    settings = compare.settings_of(Case("unit"))
+    model = build_model(tiny.chunk.architecture, settings, with_image_decoder=False, mask_token_id=MASK_TOKEN)
+    model.chunks[0].load_state_dict(tiny.chunk.state_dict())
+    free, found = gradients(tiny.chunk, batch), gradients(model.chunks[0], batch)
+    assert found.keys() == free.keys()
+    assert all(torch.equal(found[name], free[name]) for name in free)
+
+
 def test_tower_and_merger_freeze_apart(tiny):
     """Claim: each switch stops its own parameters and no others."""
     parts = {"vision": ("patch_embed", "decoder.layers"), "merger": ("final_layernorm", "projection")}
