@@ -195,7 +195,7 @@ def _tower(
     one_map = hidden * vision.intermediate_size
     ffn = (3 if vision.gated else 2) * one_map
     repeated_maps = ffn if repeats_whole_mlps else ffn - one_map
-    num_full = len(vision.fullatt_block_indexes) if vision.window_size is not None else vision.depth
+    num_full = len(vision.fullatt_block_indexes)
     pairs = num_full * workload.frame_pairs + (vision.depth - num_full) * workload.window_pairs
     merged = hidden * vision.patches_per_unit
     merger = 2 * (patches // vision.patches_per_unit) * merged * (merged + vision.out_hidden_size)

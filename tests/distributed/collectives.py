@@ -1,4 +1,4 @@
-"""Checks of the project's own collectives, on two and four ranks."""
+"""Checks of the project's own collectives, and of cross-entropy over a vocabulary in parts, on two and four ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import functools
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 from torch.testing import assert_close
 
+from megatron_cocoa.model.cross_entropy import vocab_parallel_nll
 from megatron_cocoa.parallel.collectives import gather_rows, heads_to_sequence, sequence_to_heads, sum_over
 from tests.distributed.check import Check
 
@@ -60,8 +62,28 @@ def sum_with_own_gradient(world_size: int) -> None:
     assert_close(mine.grad, 2 * sum(addends), rtol=1e-12, atol=1e-12)
 
 
+def vocabulary_in_parts(world_size: int) -> None:
+    """Cross-entropy of logits cut by columns is torch's of the real ones, also where a rank holds padding alone.
+
+    They are as far apart as in tests/unit/model/test_cross_entropy.py: what is taken off before the exponential must be
+    the largest of all ranks, or a sum is zero or infinite.
+    """
+    rank, group, vocab_size = dist.get_rank(), dist.group.WORLD, 8 * world_size - 10
+    logits = (30 * _random(5, 8 * world_size, seed=0) + 80).float()
+    labels, weight = torch.linspace(0, vocab_size - 1, 5).long(), torch.arange(1.0, 6.0)
+    exact = logits.double().requires_grad_()
+    wanted = functional.cross_entropy(exact[:, :vocab_size], labels, reduction="none")
+    wanted.backward(weight.double())
+    mine = logits.chunk(world_size, dim=1)[rank].contiguous().requires_grad_()
+    found = vocab_parallel_nll(mine * 1, labels, vocab_size=vocab_size, group=group)
+    found.backward(weight)
+    # Float32: exponentials of differences of logits of some hundred.
+    assert_close(found.double(), wanted.detach(), rtol=1e-6, atol=1e-5)
+    assert_close(mine.grad.double(), exact.grad.chunk(world_size, dim=1)[rank], rtol=1e-4, atol=1e-6)
+
+
 CHECKS = {
     f"{function.__name__}-{world_size}": Check(world_size, functools.partial(function, world_size))
-    for function in (sequence_for_heads, unequal_rows, sum_with_own_gradient)
+    for function in (sequence_for_heads, unequal_rows, sum_with_own_gradient, vocabulary_in_parts)
     for world_size in (2, 4)
 }

@@ -257,6 +257,25 @@ def test_adapters_cost_two_operations_a_parameter_and_row():
     layers = next(part for part in without.parts if part.name == "language_layers")
     assert layers.backward == layers.linear + 2 * layers.attention
     assert adapted.useful == without.useful + 3 * 2 * 100 * 1000
+    full = RecomputeSettings(language="full")
+    both = [
+        step_flops(architecture, workload, freeze=frozen, recompute=full, language_adapter_parameters=number)
+        for number in (0, 1000)
+    ]
+    assert both[1].hardware == both[0].hardware + 4 * 2 * 100 * 1000, "recomputed layers run their adapters again"
+
+
+def test_adapters_of_a_frozen_tower_send_gradients_through_it():
+    """Claim: it costs the linears of its layers and of the merger once more, their attention twice more."""
+    architecture = published_architecture("Qwen2.5-VL-3B")
+    workload = Workload.of(_layout_only([100], MaskKind.BIDIRECTIONAL, grids=[(1, 8, 8)]), architecture.vision)
+    frozen = FreezeSettings(vision=True, merger=True, language=True)
+    without = step_flops(architecture, workload, freeze=frozen)
+    adapted = step_flops(architecture, workload, freeze=frozen, vision_adapter_parameters=1000)
+    parts = {part.name: part for part in without.parts}
+    layers, merger = parts["vision_layers"], parts["merger"]
+    through = layers.linear + 2 * layers.attention + merger.linear
+    assert adapted.useful == without.useful + 3 * 2 * 64 * 1000 + through
 
 
 def test_workloads_add_up_and_survive_a_reduction():
