@@ -228,6 +228,8 @@ def test_hardware_operations_count_what_is_repeated_and_padded():
     assert step_flops(architecture, read).hardware == base.hardware + tail + 3 * 2 * 12 * after
     cached = step_flops(architecture, plain, extra_forward_passes=1)
     assert (cached.useful, cached.hardware) == (base.useful, base.hardware + base.forward)
+    cached = step_flops(architecture, padded, extra_forward_passes=1)
+    assert cached.hardware == base.hardware + tail + base.forward + tail // 3, "a tail runs again, too"
     parts = {part.name: part for part in base.parts}
     full = step_flops(architecture, plain, recompute=RecomputeSettings(vision="full", language="selective"))
     assert full.useful == base.useful

@@ -77,6 +77,19 @@ def test_widths_that_are_no_whole_blocks_are_refused():
     check_layout(architecture, model=replace(plain, vision_ffn_multiple=32), parallel=two)
     with pytest.raises(ValueError, match=r"3424, gives each of 4 .* 856, .*vision_ffn_multiple to 64"):
         check_layout(architecture, model=padded, parallel=ParallelSettings(tensor_model_parallel_size=4))
+    wider = replace(architecture, vision=replace(architecture.vision, hidden_size=1312))
+    check_layout(wider, model=padded, parallel=ParallelSettings())
+    with pytest.raises(ValueError, match="hidden_size of the tower, 1312, gives each of 4 .* 328, .* by 16"):
+        check_layout(wider, model=padded, parallel=ParallelSettings(tensor_model_parallel_size=4))
+    language = ModelSettings(fp8="delayed")
+    for changes, message in (
+        (dict(hidden_size=2064), "heads x head_dim of the language model, 2064, gives each of 2 .* 1032, .* by 16"),
+        (dict(intermediate_size=11024), "intermediate_size of the language model, 11024, gives each of 2 .* 5512"),
+    ):
+        changed = replace(architecture, text=replace(architecture.text, **changes))
+        check_layout(changed, model=language, parallel=ParallelSettings())
+        with pytest.raises(ValueError, match=message):
+            check_layout(changed, model=language, parallel=two)
 
 
 def test_a_chip_without_the_recipe_is_refused():

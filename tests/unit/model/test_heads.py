@@ -100,8 +100,11 @@ def test_tied_matrix_gives_its_gradient_as_output_layer_at_once(tiny, factor):
         assert_close(waited, factor * wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_image_decoder_reads_masked_rows_alone(tiny_with_decoder):
-    """Claim: one row of pixels for each masked unit, in the batch's order, with its targets beside it."""
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_image_decoder_reads_masked_rows_alone(tiny_with_decoder, monkeypatch, multiple):
+    """Claim: one row of pixels for each masked unit, in the batch's order, with its targets beside it; rows that only
+    make the layers' number even are dropped."""
+    monkeypatch.setattr(tiny_with_decoder.chunk.image_decoder, "row_multiple", multiple)
     batch = pack(tiny_with_decoder, with_units=True)
     output = tiny_with_decoder.chunk(batch)
     assert output.predicted_units.shape == batch.unit_targets.shape == (3, 4 * 3 * 2 * 7 * 7)
