@@ -110,16 +110,14 @@ class LanguageModel(LanguageModule):
             hidden_rows: ``(rows, hidden)`` after the final norm, whole rows on every tensor-parallel rank.
 
         Returns:
-            ``(rows, padded_vocab / tensor_parallel)``: this rank's slice. Padding columns hold the dtype's lowest
-            value, so that they take no part in a softmax.
+            ``(rows, padded_vocab / tensor_parallel)``: this rank's slice. Padding columns hold whatever the padding
+            rows of the matrix give.
         """
-        logits = self._unmasked_logits(hidden_rows)
-        first = logits.shape[-1] * self.tp_group.rank()
-        padding = first + logits.shape[-1] - self.vocab_size
-        if padding <= 0:
-            return logits
-        is_padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.vocab_size
-        return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if weight is not None and self.pre_process:
+            weight = _WithoutWaiting.apply(weight)
+        logits, _ = self.output_layer(hidden_rows.unsqueeze(1), weight=weight)
+        return logits.squeeze(1)
 
     def token_nll(self, hidden_rows: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the supervised positions alone.
@@ -131,16 +129,8 @@ class LanguageModel(LanguageModule):
         Returns:
             float32 ``(supervised,)`` in nats, the same on every tensor-parallel rank.
         """
-        logits = self._unmasked_logits(hidden_rows)
+        logits = self.logits(hidden_rows)
         return vocab_parallel_nll(logits, labels, vocab_size=self.vocab_size, group=self.tp_group)
-
-    def _unmasked_logits(self, hidden_rows: Tensor) -> Tensor:
-        """``logits`` whose padding columns hold whatever the padding rows of the matrix give."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if weight is not None and self.pre_process:
-            weight = _WithoutWaiting.apply(weight)
-        logits, _ = self.output_layer(hidden_rows.unsqueeze(1), weight=weight)
-        return logits.squeeze(1)
 
 
 class _WithoutWaiting(torch.autograd.Function):
