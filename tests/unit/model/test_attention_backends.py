@@ -88,6 +88,22 @@ def test_buckets_hold_each_row_once(problem, cost):
     assert sum(bucket.num for bucket in plan.buckets) in (len(table.rows), len(lengths) + (table.length > sum(lengths)))
 
 
+@pytest.mark.parametrize("reach", [(2, 6, 4, 6), (2, 4, 2, 6)])
+def test_rows_that_look_across_belong_to_one_sample(monkeypatch, reach):
+    """Claim: whichever of two segments sees the other's keys, they run under one mask where calls are dear.
+
+    Rows 0 and 1 see each other, so that whole samples run at all.
+    """
+    monkeypatch.setattr(sdpa_plan, "CALL_COST", 2**30)
+    both = [(0, 1, 0, 2, False), (1, 2, 0, 2, False)]
+    table = SegmentTable.from_rows(6, [*both, (2, 4, *reach[:2], False), (4, 6, *reach[2:], False)])
+    low, high = (torch.from_numpy(x)[:, None] for x in table.key_ranges())
+    keys = torch.arange(6)
+    inputs = tensors(6, (2, 2), seed=0)
+    wanted = dense_attention(*inputs, (low <= keys) & (keys < high), 0.7)
+    assert_close(sdpa.attend(*inputs, table, 0.7), wanted, **EXACT)
+
+
 def test_equal_segments_are_one_call():
     """Claim: a batch of equal windows or captions does not pay a kernel launch each."""
     plan = sdpa_plan.build_plan(SegmentTable.from_lengths([64] * 50), CPU)
@@ -149,6 +165,15 @@ def test_plain_packs_need_no_gather():
     """Claim: where key segments do not overlap, keys and values are used in place."""
     (call,) = varlen.build_calls(compile_segments(MaskKind.BIDIRECTIONAL, [5, 2, 8]), CPU)
     assert call.k_rows == slice(0, 15)
+
+
+@pytest.mark.parametrize("kind", MaskKind)
+def test_a_call_says_whether_queries_and_keys_have_the_same_lengths(kind):
+    """Claim: Transformer Engine would else read the keys by the queries' offsets, also where both have as many rows."""
+    (call,) = varlen.build_calls(compile_segments(kind, [5, 3], [2, 7]), CPU)
+    assert call.same_lengths is not kind.needs_bridge and torch.equal(call.cu_q, call.cu_k) is call.same_lengths
+    (call,) = varlen.build_calls(SegmentTable.from_rows(3, [(0, 1, 0, 2, False), (1, 3, 2, 3, False)]), CPU)
+    assert not call.same_lengths
 
 
 @pytest.mark.parametrize("kind", MaskKind)

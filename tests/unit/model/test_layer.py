@@ -10,6 +10,7 @@ from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import AdapterSettings, ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
 from megatron_cocoa.model.build import build_model, row_multiple
 from megatron_cocoa.model.heads import padded_rows
+from megatron_cocoa.model.specs import repeats_whole_mlps
 from tests.parity import reference
 
 SAMPLES = [reference.Sample((5,)), reference.Sample((2, (1, 4, 6), 3)), reference.Sample((11,))]
@@ -122,3 +123,4 @@ def test_the_layers_that_were_asked_for_recompute_their_mlp(tiny, is_adapted):
         wanted = [index < expected for index in range(len(block.layers))]
         nothing = [False] * len(wanted)
         assert (lean, whole) == ((nothing, wanted) if is_adapted else (wanted, nothing))
+    assert repeats_whole_mlps(settings) is is_adapted, "what is counted is what is built"
