@@ -14,7 +14,7 @@ from megatron_cocoa.checkpoint.mapping import flat_spelling
 from megatron_cocoa.config import VISION_TARGETS, AdapterSettings, FreezeSettings, RecomputeSettings
 from megatron_cocoa.model import linear_adapter
 from megatron_cocoa.model.adapter_targets import check_targets
-from megatron_cocoa.model.adapters import attach_adapters, merge_adapters, merged_adapters
+from megatron_cocoa.model.adapters import adapted_projections, attach_adapters, merge_adapters, merged_adapters
 from megatron_cocoa.parallel.random_states import seed_everything
 from tests.parity import adapters
 from tests.parity.compare import relative
@@ -97,6 +97,20 @@ def test_merged_weights_are_pefts_and_do_the_same(tiny, kind):
         mapping = case.table.megatron_to_hf(global_name(case.chunk, name))
         wanted = mapping.merge([theirs[hf].detach() for hf in mapping.hf_names])
         assert relative(parameter.detach(), wanted) < 1e-6, name
+
+
+def test_weights_in_bf16_are_merged_in_fp32(tiny):
+    """Claim: a merged weight is rounded once; FP32 or FP64 before that turns one in a thousand elsewhere."""
+    settings = adapters.adapter_settings(AdapterSettings(kind="lora", dropout=0.0))
+    model = adapters.bare_model(tiny, replace(settings, model=replace(settings.model, dtype="bf16")))
+    attach_adapters(model, settings, mask_token_id=None)
+    for parent, name, adapter in adapted_projections(model):
+        torch.nn.init.normal_(adapter.lora_A)
+        torch.nn.init.normal_(adapter.lora_B)
+        weight = getattr(parent, name).weight.detach()
+        update = adapter.scaling * (adapter._rows_of_b().double() @ adapter.lora_A.double())
+        wanted = (weight.double() + update).bfloat16()
+        assert (adapter.merged(weight) != wanted).double().mean() < 1e-3, name
 
 
 def test_weights_are_merged_for_a_while(tiny):

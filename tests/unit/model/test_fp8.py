@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_cocoa.config import ModelSettings, ParallelSettings, RecomputeSettings, TrainSettings
-from megatron_cocoa.model import fp8, sdpa, varlen, varlen_kernels
+from megatron_cocoa.model import fp8, sdpa, specs, varlen, varlen_kernels
 from megatron_cocoa.model.attention import SequenceContext
 from megatron_cocoa.model.fp8 import check_capability, fp8_multiple, pad_rows
 from megatron_cocoa.model.layout_checks import check_layout
@@ -105,6 +105,21 @@ def test_a_chip_without_the_recipe_is_refused():
         check_capability("mxfp8", (12, 0))
     with pytest.raises(ValueError, match="found no GPU"):
         check_capability("blockwise", None)
+
+
+def test_fp8_is_refused_where_it_would_not_run(monkeypatch):
+    """Claim: without Transformer Engine no run takes BF16 for FP8, and a chip is asked before a layer is built."""
+    settings = ModelSettings(fp8="delayed")
+    monkeypatch.setattr(specs.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(specs.device, "compute_capability", lambda: (8, 0))
+    monkeypatch.setattr(specs.device, "is_installed", lambda name: False)
+    with pytest.raises(ValueError, match="fp8 needs Transformer Engine and a GPU that has it; set model.fp8 to null"):
+        specs.resolve_implementation(settings)
+    monkeypatch.setattr(specs.device, "is_installed", lambda name: True)
+    with pytest.raises(ValueError, match="needs compute capability 8.9 or more, found compute capability 8.0"):
+        specs.resolve_implementation(settings)
+    monkeypatch.setattr(specs.device, "compute_capability", lambda: (9, 0))
+    assert specs.resolve_implementation(settings) == "transformer_engine"
 
 
 class OneAttention(nn.Module):

@@ -24,6 +24,7 @@ def test_it_starts_at_the_log_of_the_inverse_temperature():
         (2.0, -1.0, 2.0, True),
         (5.0, -1.0, COLDEST, False),
         (5.0, 1.0, COLDEST, True),
+        (0.0, 1.0, 0.0, False),
         (-1.0, 1.0, 0.0, False),
         (-1.0, -1.0, 0.0, True),
     ],
