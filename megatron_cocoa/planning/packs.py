@@ -54,7 +54,8 @@ def expected_pack(
     Every sample holds ``TEXT_TOKENS`` and one picture of the stage's size; where that is None, as much picture as
     ``data.max_length`` leaves room for. In stage ``contrastive`` both sides of each pair and its hard negatives do:
     tasks that retrieve pictures with pictures have them, and a run must not end at the first batch of such a task.
-    Under ``data.tokens_per_microbatch`` there are as many samples as fit.
+    Under ``data.tokens_per_microbatch`` there are as many samples as fit, and the pack fills that budget where a rank's
+    share of a step does.
 
     Raises:
         ValueError: if a sample would be longer than ``data.max_length``, or batch sizes do not divide.
@@ -65,8 +66,12 @@ def expected_pack(
     budget = settings.data.tokens_per_microbatch
     if budget is None:
         samples = values.samples_per_microbatch(data_parallel_size) * rows
+        tokens = samples * length
     else:
-        samples = min(max(1, budget // length), values.samples_per_rank(data_parallel_size) * rows)
+        share = values.samples_per_rank(data_parallel_size) * rows
+        samples = min(max(1, budget // length), share)
+        # Of shorter samples more would fit, up to the budget.
+        tokens = min(budget, share * length)
     supervised, masked_units = 0, 0
     if stage == "warmup":
         supervised = round(samples * TEXT_TOKENS * settings.warmup.text_mask_ratio)
@@ -78,7 +83,7 @@ def expected_pack(
     elif stage == "bridge":
         supervised = round(samples * TEXT_TOKENS * settings.bridge.target_mask_ratio)
     return PackShape(
-        tokens=budget or samples * length,
+        tokens=tokens,
         patches=samples * units * architecture.vision.patches_per_unit,
         supervised=supervised,
         masked_units=masked_units,

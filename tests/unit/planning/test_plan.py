@@ -185,6 +185,9 @@ def test_packs_are_expected_as_the_loader_fills_them():
     assert pack("--contrastive.num_hard_negatives=3").tokens == 20 * (144 + 2 + 128)
     filled = pack("--data.tokens_per_microbatch=8192")
     assert filled.tokens == 8192 and filled.embeddings == 8192 // 274 and filled.patches == 4 * 144 * (8192 // 274)
+    # A rank's two pairs are no more than these, whatever the budget: a pack is padded to the longest, not to it.
+    small = pack("--data.tokens_per_microbatch=8192", "--contrastive.global_batch_size=16")
+    assert small.tokens == 4 * 274 and small.embeddings == 4
 
 
 @pytest.mark.parametrize("size", [4, 24])
