@@ -37,8 +37,10 @@ from pathlib import Path
 if __name__ == "__main__":
     # Communication of tensor and context parallelism overlaps with compute only if a GPU starts kernels in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Packs differ in length: segments that can grow keep the GPU's allocator from fragmenting.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Packs differ in length: segments that can grow keep the GPU's allocator from fragmenting. Of torch's two names for
+    # its settings the newer one gives way to the other.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     root = Path(__file__).resolve().parents[1]
     sys.path.insert(0, str(root))
     runpy.run_path(str(root / "tools" / "train.py"), run_name="__main__")

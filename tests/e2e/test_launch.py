@@ -107,6 +107,25 @@ def test_shell_form_takes_the_number_of_ranks_from_the_environment(tree, tmp_pat
     assert done.stdout.count("of 2: warmup child") == 2, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_settings_of_the_allocator_that_are_given_are_kept(tmp_path, given, found):
+    """Claim: GPU segments grow unless the environment says something of the allocator, by either name."""
+    for folder in ("examples", "tools"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / SCRIPT, tmp_path / SCRIPT)
+    shows = "import json, os\nprint(json.dumps({n: v for n, v in os.environ.items() if n.endswith('ALLOC_CONF')}))\n"
+    (tmp_path / "tools" / "train.py").write_text(shows)
+    done = launch(sys.executable, str(SCRIPT), cwd=tmp_path, **given)
+    assert json.loads(done.stdout) == found, done.stderr
+
+
 def test_the_script_is_valid_shell_to_its_end():
     """Claim: shells, editors and linters that read the whole file find no syntax error."""
     subprocess.run(["bash", "-n", str(ROOT / SCRIPT)], check=True)
