@@ -3,7 +3,8 @@
 Data emits token ids, positions, the places of features and labels, and a mask *kind*; the model turns these into
 hidden states and head outputs; objectives turn those into a loss. None of the three imports another: they meet
 here. A batch is one micro-batch, packed: its samples follow each other in a single sequence without padding
-between them. If a layout needs a length that divides, one *tail* segment at the end pads the pack.
+between them. Where a layout needs a length that divides, or a step's packs one length, one *tail* segment at the end
+pads the pack.
 
 Every rank of a data-parallel replica holds the whole micro-batch; the model slices what its tensor-,
 pipeline- or context-parallel rank needs. Positions in a batch are therefore *global* row numbers of the pack.

@@ -27,8 +27,8 @@ class StageLoader:
 
     The samples of a step, their masks and their noise follow from the seed and the position in the global stream
     alone, so losses do not depend on how many ranks share the work. Which rank and pack a sample of the step goes to
-    is decided by cost (``packing.py``). With ``data.num_workers`` above 0 packs are made ahead by other processes; what
-    goes wrong there is raised by ``next_step``.
+    is decided by cost, and by length where packs have a budget (``packing.py``). With ``data.num_workers`` above 0
+    packs are made ahead by other processes; what goes wrong there is raised by ``next_step``.
 
     Args:
         stage: ``warmup``, ``bridge`` or ``contrastive``.
@@ -37,7 +37,7 @@ class StageLoader:
         architecture: of ``model.path``.
         data_parallel_rank, data_parallel_size: this rank's place.
         needs_pixels, needs_unit_targets, pad_to_multiple_of: see ``PackOptions``.
-        packs_multiple_of: where packs are filled to a budget, a rank's number of them is a multiple of this.
+        packs_multiple_of: where packs have a budget, a rank's number of them is a multiple of this.
         defers_all: the first pack of a step holds 8-bit pictures, too, as the others do.
         data: of ``stage_data``; None reads it.
 

@@ -192,4 +192,3 @@ def _best_sum(sizes: list[int], room: int) -> set[int]:
             chosen.add(place)
             total -= sizes[place]
     return chosen
-

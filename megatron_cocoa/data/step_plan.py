@@ -77,7 +77,7 @@ class StepShape:
         global_batch_size: rows of a step.
         rank, num_ranks: this data-parallel rank, and of how many.
         samples_per_pack: without a budget.
-        budget: tokens of a pack, or None.
+        budget: tokens that a pack may hold, or None.
         packs_multiple_of: with a budget, packs of a rank come in multiples of this.
     """
 

@@ -46,7 +46,7 @@ def build_configs(
         model: dtype, ffn padding, FP8.
         parallel: degrees.
         recompute: activation recompute of tower and language model.
-        fixed_sequence_length: all packs have one length, so that pipeline stages need not exchange shapes.
+        fixed_sequence_length: all packs of a step have one length, so that pipeline stages need not exchange shapes.
         decoder_layers: of the image decoder.
 
     Raises:

@@ -74,7 +74,7 @@ def evaluation_parts(
 ) -> tuple[SampleBuilder, PackOptions]:
     """The builder of samples and the packing options of evaluation batches, for the run's folders at its layout.
 
-    Packs are as long as their samples, even if training fills a fixed budget: each is run by itself.
+    Packs are as long as their samples, even where training pads a step's packs to one length: each is run by itself.
 
     Args:
         context: of the run.
