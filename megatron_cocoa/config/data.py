@@ -52,8 +52,8 @@ class DataSettings:
             image paths are relative to it.
         sources: read a mixture of these instead of the files in ``path``; in YAML a list of records.
         max_length: tokens per sample; longer texts are cut, image tokens never are (published: 4096).
-        num_workers: processes per data-parallel replica that decode and pack ahead of training, beside as many that
-            plan steps; 0 for none.
+        num_workers: processes per data-parallel replica that decode and pack ahead of training, beside one that
+            plans steps, or several where there are 32 data-parallel ranks or more; 0 for none.
         tokens_per_microbatch: divide a step into as few packs of at most this many tokens as it takes, and pad a
             rank's packs to the longest of them, so that pipeline stages need not exchange shapes;
             ``micro_batch_size`` is then ignored. None puts ``micro_batch_size`` samples into each pack and does not pad

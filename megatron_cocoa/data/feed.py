@@ -1,6 +1,6 @@
 """Packs in their order, made in this process or ahead of time by worker processes.
 
-The workers are those of torch's ``DataLoader``; the order is ours. Half of them plan, each a whole step, the others
+The workers are those of torch's ``DataLoader``; the order is ours. Some of them plan, each a whole step, the others
 decode and pack, each a whole pack, and what they make arrives in the order of the plan through shared memory. Since a
 plan depends on its position alone, there is no state in a worker that a checkpoint would have to hold.
 """
@@ -24,6 +24,10 @@ from megatron_cocoa.data.step_plan import PackPlan, StepPlanner
 from megatron_cocoa.parallel.stop_signals import outlive_stop_signals
 
 Made = tuple[PackPlan, PackedBatch, Counter]
+
+_RANKS_A_PLANNER = 32
+"""Data-parallel ranks whose steps one process can plan: 0.3 ms a pair, however many ranks share its 0.1 to 0.2 seconds
+of a GPU's time (a 7B). Each planner keeps its own table of sizes, so that more than it takes read headers again."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def packs_from(planner: StepPlanner, start: int, *, num_workers: int) -> Iterato
     Args:
         planner: of the stage.
         start: a multiple of the global batch size.
-        num_workers: processes that decode and pack, beside as many that plan; 0 does all here, when asked.
+        num_workers: processes that decode and pack, beside up to as many that plan; 0 does all here, when asked.
 
     Raises:
         ValueError: from ``next``, in the place of the pack that could not be made.
@@ -79,7 +83,8 @@ def _from_workers(planner: StepPlanner, steps: Iterator[int], num_workers: int) 
     # Forked workers share the rows, which may be gigabytes, and the caches of tokens.
     shared = dict(batch_size=None, collate_fn=_as_it_is, multiprocessing_context="fork", worker_init_fn=_begin_worker)
     # A plan is of all ranks: more of them make the step shorter and its plan no smaller, 5 seconds for 16,384 pairs.
-    plans = _made_by(DataLoader(_Plans(planner), sampler=steps, num_workers=num_workers, **shared))
+    num_planners = min(num_workers, 1 + planner.shape.num_ranks // _RANKS_A_PLANNER)
+    plans = _made_by(DataLoader(_Plans(planner), sampler=steps, num_workers=num_planners, **shared))
     packs = _made_by(DataLoader(_Packs(planner), sampler=_each(plans), num_workers=num_workers, **shared))
     with lost_workers_explained(), closing(plans), closing(packs):
         for made in packs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
@@ -110,7 +111,9 @@ def _allow_open_files() -> None:
     Megatron's over data parallel, these are up to 2,060 files of every rank, and shells often give 1,024.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # The kernel may allow less than it says; then the shell's limit stays.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def initialize_alone() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from megatron_cocoa.data.feed import packs_from
 
 
@@ -18,7 +20,7 @@ class Pack:
 class CollectingPlanner:
     """Makes packs that say where, and collects garbage there."""
 
-    shape = SimpleNamespace(global_batch_size=1)
+    shape = SimpleNamespace(global_batch_size=1, num_ranks=1)
 
     def plan(self, step: int) -> list[int]:
         gc.collect()
@@ -61,7 +63,8 @@ def test_a_worker_frees_nothing_that_its_rank_has_left(tmp_path):
 class ShowingPlanner:
     """Makes packs that say who planned them, and of which step."""
 
-    shape = SimpleNamespace(global_batch_size=1)
+    def __init__(self, num_ranks: int) -> None:
+        self.shape = SimpleNamespace(global_batch_size=1, num_ranks=num_ranks)
 
     def plan(self, step: int) -> list[tuple[int, int]]:
         return [(step, os.getpid())]
@@ -70,11 +73,13 @@ class ShowingPlanner:
         return Pack(plan[1]), Counter()
 
 
-def test_several_steps_are_planned_at_a_time_and_come_in_order():
-    """Claim: planning keeps up where a step of many ranks takes less time than its plan, which is of all ranks."""
-    packs = packs_from(ShowingPlanner(), 0, num_workers=2)
+@pytest.mark.parametrize("num_ranks, planners", [(31, 1), (32, 2), (1000, 3)])
+def test_several_steps_of_many_ranks_are_planned_at_a_time_and_come_in_order(num_ranks, planners):
+    """Claim: planning keeps up where a step of many ranks takes less time than its plan, which is of all ranks; of few
+    ranks, one process plans, whose table of sizes is whole."""
+    packs = packs_from(ShowingPlanner(num_ranks), 0, num_workers=3)
     made = [next(packs) for _ in range(6)]
     packs.close()
     assert [step for (step, _), _, _ in made] == list(range(6))
-    first, second, *others = (pack.pid for _, pack, _ in made)
-    assert first != second and others == [first, second] * 2
+    pids = [pack.pid for _, pack, _ in made]
+    assert len({*pids}) == planners and pids[planners:] == pids[:-planners]

@@ -393,7 +393,7 @@ class HangsUp:
 def test_a_worker_that_is_lost_at_once_leaves_no_other_either(plan):
     """Claim: the others also end where the stream has not begun, so that nobody can close it."""
     before = set(multiprocessing.active_children())
-    planner = SimpleNamespace(shape=SimpleNamespace(global_batch_size=1), plan=plan)
+    planner = SimpleNamespace(shape=SimpleNamespace(global_batch_size=1, num_ranks=1), plan=plan)
     with pytest.raises(ValueError, match="was lost: DataLoader worker"):
         next(packs_from(planner, 0, num_workers=1))
     others = set(multiprocessing.active_children()) - before
@@ -408,7 +408,7 @@ def test_an_error_in_a_worker_is_not_taken_for_its_loss():
     def plan(step):
         raise EOFError("the file ends too soon")
 
-    planner = SimpleNamespace(shape=SimpleNamespace(global_batch_size=1), plan=plan)
+    planner = SimpleNamespace(shape=SimpleNamespace(global_batch_size=1, num_ranks=1), plan=plan)
     with pytest.raises(EOFError, match="in plan\n(?s:.*)the file ends too soon"):
         next(packs_from(planner, 0, num_workers=1))
 
