@@ -12,7 +12,7 @@ what is written, a folder that Megatron's dist_checkpointing loads at any TP, PP
   huggingface/                                        configuration, tokenizer and processor files for the way back
 
 The folder appears when it is complete; until then it is called .NAME.*.incomplete. Weights are streamed: memory holds
-one tensor at a time. Every tensor on disk is converted, or ignored with a reason, or an error. No weight is changed:
+two tensors at a time. Every tensor on disk is converted, or ignored with a reason, or an error. No weight is changed:
 the mask token's row is what the folder has in it. A cocoa.safetensors, which convert_mcore_to_hf.py writes on request,
 is read too: image decoder and trained rows get their places, and the checkpoint continues the stage that it names.
 Under torchrun the first rank does the work.

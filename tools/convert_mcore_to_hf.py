@@ -24,7 +24,7 @@ what is written:
 
 The checkpoint may have been written at any TP, PP and DP, in this project's names or Megatron-Bridge's (the iter_*
 folder; name --companions then). The folder appears when it is complete; until then it is called .NAME.*.incomplete.
-Weights are streamed: memory holds one tensor at a time; golden.json and --verify need one fp32 model. What a Hugging
+Weights are streamed: memory holds two tensors at a time; golden.json and --verify need one fp32 model. What a Hugging
 Face model has no place for (the image decoder, optimizer state, trained rows beyond the vocabulary) is left out and
 said; --with-cocoa-tensors keeps it beside the model, where convert_hf_to_mcore.py finds it again. Under torchrun the
 first rank does the work.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.progress import Progress, counted
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
+from megatron_cocoa.parallel.threads import map_ahead
 
 COMPANION_FILES = (
     "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
@@ -66,10 +68,11 @@ def export_huggingface(
     write_own: Callable[[Path], str] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write the model as a Hugging Face folder; one Megatron tensor is in memory at a time.
+    """Write the model as a Hugging Face folder. Two Megatron tensors are in memory at a time: the next one is read
+    while one is written.
 
     Args:
-        tensors: gives the unsharded tensor of a Megatron name with global layer numbers.
+        tensors: gives the unsharded tensor of a Megatron name with global layer numbers; called in a thread.
         table: name table of the model.
         target: folder to create.
         source: folder whose configuration, tokenizer and processor files are copied.
@@ -97,28 +100,35 @@ def export_huggingface(
     item_bytes = dtype.itemsize if dtype else _WIDEST_ITEM
     shards = _plan_shards(table, max_shard_bytes, item_bytes)
     spell = nested_spelling if spelling == "nested" else str
-    writer = _ShardWriter(tensors, dtype, spell, left_out)
+    splitter = _Splitter(tensors, dtype, spell, left_out)
     weight_map: dict[str, str] = {}
     files, num_bytes, beside = [], 0, ()
     room = dtype.itemsize * sum(torch.Size(shape).numel() for shape in table.hf_shapes.values()) if dtype else 0
-    steps = counted(itertools.chain.from_iterable(shards), progress)
-    with new_folder(target, num_bytes=room) as work:
+    planned = list(itertools.chain.from_iterable(shards))
+    with (
+        new_folder(target, num_bytes=room) as work,
+        contextlib.closing(map_ahead(splitter.parts, planned, num_workers=1, num_ahead=2)) as made,
+    ):
+        steps = (parts for _, parts in zip(counted(planned, progress), made))
         for number, mappings in enumerate(shards, start=1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             shapes = {spell(n): s for m in mappings for n, s in zip(m.hf_names, m.hf_shapes)}
-            num_bytes += write_safetensors(work / file, writer.parts(itertools.islice(steps, len(mappings))), shapes)
+            parts = itertools.chain.from_iterable(itertools.islice(steps, len(mappings)))
+            num_bytes += write_safetensors(work / file, parts, shapes)
             files.append(file)
             weight_map.update(dict.fromkeys(shapes, file))
+        # The last one counts as done when the next one is asked for.
+        next(steps, None)
         if len(shards) > 1:
             _write_json(work / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-        _copy_companions(source, work, writer.dtypes)
+        _copy_companions(source, work, splitter.dtypes)
         if write_own is not None:
             left_out, beside = [], (write_own(work),)
     return ExportReport(target, tuple(files), len(weight_map), num_bytes, tuple(left_out), beside)
 
 
-class _ShardWriter:
-    """Splits Megatron tensors as a file asks for them, and notes what it saw."""
+class _Splitter:
+    """Reads and splits Megatron tensors, and notes what it saw."""
 
     def __init__(
         self,
@@ -130,21 +140,19 @@ class _ShardWriter:
         self.tensors, self.dtype, self.spell, self.left_out = tensors, dtype, spell, left_out
         self.dtypes: set[torch.dtype] = set()
 
-    def parts(self, mappings: Iterable[Mapping]) -> Iterator[tuple[str, Tensor]]:
-        for mapping in mappings:
-            tensor = self.tensors(mapping.megatron_name)
-            parts = mapping.split(tensor)
-            if isinstance(mapping.layout, VocabularyRows):
-                dropped = int(tensor[mapping.layout.rows :].any(dim=1).sum())
-                if dropped:
-                    self.left_out.append(
-                        f"{dropped} non-zero row(s) of {mapping.megatron_name} beyond the vocabulary's "
-                        f"{mapping.layout.rows} have no place in a Hugging Face table"
-                    )
-            for name, part in zip(mapping.hf_names, parts):
-                part = part if self.dtype is None else part.to(self.dtype)
-                self.dtypes.add(part.dtype)
-                yield self.spell(name), part
+    def parts(self, mapping: Mapping) -> list[tuple[str, Tensor]]:
+        """What a file takes of one tensor, as it stands there."""
+        tensor = self.tensors(mapping.megatron_name)
+        if isinstance(mapping.layout, VocabularyRows):
+            dropped = int(tensor[mapping.layout.rows :].any(dim=1).sum())
+            if dropped:
+                self.left_out.append(
+                    f"{dropped} non-zero row(s) of {mapping.megatron_name} beyond the vocabulary's "
+                    f"{mapping.layout.rows} have no place in a Hugging Face table"
+                )
+        parts = [part.to(self.dtype or part.dtype).contiguous() for part in mapping.split(tensor)]
+        self.dtypes.update(part.dtype for part in parts)
+        return list(zip(map(self.spell, mapping.hf_names), parts))
 
 
 def _check_places(source: Path, target: Path, overwrite: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_cocoa.checkpoint.export import COMPANION_FILES
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
@@ -17,8 +19,10 @@ from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.progress import Progress, counted
 from megatron_cocoa.checkpoint.stacked import StackedLayout
 from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo
+from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistWriter
+from megatron_cocoa.parallel.threads import map_ahead
 
 COMPANION_FOLDER = "huggingface"
 """Inside of an imported checkpoint: configuration, tokenizer and processor files for the way back."""
@@ -62,7 +66,7 @@ def import_huggingface(
 ) -> ImportReport:
     """Write the model in ``source`` as a checkpoint that ``store.load_checkpoint`` loads at any layout.
 
-    One Megatron tensor of one layer is in memory at a time.
+    Two Megatron tensors of one layer are in memory at a time: the next one is read while one is written.
 
     Args:
         source: Hugging Face model folder; its ``cocoa.safetensors``, where it has one, is put back in its place.
@@ -89,11 +93,17 @@ def import_huggingface(
         layout = StackedLayout(table, vocabulary_rows=rows)
         shapes = {mapping.stacked_name: layout.shape(mapping) for mapping in table}
         room = (dtype or found).itemsize * sum(torch.Size(shape).numel() for shape in shapes.values())
-        with new_folder(target, num_bytes=room) as work, TorchDistWriter(work) as writer:
-            for mapping in counted(table, progress):
-                tensor = reader.read(mapping)
-                if own is not None:
-                    tensor = own.with_rows(mapping, tensor, limit=rows)
+
+        def read(mapping: Mapping) -> Tensor:
+            tensor = reader.read(mapping)
+            return tensor if own is None else own.with_rows(mapping, tensor, limit=rows)
+
+        with (
+            new_folder(target, num_bytes=room) as work,
+            TorchDistWriter(work) as writer,
+            contextlib.closing(map_ahead(read, table, num_workers=1, num_ahead=2)) as tensors,
+        ):
+            for mapping, tensor in zip(counted(table, progress), tensors):
                 for values, offset in layout.blocks(mapping, tensor, max_bytes=CHUNK_BYTES):
                     values = values if dtype is None else values.to(dtype)
                     writer.write(mapping.stacked_name, values, shape=shapes[mapping.stacked_name], offset=offset)

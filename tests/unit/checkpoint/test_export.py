@@ -48,10 +48,12 @@ def test_folder_to_megatron_to_folder_is_bit_exact(
     table = NameTable.from_config(model.config, padded_vocab_size=64, vision_ffn_multiple=16)
     with HuggingFaceReader(tmp_path / "source") as reader:
         tensors = {mapping.megatron_name: reader.read(mapping) for mapping in table}
+    told = []
     report = export_huggingface(
         tensors.__getitem__, table, tmp_path / "target", source=tmp_path / "source", names=tensors,
-        spelling=spelling, max_shard_bytes=max_shard_bytes,
+        spelling=spelling, max_shard_bytes=max_shard_bytes, progress=lambda done, number: told.append((done, number)),
     )  # fmt: skip
+    assert told == [(done, len(tensors)) for done in range(1, len(tensors) + 1)]
     state = tiny.state(model)
     assert report.num_tensors == len(state) and report.left_out == ()
     assert report.num_bytes == sum(t.numel() * t.itemsize for t in state.values())
