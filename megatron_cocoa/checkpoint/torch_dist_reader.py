@@ -97,13 +97,19 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self.length - self.position)]
+        done = 0
         try:
-            count = os.preadv(self.descriptor, [view], self.start + self.position)
+            # Linux gives 2 GiB at once at most, and torch's reader takes fewer bytes than it asked for as damage.
+            while done < len(view):
+                count = os.preadv(self.descriptor, [view[done:]], self.start + self.position + done)
+                if count == 0:
+                    break
+                done += count
         except OSError as error:
             self.failure = error
             raise
-        self.position += count
-        return count
+        self.position += done
+        return done
 
 
 class _Chunk(NamedTuple):

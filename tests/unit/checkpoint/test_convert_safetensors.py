@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_damaged_headers_are_refused(tmp_path, header, message):
     with pytest.raises(ValueError, match=message) as error:
         SafetensorsFile(tmp_path / "f")
     assert f"({(tmp_path / 'f').stat().st_size} bytes) is not a readable safetensors file" in str(error.value)
+
+
+def test_a_tensor_that_the_system_gives_in_pieces_is_read(tmp_path, monkeypatch):
+    """Linux gives 2 GiB at once at most, less than the embedding of a 7B in FP32."""
+    tensors = {"a": torch.randn(30), "b": torch.arange(5)}
+    save_file(tensors, tmp_path / "f")
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: preadv(file, [buffers[0][:7]], offset))
+    file = SafetensorsFile(tmp_path / "f")
+    assert all(same_bits(file.read(name), tensor) for name, tensor in tensors.items())
+    file.close()
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
