@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,8 +12,13 @@ from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.checkpoint.torch_dist_writer import TorchDistWriter
 
 
-def rewrite_checkpoint(folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """Copy a checkpoint with its tensors changed by ``change``, a function of the dictionary of all of them."""
+def rewrite_checkpoint(
+    folder: Path, target: Path, change: Callable[[dict[str, Tensor]], None], *, more_states: Sequence[str] = ()
+) -> Path:
+    """Copy a checkpoint with its tensors changed by ``change``, a function of the dictionary of all of them.
+
+    The empty states ``more_states`` are added.
+    """
     written = shutil.ignore_patterns("*.distcp", ".metadata", "metadata.json", "common.pt")
     shutil.copytree(folder, target, ignore=written)
     with TorchDistReader(folder) as reader:
@@ -23,7 +28,7 @@ def rewrite_checkpoint(folder: Path, target: Path, change: Callable[[dict[str, T
     with TorchDistWriter(target) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor, shape=tensor.shape, offset=(0,) * tensor.dim())
-        for key in states:
+        for key in (*states, *more_states):
             writer.write_empty_state(key)
         writer.finish()
     return target

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cocoa.checkpoint.bits import same_bits
-from megatron_cocoa.checkpoint.own_tensors import OWN_FILE
+from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, own_tensors
+from megatron_cocoa.checkpoint.stacked import StackedTensors
 from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
-from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, convert_hf_to_mcore
+from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf, table_of
 from tests.unit.rewritten import rewrite_checkpoint
 
 EMBEDDING, OUTPUT = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
@@ -22,7 +24,9 @@ DECODER = {
     "image_decoder.decoder.layers.mlp.linear_fc1.weight": (1, 112, 32),
     "image_decoder.pixel_head.weight": (384, 32),
 }
+DECODER_STATES = ("image_decoder.decoder.layers.self_attention.linear_qkv._extra_state/shard_0_1",)
 MASK_TOKEN, VOCABULARY = 51, 52
+BRIDGE_TOKEN = 50
 PICTURES = {"image_size": 672, "min_image_tokens": None, "max_image_tokens": None}
 
 
@@ -40,8 +44,9 @@ def trained(tmp_path, tiny, tied):
         if not tied:
             tensors[OUTPUT][57] = 2
 
-    path = rewrite_checkpoint(tmp_path / "imported", tmp_path / "trained", train)
-    about = {"stage": "warmup", "step": 9, "mask_token_id": MASK_TOKEN, "pictures": PICTURES}
+    path = rewrite_checkpoint(tmp_path / "imported", tmp_path / "trained", train, more_states=DECODER_STATES)
+    about = {"stage": "warmup", "step": 9, "mask_token_id": MASK_TOKEN, "bridge_token_id": BRIDGE_TOKEN}
+    about |= {"attention": "causal", "image_placeholder": "bare", "pictures": PICTURES}
     info = json.loads((path / "cocoa.json").read_text()) | about
     (path / "cocoa.json").write_text(json.dumps(info))
     return path
@@ -55,7 +60,7 @@ def assert_same_tensors(first, second) -> None:
 
 def test_everything_comes_back(tmp_path, trained, tied):
     """Claim: on request, image decoder, mask token's row and moved padding rows lie in a file of their own, which is
-    listed, and the import puts every bit, the stage, the token ids and the sizes of pictures back."""
+    listed, and the import puts every bit, the stage, the token ids, the form and the sizes of pictures back."""
     report = convert_mcore_to_hf(trained, tmp_path / "hf", with_cocoa_tensors=True)
     (line,) = report.beside
     assert "3 tensor(s) of the image decoder" in line and f"{EMBEDDING}:mask_token_row (1, 32)" in line
@@ -69,8 +74,8 @@ def test_everything_comes_back(tmp_path, trained, tied):
     assert imported.own is not None and "of stage warmup" in imported.own
     assert_same_tensors(trained, tmp_path / "again")
     found, wanted = read_info(tmp_path / "again"), read_info(trained)
-    assert (found.stage, found.step, found.mask_token_id) == (wanted.stage, wanted.step, MASK_TOKEN)
-    assert found.pictures == wanted.pictures == PICTURES
+    # The export notes the dtype in the configuration.
+    assert replace(found, hf_config=wanted.hf_config) == wanted
 
 
 def test_transformers_does_not_mind_the_file(tmp_path, tiny, trained):
@@ -118,6 +123,20 @@ def test_a_learned_temperature_stays_float32(tmp_path, tiny):
     assert reports[0].files == reports[1].files, "files are filled by the size of the weights"
 
 
+@pytest.mark.parametrize("token", ["mask_token_id", "bridge_token_id"])
+def test_another_tokenizer_is_refused(tmp_path, trained, token):
+    """Claim: a folder whose tokenizer gives the mask or the bridge another id would train on with another row."""
+    convert_mcore_to_hf(trained, tmp_path / "hf", with_cocoa_tensors=True)
+    info = read_info(trained)
+    with (
+        TorchDistReader(trained) as reader,
+        own_tensors(tmp_path / "hf", table_of(trained, StackedTensors(reader))) as own,
+    ):
+        assert own.info(info) == own.info(replace(info, **{token: UNKNOWN_TOKEN})) == info
+        with pytest.raises(ValueError, match=f"whose {token} is {getattr(info, token)}, the folder's .* gives 3"):
+            own.info(replace(info, **{token: 3}))
+
+
 def test_a_file_that_does_not_fit_is_refused(tmp_path, trained, tied):
     """Claim: damaged, foreign, or out of date, the file is refused with what to do, and nothing is written."""
     convert_mcore_to_hf(trained, tmp_path / "hf", with_cocoa_tensors=True)
@@ -139,6 +158,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, trained, tied):
     about = json.loads(metadata["cocoa"]) | {"pictures": {"image_size": "672"}}
     save_file(tensors, file, metadata=metadata | {"cocoa": json.dumps(about)})
     refused("has no place for: image_size")
+    about = json.loads(metadata["cocoa"]) | {"empty_states": [*DECODER_STATES, "rerun_state_machine"]}
+    save_file(tensors, file, metadata=metadata | {"cocoa": json.dumps(about)})
+    refused("has no place for: rerun_state_machine")
     save_file(tensors | {f"{EMBEDDING}:mask_token_row": torch.zeros(1, 32)}, file, metadata=metadata)
     refused(f"disagree on row {MASK_TOKEN}, the mask token's")
     save_file(tensors | {f"{EMBEDDING}:rows_beyond_vocabulary": torch.zeros(9000, 32)}, file, metadata=metadata)
