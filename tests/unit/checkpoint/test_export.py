@@ -70,6 +70,23 @@ def test_folder_to_megatron_to_folder_is_bit_exact(
     assert not (tmp_path / "target" / "modeling_other.py").exists()
 
 
+def test_files_are_filled_up_to_the_bound(tmp_path, small):
+    """Claim: what fits to the byte goes into one file, and none is larger that holds more than one Megatron tensor."""
+    source, table, tensors = small
+    mappings = tuple(table)
+    bound = sum(tensors[mapping.megatron_name].nbytes for mapping in mappings[:5])
+    report = export_huggingface(
+        tensors.__getitem__, table, tmp_path / "t", source=source, dtype=torch.float32, max_shard_bytes=bound
+    )
+    of_name = {name: mapping.megatron_name for mapping in mappings for name in mapping.hf_names}
+    files = [load_file(tmp_path / "t" / file) for file in report.files]
+    assert set(files[0]) == {name for mapping in mappings[:5] for name in mapping.hf_names}
+    for file in files:
+        assert sum(tensor.nbytes for tensor in file.values()) <= bound or len({of_name[name] for name in file}) == 1
+    index = json.loads((tmp_path / "t" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for file in files for tensor in file.values())
+
+
 def test_cast_is_recorded_in_the_configuration(tmp_path, small):
     """An export to BF16 says BF16 in its config.json, so that loading does not widen it again."""
     source, table, tensors = small
