@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_cocoa.checkpoint.initial import WeightSource, load_initial_weights
-from megatron_cocoa.checkpoint.store import load_checkpoint
-from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
+from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, convert_hf_to_mcore
 from megatron_cocoa.model.build import build_model
 from tests.parity import compare, reference
 from tests.parity.cases import Case
@@ -111,6 +111,33 @@ def test_a_folder_without_its_weights_is_not_trained_from_nothing(tmp_path, file
     with pytest.raises(ValueError, match=message):
         source.check()
     replace(source, may_be_random=True).check()
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_an_image_decoder_goes_on_from_warmup_alone(tiny, tmp_path, stage):
+    """Claim: a checkpoint of warmup brings the decoder that it has trained; that of a stage without one starts a new
+    one from the middle layer. All else comes as it was, and another mask token is refused."""
+    tiny.huggingface.save_pretrained(tmp_path / "hf")
+    settings = compare.settings_of(Case("unit", decoder_layers=1))
+    table = compare.name_table(tiny.huggingface.config, settings)
+    source = WeightSource(tmp_path / "hf", None, seed=3, mask_token_id=MASK_TOKEN, used_rows=USED_ROWS)
+    trained = build_model(tiny.chunk.architecture, settings, with_image_decoder=stage == "warmup")
+    load_initial_weights(trained.chunks, table, source)
+    weights = dict(trained.bare_chunks[0].named_parameters())
+    with torch.no_grad():
+        for number, weight in enumerate(weights.values()):
+            weight.add_(0.01 * number)
+    info = CheckpointInfo(stage, 1, MASK_TOKEN, UNKNOWN_TOKEN, tiny.huggingface.config.to_dict())
+    save_checkpoint(tmp_path / "trained", trained.bare_chunks, info)
+    found = start(tiny.chunk, table, replace(source, checkpoint=tmp_path / "trained"))
+    assert [name for name, weight in weights.items() if not torch.equal(found[name], weight)] == []
+    with pytest.raises(ValueError, match="was trained with mask token id 155, this run's tokenizer gives 154"):
+        start(tiny.chunk, table, replace(source, checkpoint=tmp_path / "trained", mask_token_id=154))
+    decoder = {name for name in found if name.startswith("image_decoder.")}
+    assert decoder and decoder == (decoder & weights.keys() if stage == "warmup" else found.keys() - weights.keys())
+    for name in decoder - weights.keys():
+        middle = name.replace("image_decoder.decoder.layers.0", "language_model.decoder.layers.2")
+        assert torch.equal(found[name], found[middle]) if middle != name else not found[name].isnan().any()
 
 
 def decoder_starts(tiny, folder, **changed) -> list[torch.Tensor]:
