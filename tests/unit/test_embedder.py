@@ -217,8 +217,10 @@ def test_forms_of_an_item_agree(embedder, tmp_path):
     assert np.ptp(embedder.encode(same, batch_size=1), axis=0).max() == 0
     written = embedder.encode(["find: dog", {"text": "<|image_1|>find: dog", "image": image}])
     assert np.array_equal(embedder.encode(["dog", {"text": "dog", "image": image}], instruction="find: "), written)
-    after = embedder.encode([{"text": "dog <|image_1|>", "image": image}])
+    after = embedder.encode([{"text": "find: dog <|image_1|>", "image": image}])
     assert float(after[0] @ written[1]) < 0.9999, "a marked place is where the picture goes"
+    marked = {"text": "dog <|image_1|>", "image": image}
+    assert np.array_equal(embedder.encode([marked], instruction="find: "), after)
     assert embedder.encode([]).shape == (0, embedder.hidden_size)
 
 
@@ -234,6 +236,7 @@ def test_forms_of_an_item_agree(embedder, tmp_path):
         ({"image": b""}, "item 1: image is a bytes"),
         ({"image": np.zeros((4, 4, 3))}, "item 1: image is a ndarray"),
         ({"text": "<|image_1|>"}, r"item 1: the text marks 1 place\(s\)"),
+        ({"text": "<|image_1|>" * 2, "image": Image.new("RGB", (56, 56))}, r"item 1: the text marks 2 place\(s\)"),
         (Path("nowhere.png"), "item 1: nowhere.png is not a file"),
         (Image.new("RGB", (2, 900)), "item 1: the picture in memory is 2 x 900"),
     ],
@@ -248,13 +251,16 @@ def test_bad_items_are_named(embedder, item, message):
 def test_vectors_without_a_direction_are_refused(embedder, monkeypatch, broken):
     """Claim: a vector that is zero or not finite is no result, and its item is named."""
 
+    packs = []
+
     def embed_pack(model, pack, *, rows):
+        packs.append(pack)
         found = torch.ones(rows, embedder.hidden_size)
-        found[1:] = broken
+        found[1:] = broken if len(packs) == 2 else 1
         return found
 
     monkeypatch.setattr("megatron_cocoa.embedder.embed_pack", embed_pack)
-    with pytest.raises(ValueError, match="item 1: its vector is zero or not finite .1 of 2"):
+    with pytest.raises(ValueError, match="item 3: its vector is zero or not finite .1 of 2"):
         embedder.encode(list("abcd"), batch_size=2)
 
 
@@ -284,8 +290,9 @@ def test_bad_folders_are_refused(folders, tmp_path):
 def test_cut_texts_are_counted(folders):
     """Claim: nothing is cut in silence."""
     short = CocoaEmbedder.from_pretrained(folders.hf, max_length=8)
-    with pytest.warns(UserWarning, match="1 of 2 items were cut"):
-        short.encode(["a", "a red house " * 20])
+    for batch_size in (1, 32):
+        with pytest.warns(UserWarning, match="2 of 3 items were cut"):
+            short.encode(["a red house " * 20, "a white house " * 20, "a"], batch_size=batch_size)
 
 
 @pytest.mark.parametrize("library", ["transformers", "megatron_cocoa"])
@@ -337,8 +344,13 @@ def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
     export_embedder(tmp_path / "other", tmp_path / "exported", **arguments)
     for library in ("transformers", "megatron_cocoa"):
         assert all(result.passed for result in check_golden(tmp_path / "exported", library=library))
-    assert float(CocoaEmbedder.from_pretrained(folders.exported).encode(["a"])[0]
-                 @ CocoaEmbedder.from_pretrained(tmp_path / "exported").encode(["a"])[0]) < 0.999  # fmt: skip
+    usual, other, asked = (
+        CocoaEmbedder.from_pretrained(folder, bridge_token=token).encode(["a"])
+        for folder, token in (
+            (folders.exported, None), (tmp_path / "exported", None), (folders.hf, "<|im_start|>"),
+        )
+    )  # fmt: skip
+    assert float(usual[0] @ other[0]) < 0.999 and np.array_equal(asked, other)
 
 
 def test_the_package_is_light_to_import():
