@@ -174,7 +174,7 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
     files: dict[str, set[str] | None] = {}
     for name, file in entries:
         # The name alone is judged, not where it resolves to: the Hugging Face cache links shards to its blob store.
-        plain = isinstance(file, str) and PurePosixPath(file).name == file and "\\" not in file and file != ".."
+        plain = isinstance(file, str) and PurePosixPath(file).name == file and "\\" not in file
         if not plain or not file.endswith(".safetensors"):
             raise ValueError(f"{path} places {name} in {file!r}: needed the name of a .safetensors file beside it")
         files.setdefault(file, set()).add(name)

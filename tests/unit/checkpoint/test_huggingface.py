@@ -117,9 +117,14 @@ def test_an_untied_model_without_its_head_is_refused(tmp_path, tiny, state, tabl
 
 def test_one_tensor_under_both_spellings_is_refused(tmp_path, tiny, state):
     """Which of the two is meant cannot be known."""
-    path = tiny.write(tmp_path / "model", state | {"model.visual.merger.ln_q.weight": torch.zeros(24)})
-    with pytest.raises(ValueError, match="holds visual.merger.ln_q.weight twice"):
-        HuggingFaceReader(path)
+    for number, (name, other) in enumerate([
+        # A file lists its tensors by name: the flat spelling comes last, then first.
+        ("visual.merger.ln_q.weight", "model.visual.merger.ln_q.weight"),
+        ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+    ]):  # fmt: skip
+        path = tiny.write(tmp_path / f"model{number}", state | {other: torch.zeros_like(state[name])})
+        with pytest.raises(ValueError, match=f"holds {name} twice"):
+            HuggingFaceReader(path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 300, -1])
@@ -153,6 +158,9 @@ def test_index_and_shards_must_agree(tmp_path, tiny, state):
         HuggingFaceReader(path)
     save_file({name: state[name].clone() for name in names[1:]} | {"stray": torch.zeros(1)}, shard)
     with pytest.raises(ValueError, match=f"1 missing from the file: {names[0]}; 1 not in the index: stray"):
+        HuggingFaceReader(path)
+    save_file({name: state[name].clone() for name in names} | {"stray": torch.zeros(1)}, shard)
+    with pytest.raises(ValueError, match="0 missing from the file; 1 not in the index: stray"):
         HuggingFaceReader(path)
 
 

@@ -159,6 +159,13 @@ def test_indivisible_dimension_is_refused(sharding, shape, message):
         shard(torch.zeros(shape), sharding, tp_rank=0, tp_size=4)
 
 
+def test_equality_is_that_of_bits():
+    """Claim: NaN equals itself; zeros of two signs, dtypes and shapes differ."""
+    zeros, nan = torch.zeros(2), torch.full((2,), torch.nan)
+    assert same_bits(nan, nan.clone()) and same_bits(zeros, zeros.clone())
+    assert not any(same_bits(zeros, other) for other in (-zeros, zeros.int(), zeros.bfloat16(), zeros[None]))
+
+
 def test_replicas_that_drifted_apart_are_refused():
     """Taking rank 0's copy would hide that the ranks no longer hold one model."""
     with pytest.raises(ValueError, match=r"rank\(s\) \[1\]"):
