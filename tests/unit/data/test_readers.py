@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_cocoa.config import DataSettings, SourceSettings
-from megatron_cocoa.data import stored
+from megatron_cocoa.data import readers, stored
 from megatron_cocoa.data.loader import StageLoader
 from megatron_cocoa.data.mixture import BLOCK, MixedOrder
 from megatron_cocoa.data.mmeb_train import SUBSETS, is_constant_target, without_instruction
-from megatron_cocoa.data.readers import jsonl_records
+from megatron_cocoa.data.readers import jsonl_records, parquet_records, saved_dataset_records
 from megatron_cocoa.data.row_parsing import checked_content
 from megatron_cocoa.data.rows import Content
 from megatron_cocoa.data.source_list import source_rows, stage_rows
 from megatron_cocoa.data.stored import open_picture
 from megatron_cocoa.data.webdataset import shard_records
-from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, pair, write_jsonl
+from tests.unit.data.rows import NUM_PICTURES, by_sample, equal_samples, pair, read_pairs, write_jsonl
 
 MMEB_QUERY = "<|image_1|>\nFind an image caption describing the given everyday image.\n"
 
@@ -264,8 +264,11 @@ def test_an_archive_that_is_lost_under_way_costs_its_rows(
 
 def test_the_published_subsets_and_constants():
     assert len(SUBSETS) == len(set(SUBSETS)) == 20 and "ImageNet_1K" in SUBSETS
-    for text in ("Represent the given image.\n", "represent the given IMAGE", "", " Represent  the given image. "):
-        assert is_constant_target(text.strip())
+    published = ("image", "image and the related text", "cropped image of the object", "Wikipedia image")
+    instructions = [f"Represent the given {what}." for what in published]
+    related = "Represent the given Wikipedia image with related text information:"
+    for text in (*instructions, related, "represent the given IMAGE", "", " Represent  the given image. "):
+        assert is_constant_target(text)
     assert not is_constant_target("Represent the given image with a dog")
     assert without_instruction("A dog on a Retrieve an image of this news caption.") == (
         "A dog on a Retrieve an image of this news caption."
@@ -330,6 +333,76 @@ def test_max_rows_draws_the_same_rows_each_time(tmp_path, data_folder):
     assert source_rows(source, "warmup", seed=4).rows != first.rows
 
 
+def test_max_rows_draws_anew_for_each_source_and_stage(tmp_path, data_folder):
+    """Claim: sources of equally many rows do not all lose the same places, nor does one in every stage."""
+    source = replace(write_jsonl_source(tmp_path, data_folder), max_rows=5)
+    other = replace(source, name="t")
+    found = [source_rows(*which, seed=3).rows for which in ((source, "warmup"), (other, "warmup"), (source, "bridge"))]
+    drawn = {tuple(row.row_id.partition("/")[2] for row in rows) for rows in found}
+    assert len(drawn) == 3 and all(len(rows) == 5 for rows in drawn)
+
+
+def test_a_renamed_column_is_not_read_under_its_old_name(tmp_path):
+    """Claim: where `columns` names another column, one that has the usual name does not fill in for it."""
+    rows = [{"image_path": "a.png", "caption": "no", "text": f"text {i}"} for i in range(30)]
+    path = write_jsonl(tmp_path / "c.jsonl", [*rows, {"image_path": "a.png", "caption": "no"}])
+    found = source_rows(SourceSettings("s", str(path), columns={"caption": "text"}), "warmup", seed=1)
+    assert [row.caption for row in found.rows] == [row["text"] for row in rows]
+    assert found.dropped == {"caption_missing": 1}
+
+
+def test_columns_serve_for_those_that_mmeb_train_needs(tmp_path):
+    """Claim: parquet files in MMEB-train's form may name its columns otherwise."""
+    rows = [pair("", pos_text=f"answer {i}") for i in range(3)]
+    table = pa.Table.from_pylist([{"question": f"question {i}"} | row for i, row in enumerate(rows)])
+    pq.write_table(table.drop_columns(["id", "qry"]), tmp_path / "train-00000-of-00001.parquet")
+    source = SourceSettings("s", str(tmp_path), "mmeb-train", columns={"qry": "question"})
+    found = source_rows(source, "contrastive", seed=1).rows
+    assert [(row.query.text, row.target.text) for row in found] == [(f"question {i}", f"answer {i}") for i in range(3)]
+
+
+def test_pictures_of_a_subset_lie_beside_it(tmp_path):
+    """Claim: without ``image_root`` paths of MMEB-train's rows are relative to the folder above the subset's."""
+    (tmp_path / "SUN397").mkdir()
+    table = pa.Table.from_pylist([pair("", qry="<|image_1|>", qry_image_path="images/a.jpg", pos_text="a")])
+    pq.write_table(table.drop_columns(["id"]), tmp_path / "SUN397" / "train-00000-of-00001.parquet")
+    (row,) = source_rows(SourceSettings("s", str(tmp_path / "SUN397"), "mmeb-train"), "contrastive", seed=1).rows
+    assert open_picture(row.query.image_path, tmp_path / "elsewhere") == tmp_path / "images" / "a.jpg"
+
+
+def test_a_split_of_a_saved_dataset_is_chosen(tmp_path):
+    """Claim: of several splits the named one is read, and none where none is named."""
+    for split in ("train", "test"):
+        save_dataset(tmp_path, pa.table({"image_path": ["a.png"] * 2, "caption": [split] * 2}), split=split)
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    for split in ("train", "test"):
+        source = SourceSettings("s", str(tmp_path), "hf-datasets", split=split)
+        assert [row.caption for row in source_rows(source, "warmup", seed=1).rows] == [split] * 2
+    with pytest.raises(ValueError, match="has the splits train, test: set `split` to one of them"):
+        source_rows(replace(source, split=None), "warmup", seed=1)
+
+
+def test_a_caption_is_the_target_of_its_picture(tmp_path):
+    """Claim: in stage ``contrastive`` a record of a picture and a caption asks with the picture."""
+    path = write_jsonl(tmp_path / "c.jsonl", [{"id": "a", "image_path": "a.png", "caption": "a cat"}])
+    (row,) = read_pairs(path).rows
+    assert (row.query, row.target) == (Content("<|image_1|>", "a.png"), Content("a cat"))
+
+
+def test_rows_are_named_by_their_place_in_the_file(tmp_path, monkeypatch):
+    """Claim: over several batches of a file no name comes twice: masks and negatives are drawn by it."""
+    monkeypatch.setattr(readers, "_BATCH_ROWS", 3)
+    table = pa.table({"caption": [f"caption {i}" for i in range(11)]})
+    pq.write_table(table, tmp_path / "p.parquet")
+    save_dataset(tmp_path / "set", table)
+    expected = [(f"p:{i}", f"caption {i}") for i in range(11)]
+    assert [(name, row["caption"]) for name, row in parquet_records([tmp_path / "p.parquet"])] == expected
+    first, second = (f"data-{i:05}-of-00002" for i in range(2))
+    names = [*(f"{first}:{i}" for i in range(5)), *(f"{second}:{i}" for i in range(6))]
+    saved = [(name, row["caption"]) for name, row in saved_dataset_records(tmp_path / "set")]
+    assert saved == [(name, text) for name, (_, text) in zip(names, expected)]
+
+
 def test_several_pictures_stand_where_the_text_shows_them(make, data_folder, tmp_path):
     """Claim: ``<|image_2|>`` before ``<|image_1|>`` puts the second picture first, each with its own grid."""
     row = pair("two", qry="see <|image_2|> then <|image_1|>", pos_text="both") | {
@@ -360,6 +433,7 @@ def test_several_pictures_stand_where_the_text_shows_them(make, data_folder, tmp
         ("", "x.png", Content("<|image_1|>", "x.png")),
         ("", ("x.png", "y.png"), Content("<|image_1|><|image_2|>", "x.png", ("y.png",))),
         ("<|image_2|>b<|image_1|>", ("x.png", "y.png"), Content("<|image_2|>b<|image_1|>", "x.png", ("y.png",))),
+        ("", ("x", "y", "z"), Content("<|image_1|><|image_2|><|image_3|>", "x", ("y", "z"))),
     ],
 )
 def test_marks_and_pictures_agree(text, images, expected):

@@ -86,6 +86,7 @@ def test_a_bridge_file_without_text_targets_is_refused(tmp_path):
         ("<|image_1|>", "d.png", (Content("<|image_1|>", "d.png"),)),
         (["a dog", "<|image_1|> a left-over"], None, (Content("a dog"), Content(" a left-over"))),
         (["a dog", ""], ["", ""], (Content("a dog"),)),
+        (["a dog", "<|image_1|>"], ["", ""], (Content("a dog"),)),
         (["a dog", "<|image_1|>"], ["", "d.png"], (Content("a dog"), Content("<|image_1|>", "d.png"))),
     ],
 )
