@@ -82,6 +82,23 @@ def test_a_mixture_repeats_no_row_in_a_step_and_keeps_its_shares(name):
         assert MixedOrder(parts, seed=5, stage="s", batch_size=batch_size).at(position) == stream[position]
 
 
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_a_pair_and_its_reverse_stay_apart_in_any_source_of_a_mixture(batch_size):
+    """Claim: groups are those of the source's own rows, also behind another source."""
+    groups = [*range(1000, 1150), *(i % 100 for i in range(200))]
+    order = MixedOrder([("a", 150, 1.0), ("b", 200, 1.0)], seed=5, stage="s", groups=groups, batch_size=batch_size)
+    own = [row for _, row in map(order.at, range(2000)) if row >= 150][:900]
+    for start in range(0, 900, 100):
+        assert sorted(groups[row] for row in own[start : start + 100]) == list(range(100))
+
+
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_sources_of_a_mixture_alternate_otherwise_in_each_block(batch_size):
+    order = MixedOrder([("a", 150, 1.0), ("b", 200, 1.0)], seed=5, stage="s", batch_size=batch_size)
+    first, second = ([order.at(start + i)[1] < 150 for i in range(BLOCK)] for start in (0, BLOCK))
+    assert sum(first) == sum(second) == BLOCK // 2 and first != second
+
+
 def test_a_weighted_source_with_fewer_rows_than_its_share_of_a_step_is_refused():
     parts = [("small", 100, 1.0), ("large", 10_000, 1.0)]
     with pytest.raises(ValueError, match="small has 100 rows, .* weight 1 a step of 1024 holds up to 512 .*lower"):
