@@ -207,6 +207,15 @@ def test_settings_of_the_decision_table_reach_the_batches(make, settings, bundle
         assert bool((ids == bundle.image_token_id).any())
 
 
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_the_longest_sample_is_the_settings(make, settings, stage):
+    """Claim: ``data.max_length`` cuts texts, and what it cuts is counted."""
+    whole = max(length for batch in make(stage).next_step() for length in batch.sample_lengths)
+    loader = make(stage, changed=replace(settings, data=replace(settings.data, max_length=whole - 2)))
+    assert max(length for batch in loader.next_step() for length in batch.sample_lengths) == whole - 2
+    assert loader.statistics()["cut_tokens"] > 0
+
+
 def test_settings_of_pictures_reach_the_batches(make, settings, vision):
     """Claim: limits of a picture's tokens, and what hides a unit and is to be predicted, are those of the stage."""
 
@@ -265,19 +274,23 @@ def broken_folder(data_folder, tmp_path):
     return tmp_path / "pairs"
 
 
-def test_broken_pictures_are_counted_and_replaced_alike_on_every_rank(make, settings, broken_folder):
-    changed = replace(settings, data=replace(settings.data, path=str(broken_folder)))
+@pytest.mark.parametrize("image_size", [70, None], ids=["found-by-decoding", "found-by-the-header"])
+def test_broken_pictures_are_counted_and_replaced_alike_on_every_rank(make, settings, broken_folder, image_size):
+    sized = replace(settings.warmup, image_size=image_size)
+    changed = replace(settings, data=replace(settings.data, path=str(broken_folder)), warmup=sized)
     single, ranks = make("warmup", changed=changed), [make("warmup", rank=r, size=2, changed=changed) for r in (0, 1)]
     pixel_free = make("warmup", changed=changed, needs_pixels=False, needs_unit_targets=False)
     seen = []
-    for _ in range(NUM_PICTURES // 8):
+    for _ in range(3 * NUM_PICTURES // 8):
         batches = single.next_step()
         found = [batch for loader in ranks for batch in loader.next_step()]
         assert names_of(found) == names_of(batches)
+        # Of 22 rows most are not in the step: a substitute is one of these.
+        assert len(set(names_of(batches))) == 8
         assert [b.sample_ids for b in pixel_free.next_step()] == [b.sample_ids for b in batches]
         seen += [i for batch in batches for i in batch.sample_ids]
-    assert len(seen) == NUM_PICTURES and not {"row-3", "row-11"} & set(seen)
-    assert single.statistics()["skipped/unreadable_picture"] >= 2
+    assert len(seen) == 3 * NUM_PICTURES and not {"row-3", "row-11"} & set(seen)
+    assert single.statistics()["skipped/unreadable_picture"] >= 6
 
 
 def test_a_full_pack_whose_shortest_row_breaks_takes_the_shortest_substitute(make, settings, data_folder, tmp_path):
@@ -422,12 +435,14 @@ def test_too_many_broken_pictures_end_the_run(make, settings, broken_folder):
             loader.next_step()
 
 
-def test_a_state_of_another_stream_is_refused(make):
+def test_a_state_of_another_stream_is_refused(make, settings):
     state = make("warmup").state_dict()
     with pytest.raises(ValueError, match="the saved loader state is of"):
         make("bridge").load_state_dict(state)
     with pytest.raises(ValueError, match="'num_rows': 7"):
         make("warmup").load_state_dict({**state, "num_rows": 7})
+    with pytest.raises(ValueError, match="'seed': 7"):
+        make("warmup").load_state_dict(make("warmup", changed=replace(settings, seed=7)).state_dict())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -456,6 +471,20 @@ def test_a_moved_source_goes_on(make, settings, data_folder, tmp_path):
         for folder in (data_folder, tmp_path / "elsewhere")
     ]
     loaders[1].load_state_dict(loaders[0].state_dict())
+
+
+def test_other_weights_are_another_stream(make, settings, data_folder):
+    """Claim: a mixture's state is refused under other weights, and under none, where an epoch has each row once."""
+
+    def loader(*weights):
+        sources = tuple(SourceSettings(name, str(data_folder), weight=weight) for name, weight in zip("ab", weights))
+        return make("bridge", changed=replace(settings, data=DataSettings(sources=sources)))
+
+    weighted, plain = loader(1.0, 2.0).state_dict(), loader(None, None).state_dict()
+    loader(1.0, 2.0).load_state_dict(weighted)
+    for state, weights in ((weighted, (None, None)), (plain, (1.0, 2.0)), (weighted, (1.0, 3.0))):
+        with pytest.raises(ValueError, match="the saved loader state is of"):
+            loader(*weights).load_state_dict(state)
 
 
 def test_more_pairs_per_step_than_there_are_is_refused(make, settings):
