@@ -200,6 +200,11 @@ def test_settings_of_the_decision_table_reach_the_batches(make, settings, bundle
     assert make("warmup").next_step()[0].unit_patches is None
     words = replace(settings, bridge=replace(settings.bridge, eligible_tokens="words", target_mask_ratio=1.0))
     assert bundle.is_word(make("bridge", changed=words).next_step()[0].text_labels.numpy()).all()
+    for stage, ratio in (("warmup", "text_mask_ratio"), ("bridge", "target_mask_ratio")):
+        for at_least_one in (True, False):
+            rare = replace(settings.stage(stage), mask_at_least_one=at_least_one, **{ratio: 1e-9})
+            batches = make(stage, changed=replace(settings, **{stage: rare})).next_step()
+            assert sum(batch.text_labels.numel() for batch in batches) == 8 * at_least_one
     bare = replace(settings, contrastive=replace(settings.contrastive, image_placeholder="bare"))
     for changed, has_marks in ((settings, True), (bare, False)):
         ids = make("contrastive", changed=changed).next_step()[0].input_ids

@@ -42,6 +42,14 @@ def test_prepared_files_hold_the_same_samples_as_the_raw_ones(make, data_folder,
         assert found[0] == found[1]
 
 
+def test_pictures_that_are_not_copied_keep_their_paths(data_folder, tmp_path):
+    """Claim: paths are those of the source, folders and all, so that its ``image_root`` serves the prepared file."""
+    prepare(Preparation("contrastive", (SourceSettings("s", str(data_folder)),), tmp_path), progress=False)
+    columns = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+    raw, found = (lines(folder / "contrastive.jsonl") for folder in (data_folder, tmp_path))
+    assert [[row[name] for name in columns] for row in found] == [[row[name] for name in columns] for row in raw]
+
+
 def test_the_manifest_adds_up(data_folder, tmp_path):
     """Claim: rows in, rows out and rows rejected agree, each rejected row is named, and checksums are the files'."""
     good = [

@@ -109,6 +109,21 @@ def test_special_ids_hold_every_control_token(any_bundle):
     assert any_bundle.is_special(np.array(sorted(any_bundle.special_ids))).all()
 
 
+def test_a_bridge_token_may_be_any_of_the_vocabulary(model_folder, bundle):
+    """Claim: it is never masked, also where it is none of the tokenizer's special tokens."""
+    piece = int(bundle.encode_text("cat")[0])
+    named = load_tokenizer(model_folder, bridge_token=bundle.tokenizer.convert_ids_to_tokens(piece), vocab_size=1024)
+    assert named.bridge_token_id == piece and piece in named.special_ids and named.is_special(np.array([piece])).all()
+    assert not bundle.is_special(np.array([piece])).any()
+
+
+def test_words_are_letters_digits_and_parts_of_characters(any_bundle):
+    ids = any_bundle.encode_text("7中")
+    assert any_bundle.is_word(ids[-1:]).all() and any_bundle.is_word(ids).sum() >= 2
+    assert not any_bundle.is_word(any_bundle.encode_text("?!")[-1:]).any()
+    assert not any_bundle.is_word(np.array(sorted(any_bundle.special_ids))).any()
+
+
 def test_missing_bridge_token_is_named(model_folder):
     with pytest.raises(ValueError, match=r"no token '<\|nowhere\|>'"):
         load_tokenizer(model_folder, bridge_token="<|nowhere|>", vocab_size=1024)
