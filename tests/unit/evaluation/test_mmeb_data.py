@@ -23,6 +23,7 @@ def test_the_published_table():
     assert [sum(t.split == split for t in MMEB_V1.tasks) for split in ("ind", "ood")] == [20, 16]
     with pytest.raises(ValueError, match="no task ImageNet_1K; did you mean ImageNet-1K"):
         MMEB_V1.select(["ImageNet_1K"])
+    assert [task.name for task in MMEB_V1.select(["GQA", "N24News"])] == ["N24News", "GQA"]
 
 
 def test_distinct_things_are_listed_once(tmp_path):

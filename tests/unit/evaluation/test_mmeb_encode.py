@@ -59,6 +59,7 @@ def test_batch_size_threads_and_order_change_nothing(embedder, folders, items):
 
 def test_longest_first_is_a_function_of_the_set(folders, items):
     """Claim: the order in which items come does not change which share a pack."""
+    items = [*items, EvalItem("as long", ""), EvalItem("gone as", "")]
     first = [items[i] for i in longest_first(items, folders.root)]
     again = [items[::-1][i] for i in longest_first(items[::-1], folders.root)]
     assert first == again

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from megatron_cocoa import CocoaEmbedder
+from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.config import EvaluationSettings
+from megatron_cocoa.data.samples import SampleBuilder
 from megatron_cocoa.embedder import start_alone
 from megatron_cocoa.evaluation.mmeb_identity import identity_of
 from megatron_cocoa.evaluation.mmeb_tasks import Benchmark
@@ -72,6 +75,32 @@ def test_a_model_without_a_size_of_its_own_is_recorded_as_before(folders):
     """Claim: score files of models that keep pictures' shapes say the same whether that was asked for or not."""
     wanted = {"image_size": "native", "pixel_limits": LIMITS}
     assert sized(folders.hf)[0] == sized(folders.hf, "--image-size", "native")[0] == wanted
+
+
+def test_every_setting_that_moves_vectors_is_recorded(folders):
+    """Claim: another length, form, precision or set of baselines makes another score, which is not kept in place."""
+    start_alone()
+    model = load_embedding_model(folders.hf, EvaluationSettings())
+
+    def changed_builder(**changes):
+        names = ("bundle", "vision", "pictures", "max_length", "image_placeholder")
+        return SampleBuilder(**{name: getattr(model.builder, name) for name in names} | changes)
+
+    def recorded(*, builder=model.builder, options=model.options, **settings):
+        complete = identity_of(EvaluationSettings(**settings), model_path=folders.hf)
+        return complete(builder, options, Benchmark("tiny", ())).settings
+
+    changes = {
+        "max_length": dict(builder=changed_builder(max_length=77)),
+        "image_placeholder": dict(builder=changed_builder(image_placeholder="bare")),
+        "attention": dict(options=replace(model.options, embedding_mask=MaskKind.CAUSAL)),
+        "dtype": dict(dtype="bf16" if EvaluationSettings().dtype == "fp32" else "fp32"),
+        "baselines": dict(baselines=not EvaluationSettings().baselines),
+    }
+    before = recorded()
+    for name, change in changes.items():
+        after = recorded(**change)
+        assert [key for key in before if after[key] != before[key]] == [name] and after.keys() == before.keys()
 
 
 def test_sizes_that_are_none_are_refused(folders, capsys):

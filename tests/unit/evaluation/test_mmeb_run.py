@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,8 +63,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, encode, *, output="scores", tasks=TABLE.tasks, settings=None, said=None, **more):
-    identity = Identity(settings or {"image_size": "native"}, {"name": "m", "sha256": "1"}, TABLE.to_json())
+def run(folder, encode, *, output="scores", tasks=TABLE.tasks, settings=None, said=None, benchmark=TABLE, **more):
+    identity = Identity(settings or {"image_size": "native"}, {"name": "m", "sha256": "1"}, benchmark.to_json())
     lines = [] if said is None else said
     evaluate(
         tasks,
@@ -198,6 +199,30 @@ def test_scores_that_make_no_table_are_refused_before_they_are_made(folder):
     assert not encode.asked
     run(folder, encode, tasks=TABLE.tasks[1:])
     run(folder, encode, settings={"image_size": 672}, overwrite=True)
+    other = replace(TABLE, name="another")
+    with pytest.raises(ValueError, match="benchmark.name .was 'tiny', is now 'another'"):
+        run(folder, encode, tasks=TABLE.tasks[1:], settings={"image_size": 672}, benchmark=other, overwrite=True)
+
+
+def test_the_examples_of_a_task_are_told_by_their_right_answer(folder):
+    """Claim: of each example the right candidate, its rank and the nearest ones stand in the evidence; a query that is
+    answered is no worst one."""
+    found = json.loads((run(folder, KnownEmbedder()) / "colours_evidence.json").read_text())
+    assert found["worst"] == [
+        {
+            "query": ["<|image_1|> is it green?", "images/0.png"],
+            "gold": ["green", ""],
+            "rank": 2,
+            "num_candidates": 2,
+            # Against (1, 0.4, 0): cosines are 1 and 0.4 over its length.
+            "candidates": [
+                {"item": ["red", ""], "cosine": 0.9285, "right": False},
+                {"item": ["green", ""], "cosine": 0.3714, "right": True},
+            ],
+        },
+    ]  # fmt: skip
+    answered = [example for kind in ("hits", "misses") for example in found[kind]]
+    assert [example["gold"][0] for example in answered if example["rank"] == 1] == ["red", "green", "blue"]
 
 
 def test_what_moves_scores_by_rounding_is_recorded(folder):

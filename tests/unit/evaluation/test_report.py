@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cocoa.evaluation.embedding_map import EmbeddingMap
+from megatron_cocoa.evaluation.embedding_map import EmbeddingMap, principal_axes
 from megatron_cocoa.evaluation.metrics import evaluate_pairs
 from megatron_cocoa.evaluation.pictures import encode_png
 from megatron_cocoa.evaluation.report import render_report
@@ -212,6 +212,21 @@ def test_bridge_gain_and_interval_equal_their_definition():
     assert evidence.gain == pytest.approx((ratio, ratio - 1.959964 * error, ratio + 1.959964 * error), rel=1e-6)
     assert evidence.share_better == np.mean(own < other)
     assert np.isnan(BridgeEvidence("x", (1.0,), (2.0,), (1,)).gain[1])
+    assert BridgeEvidence("x", (1.0, 1.0, 2.0, 3.0), (2.0, 1.0, 1.0, 3.0), (1,) * 4).share_better == (1 + 0.5 + 0.5) / 4
+
+
+def test_the_map_is_a_projection_on_the_axes_of_most_variance():
+    """Claim: distances on the map are those in the plane of the covariance's two largest eigenvectors."""
+    rng = np.random.default_rng(0)
+    queries, targets = (rng.normal(size=(20, 6)) * (5, 1, 3, 1, 1, 1) for _ in range(2))
+    found = principal_axes(queries, targets)
+    values, vectors = np.linalg.eigh(np.cov(np.concatenate([queries, targets]).T))
+    plane = np.concatenate([queries, targets]) @ vectors[:, -2:]
+    drawn = np.array(found.queries + found.targets)
+    distances = [np.linalg.norm(points[:, None] - points[None], axis=-1) for points in (plane, drawn)]
+    # Coordinates are rounded to four digits.
+    np.testing.assert_allclose(*distances, atol=3e-4)
+    assert found.explained == pytest.approx(values[-2:].sum() / values.sum(), abs=1e-4)
 
 
 def test_block_b_is_told_apart_by_what_is_left_of_it():

@@ -6,7 +6,7 @@ import torch
 
 from megatron_cocoa.evaluation.metrics import evaluate_pairs
 from megatron_cocoa.evaluation.report_data import RecallRow
-from megatron_cocoa.evaluation.report_table import render_table
+from megatron_cocoa.evaluation.report_table import render_table, tie_notes
 
 
 def rows_for(model: str, texts: torch.Tensor, kind: str = "stage") -> list[RecallRow]:
@@ -34,6 +34,15 @@ def test_ties_are_reported_where_they_matter():
     joined = " ".join(table.split())
     assert "Ties: untrained, held-out concepts, text to image: 50 of 50 queries" in joined
     assert "recall@10 is 20.0 if the first of equals wins, 0.0 if every tie is lost" in joined
+
+
+def test_ties_that_change_little_are_told_together():
+    """Claim: a query that ties below the deepest rank is counted, without a sentence of its own."""
+    vectors = torch.eye(50)
+    vectors[49] = torch.cat([torch.linspace(0.9, 0.5, 20), torch.zeros(30)])
+    vectors[49, [20, 49]] = 0.2
+    (note,) = tie_notes(rows_for("after contrastive", vectors))
+    assert note.startswith("Ties touch at most 1 queries of a row, and change no recall by more than 0.5 points")
 
 
 def test_nothing_measured_is_said():
