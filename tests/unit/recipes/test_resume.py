@@ -67,12 +67,25 @@ def test_what_changes_how_but_not_what_is_allowed(output, now):
             r"data.sources was .*'weight': None.*, is .*'weight': 2.0",
         ),
         (replace(BEFORE, stages=("bridge",)), "stages can only be added at the end"),
+        (replace(BEFORE, stages=("warmup", "contrastive")), "stages can only be added at the end"),
     ],
 )
 def test_what_would_train_something_else_is_named(output, now, message):
     """Claim: each difference is told with both values, and what to do about it."""
     with pytest.raises(ValueError, match=message):
         check_same_run(now, output)
+
+
+def test_a_run_that_has_begun_nothing_keeps_its_first_weights(tmp_path):
+    """Claim: once a stage has weights of its own, where they came from matters no more; before, it is what trains."""
+    save_settings(BEFORE, tmp_path / "settings.yaml")
+    elsewhere = replace(BEFORE, model=ModelSettings(load="/elsewhere"))
+    with pytest.raises(ValueError, match="model.load was None, is /elsewhere"):
+        check_same_run(elsewhere, tmp_path)
+    _complete(tmp_path / "warmup" / "checkpoints" / "step-00000020")
+    check_same_run(elsewhere, tmp_path)
+    with pytest.raises(ValueError, match="warmup.lr was"):
+        check_same_run(replace(BEFORE, warmup=replace(BEFORE.warmup, lr=1.0)), tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["warmup", "baseline"])
@@ -135,7 +148,7 @@ def test_what_is_half_written_goes_once_the_folder_is_claimed(tmp_path):
 def test_a_checkpoint_that_was_copied_in_part_is_named(tmp_path, capsys):
     """Claim: a resume that passes over a checkpoint under its final name says so, also where an older one serves."""
     steps = tmp_path / "warmup" / "checkpoints"
-    for folder in (steps / "step-00000020", tmp_path / "bridge" / "checkpoint"):
+    for folder in (steps / "step-00000010", steps / "step-00000020", tmp_path / "bridge" / "checkpoint"):
         _complete(folder)
     for folder in (steps / "step-00000040", tmp_path / "contrastive" / "checkpoint"):
         folder.mkdir(parents=True)
