@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.checkpoint.writer import INFO_FILE
-from megatron_cocoa.config import EmbeddingSettings, ValidationSettings
+from megatron_cocoa.config import EmbeddingSettings, ParallelSettings, ValidationSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
-from megatron_cocoa.recipes.context import prepare_context
+from megatron_cocoa.recipes.context import evaluation_parts, prepare_context
 from megatron_cocoa.recipes.embedding_model import picture_sizes
 from tests.distributed.tiny_run import tiny_settings
 
@@ -25,6 +26,28 @@ def test_evaluation_without_a_pool_is_refused(tiny_folders, tmp_path):
     with pytest.raises(ValueError, match=message):
         prepare_context(nothing)
     prepare_context(replace(nothing, evaluate=False))
+
+
+def test_measurements_are_taken_as_the_stage_trains(tiny_folders):
+    """Claim: pictures have the stage's size or limits, inputs the form that it embeds in, and packs suit the layout;
+    an image decoder starts as the stage says."""
+    settings = tiny_settings(tiny_folders)
+    settings = replace(
+        settings,
+        parallel=ParallelSettings(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+        warmup=replace(settings.warmup, decoder_init="random"),
+    )
+    context = prepare_context(settings)
+    form = dict(attention="causal", image_placeholder="bare")
+    builder, options = evaluation_parts(context, replace(settings.contrastive, image_size=56, **form))
+    assert (builder.image_placeholder, options.embedding_mask) == ("bare", MaskKind.CAUSAL)
+    assert builder.pictures.image_size == 56 and options.pad_to_multiple_of == 2 * 2
+    limits = dict(image_size=None, min_image_tokens=9, max_image_tokens=25)
+    builder, options = evaluation_parts(context, replace(settings.contrastive, **limits))
+    assert (builder.image_placeholder, options.embedding_mask) == ("full", MaskKind.BIDIRECTIONAL)
+    unit = context.architecture.vision.size_factor ** 2
+    assert tuple(builder.pictures.pixel_limits) == (9 * unit, 25 * unit)
+    assert context.weight_source(None).decoder_init == "random"
 
 
 def test_validation_without_its_pool_is_refused_before_anything_is_read(tiny_folders, tmp_path):
