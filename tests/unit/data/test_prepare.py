@@ -50,6 +50,15 @@ def test_pictures_that_are_not_copied_keep_their_paths(data_folder, tmp_path):
     assert [[row[name] for name in columns] for row in found] == [[row[name] for name in columns] for row in raw]
 
 
+def test_prepared_captions_are_the_sources_own_draw(data_folder, tmp_path):
+    """Claim: with ``max_rows`` the seed draws as in training, and a row keeps the name of its source."""
+    source = SourceSettings("s", str(data_folder), max_rows=9)
+    prepare(Preparation("warmup", (source,), tmp_path, seed=5), progress=False)
+    drawn = source_rows(source, "warmup", seed=5).rows
+    found = lines(tmp_path / "warmup.jsonl")
+    assert [(row["id"], row["caption"], row["source"]) for row in found] == [(r.row_id, r.caption, "s") for r in drawn]
+
+
 def test_the_manifest_adds_up(data_folder, tmp_path):
     """Claim: rows in, rows out and rows rejected agree, each rejected row is named, and checksums are the files'."""
     good = [
