@@ -78,7 +78,17 @@ def _is_large(left: Tensor, right: Tensor) -> bool:
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(left, _dense(right).t(), bias, "none", [], "")
+    # It copies a first operand whose rows are not contiguous, such as the transposed gradient of a weight's gradient,
+    # which may be larger than the other operand and the product together.
+    other_way = right.numel() * (not right.t().is_contiguous()) + left.shape[0] * right.shape[1]
+    if bias is None and not left.is_contiguous() and other_way < left.numel():
+        return _linear(right.t(), _dense(left), None).t().contiguous()
+    return _linear(left, _dense(right).t(), bias)
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``rows @ weight.T + bias``."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def _dense(right: Tensor) -> Tensor:

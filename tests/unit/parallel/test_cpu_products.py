@@ -44,6 +44,13 @@ check(F.linear, rows.view(3, 200, 512), weight, calls=3)
 check(torch.addmm, torch.randn(600, 640), rows, weight.t(), calls=2)
 check(lambda b, x, w: torch.addmm(b, x, w.t(), beta=0.5, alpha=2), bias, rows, weight, calls=2)
 check(lambda x, w: x[:, 3:515] @ w[:, :512].t(), torch.randn(600, 1024), torch.randn(640, 1024), calls=3)
+# The gradient of a weight with few columns is computed the other way round, to copy the smaller operand.
+check(lambda x, w: x @ w.t(), torch.randn(3000, 96), torch.randn(2048, 96), calls=3)
+shapes, linear = [], cpu_products._linear
+cpu_products._linear = lambda rows, *more: shapes.append(tuple(rows.shape)) or linear(rows, *more)
+for columns, first in ((96, (96, 3000)), (2048, (2048, 3000))):
+    found = torch.randn(3000, 2048).t() @ torch.randn(3000, columns)
+    assert found.is_contiguous() and found.shape == (2048, columns) and shapes.pop() == first, shapes
 for strided in (rows[:1].expand(600, 512), torch.randn(600, 1024)[:, ::2]):
     taken.clear()
     torch.testing.assert_close(strided @ weight.t(), strided.contiguous() @ weight.t())
