@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def convert(args: argparse.Namespace) -> bool:
     # Imported late: --help and a mistyped option must not wait for torch.
-    from megatron_cocoa.checkpoint.store import refuse_folder_around
+    from megatron_cocoa.checkpoint.info import refuse_folder_around
     from megatron_cocoa.conversion.command import (
         ProgressLines,
         check_verify_memory,
@@ -141,9 +141,7 @@ def convert(args: argparse.Namespace) -> bool:
 
 def _export(args: argparse.Namespace, conversion: dict):
     from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
-    from megatron_cocoa.export.embedder_options import EmbedderOptions
-    from megatron_cocoa.export.export_info import read_export_info
-    from megatron_cocoa.export.folder import default_format, export_embedder
+    from megatron_cocoa.export.embedder_options import EmbedderOptions, default_format
 
     chosen = default_format(args.mcore_path) if args.format == "auto" else args.format
     if chosen == "plain":
@@ -158,6 +156,10 @@ def _export(args: argparse.Namespace, conversion: dict):
         if useless:
             raise ValueError(f"{', '.join(useless)} has no effect in format plain: name --format hf, or leave it out")
         return convert_mcore_to_hf(args.mcore_path, args.hf_path, **conversion)
+    # Weights alone do not wait for Megatron, which the model of golden.json needs.
+    from megatron_cocoa.export.export_info import read_export_info
+    from megatron_cocoa.export.folder import export_embedder
+
     print(f"format: {chosen}")
     options = EmbedderOptions(
         chosen,

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_cocoa.checkpoint.export import COMPANION_FILES
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader, check_coverage
+from megatron_cocoa.checkpoint.info import INFO_FILE, CheckpointInfo
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, OwnTensors, own_tensors
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
 from megatron_cocoa.checkpoint.progress import Progress, counted
 from megatron_cocoa.checkpoint.stacked import StackedLayout
-from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.checkpoint.torch_dist_writer import CHUNK_BYTES, TorchDistWriter

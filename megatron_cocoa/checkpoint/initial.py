@@ -14,15 +14,15 @@ from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor, nn
 
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.info import IMPORT_STAGE, INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.layouts import Gated, Padded
 from megatron_cocoa.checkpoint.live import copy_shard, fill_parameters, global_name, load_huggingface_weights
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, NameTable
 from megatron_cocoa.checkpoint.random_weights import RandomWeights, draw
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo, load_checkpoint, read_info
+from megatron_cocoa.checkpoint.store import load_checkpoint
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
-from megatron_cocoa.checkpoint.writer import INFO_FILE
 from megatron_cocoa.parallel import topology
 
 IMAGE_DECODER, TOWER = "image_decoder.", "vision_model."

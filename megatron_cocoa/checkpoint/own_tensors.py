@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_cocoa.checkpoint.bits import same_bits
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.checkpoint.layouts import VocabularyRows
 from megatron_cocoa.checkpoint.mapping import LOGIT_SCALE, OWN_PREFIXES, NameTable
 from megatron_cocoa.checkpoint.safetensors_file import SafetensorsFile
 from megatron_cocoa.checkpoint.safetensors_stream import write_safetensors
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import CheckpointInfo
 from megatron_cocoa.checkpoint.tensor_mapping import Mapping
 
 OWN_FILE = "cocoa.safetensors"

@@ -8,12 +8,11 @@ final name is complete, and one that does not is ignored and replaced.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -23,53 +22,13 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_cocoa.checkpoint.info import OPTIMIZER_SHARDING, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE, TorchDistReader
-from megatron_cocoa.checkpoint.writer import INFO_FILE, CheckpointWriter, is_complete
-from megatron_cocoa.config import EmbeddingForm
-
-IMPORT_STAGE = "import"
-"""``CheckpointInfo.stage`` of converted weights, which no stage has trained."""
-
-OPTIMIZER_SHARDING = "fully_reshardable"
-"""Megatron's form of optimizer state that loads at any data-parallel size."""
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
+from megatron_cocoa.checkpoint.writer import CheckpointWriter
 
 PICKLED_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 """Transformer Engine's variable, without which it refuses the scales that delayed FP8 has pickled."""
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint holds, beside its tensors.
-
-    stage:          the stage that wrote it, or ``import`` for converted weights.
-    step:           optimizer steps of that stage.
-    mask_token_id, bridge_token_id: rows of the embedding that the model was trained with.
-    loader:         the data loader's place.
-    has_optimizer:  whether optimizer state is there.
-    hf_config:      the Hugging Face ``config.json`` of the architecture.
-    progress:       the trainer's counters, to resume from; empty where there is nothing to resume.
-    attention, image_placeholder: the form that it embeds in, see ``config.EmbeddingForm``.
-    pictures:       ``image_size``, ``min_image_tokens`` and ``max_image_tokens`` of the stage; empty where no stage
-                    has trained the weights.
-    """
-
-    stage: str
-    step: int
-    mask_token_id: int
-    bridge_token_id: int
-    hf_config: dict[str, Any]
-    loader: dict[str, Any] = field(default_factory=dict)
-    has_optimizer: bool = False
-    progress: dict[str, Any] = field(default_factory=dict)
-    attention: Literal["bidirectional", "causal"] = "bidirectional"
-    image_placeholder: Literal["full", "bare"] = "full"
-    pictures: dict[str, int | None] = field(default_factory=dict)
-
-    @property
-    def embedding_form(self) -> EmbeddingForm:
-        """The form that it embeds in."""
-        return EmbeddingForm(self.attention, self.image_placeholder)
 
 
 def save_checkpoint(
@@ -161,39 +120,6 @@ def load_checkpoint(
     if optimizer is not None:
         load_optimizer_state(optimizer, loaded["optimizer"])
     return info
-
-
-def read_info(path: str | Path) -> CheckpointInfo:
-    """What a checkpoint holds.
-
-    Raises:
-        ValueError: if the folder is no complete checkpoint of this project.
-    """
-    folder = Path(path)
-    try:
-        is_whole = is_complete(folder)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be read: {error}") from error
-    if not is_whole:
-        refuse_folder_around(folder)
-        state = "is incomplete or no checkpoint of megatron_cocoa" if folder.is_dir() else "does not exist"
-        raise ValueError(f"{folder} {state}: needed a folder with {BACKEND_FILE} and {INFO_FILE}")
-    try:
-        return CheckpointInfo(**json.loads((folder / INFO_FILE).read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / INFO_FILE} is not what this version writes: {error}") from error
-
-
-def refuse_folder_around(source: str | Path) -> None:
-    """Refuse a run's or a stage's folder where a checkpoint is needed.
-
-    Raises:
-        ValueError: naming the checkpoints in it.
-    """
-    source = Path(source)
-    inside = [str(f) for depth in ("", "*/") for f in sorted(source.glob(f"{depth}checkpoint")) if is_complete(f)]
-    if inside and not is_complete(source):
-        raise ValueError(f"{source} is a folder around checkpoints: name one of them, {' or '.join(inside)}")
 
 
 def sharded_state(chunks: Sequence[nn.Module], optimizer=None, *, is_loading: bool = False) -> ShardedStateDict:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
+from megatron_cocoa.checkpoint.info import OPTIMIZER_SHARDING
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE, METADATA_FILE
 
 _BACKEND = {

@@ -36,13 +36,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cocoa.checkpoint.bucket_threads import by_threads
 from megatron_cocoa.checkpoint.helper_process import end_with_parent, start_results_queue
+from megatron_cocoa.checkpoint.info import INFO_FILE
 from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX, REPLACED_SUFFIX, force_to_disk, sync_folder
-from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.fp8_parameters import whole_values
-
-INFO_FILE = "cocoa.json"
 
 INDEX_BYTES = 2**26
 """Room that a checkpoint's index is sure to find; some kilobytes for each tensor of each rank."""
@@ -177,21 +175,6 @@ class CheckpointWriter:
             shutil.rmtree(work, ignore_errors=True)
         on_first_rank(self._check_owner, is_long=True)
         raise ValueError(f"the checkpoint {path} could not be written, nothing was kept of it; {first}")
-
-
-def is_complete(path: Path) -> bool:
-    """Whether a folder holds both what Megatron writes last and our description, and both are whole.
-
-    Raises:
-        OSError: where that is not to be seen, as on a shared file system that fails for a while. Taken for none, a
-            complete checkpoint would be trained again, and written over.
-    """
-    try:
-        for name in (INFO_FILE, BACKEND_FILE):
-            json.loads((path / name).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return True
 
 
 def restore_replaced(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_cocoa.checkpoint.import_hf import COMPANION_FOLDER
-from megatron_cocoa.checkpoint.store import read_info
+from megatron_cocoa.checkpoint.info import read_info
 from megatron_cocoa.settings.saved import SETTINGS_FILE
 
 

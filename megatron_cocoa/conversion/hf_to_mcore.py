@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.huggingface import refuse_adapters
 from megatron_cocoa.checkpoint.import_hf import ImportReport, import_huggingface
+from megatron_cocoa.checkpoint.info import IMPORT_STAGE, CheckpointInfo
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.progress import Progress
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, CheckpointInfo
 from megatron_cocoa.conversion.embedding_form import form_of_config
 from megatron_cocoa.data.tokenizer import load_tokenizer
 

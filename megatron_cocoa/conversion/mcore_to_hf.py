@@ -10,11 +10,11 @@ import torch
 
 from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint.export import ExportReport, export_huggingface
+from megatron_cocoa.checkpoint.info import IMPORT_STAGE, INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, write_own_tensors
 from megatron_cocoa.checkpoint.progress import Progress
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, CheckpointInfo, read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.companions import companion_folder
 from megatron_cocoa.conversion.hf_to_mcore import config_of, read_config

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_cocoa.checkpoint.store import CheckpointInfo
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.config import NATIVE, ImageSize
 from megatron_cocoa.conversion.companions import run_settings
 

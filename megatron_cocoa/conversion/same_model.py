@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cocoa.architecture import QwenVLArchitecture
-from megatron_cocoa.checkpoint.store import read_info
+from megatron_cocoa.checkpoint.info import read_info
 from megatron_cocoa.conversion.hf_to_mcore import config_of
 
 

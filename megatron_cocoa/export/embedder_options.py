@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from megatron_cocoa.checkpoint.info import IMPORT_STAGE, INFO_FILE, read_info
 from megatron_cocoa.config import NATIVE, ImageSize
 from megatron_cocoa.conversion.picture_sizes import PictureSizes
 
@@ -61,3 +63,10 @@ class EmbedderOptions:
         return own.overridden_by(
             image_size=asked, min_image_tokens=self.min_image_tokens, max_image_tokens=self.max_image_tokens
         )
+
+
+def default_format(mcore_path: str | Path) -> Literal["plain", "hf"]:
+    """``hf``, the embedding model, for a checkpoint that a stage has trained; ``plain`` for converted weights."""
+    source = Path(mcore_path)
+    trained = (source / INFO_FILE).is_file() and read_info(source).stage != IMPORT_STAGE
+    return "hf" if trained else "plain"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from megatron_cocoa.checkpoint.export import ExportReport
+from megatron_cocoa.checkpoint.info import INFO_FILE, read_info
 from megatron_cocoa.checkpoint.placement import check_target, new_folder
-from megatron_cocoa.checkpoint.store import IMPORT_STAGE, INFO_FILE, read_info
 from megatron_cocoa.config import EmbeddingForm
 from megatron_cocoa.conversion.companions import find_companions, run_settings
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, read_architecture
@@ -32,13 +32,6 @@ from megatron_cocoa.export.model_card import model_card
 from megatron_cocoa.export.sentence_transformers_files import write_modules
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def default_format(mcore_path: str | Path) -> Literal["plain", "hf"]:
-    """``hf``, the embedding model, for a checkpoint that a stage has trained; ``plain`` for converted weights."""
-    source = Path(mcore_path)
-    trained = (source / INFO_FILE).is_file() and read_info(source).stage != IMPORT_STAGE
-    return "hf" if trained else "plain"
 
 
 def export_embedder(

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_cocoa.architecture import QwenVLArchitecture
+from megatron_cocoa.checkpoint.info import is_complete
 from megatron_cocoa.checkpoint.initial import WeightSource
 from megatron_cocoa.checkpoint.mapping import NameTable
-from megatron_cocoa.checkpoint.store import is_complete
 from megatron_cocoa.config import EmbeddingForm, StageSettings, TrainSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
 from megatron_cocoa.conversion.same_model import check_same_model

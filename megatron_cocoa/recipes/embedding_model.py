@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_cocoa.checkpoint.info import INFO_FILE, CheckpointInfo, read_info, refuse_folder_around
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import INFO_FILE, CheckpointInfo, read_info, refuse_folder_around
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import EmbeddingSettings, ModelSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.conversion.companions import find_companions, run_settings

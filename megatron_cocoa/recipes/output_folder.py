@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from megatron_cocoa.atomic import unfinished
-from megatron_cocoa.checkpoint.store import INFO_FILE
+from megatron_cocoa.checkpoint.info import INFO_FILE
 from megatron_cocoa.config import TrainSettings
 from megatron_cocoa.settings.saved import SETTINGS_FILE
 from megatron_cocoa.training.log import METRICS_FILE, VALIDATION_FILE, WANDB_FILE, import_wandb

@@ -9,7 +9,8 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_cocoa.checkpoint.writer import is_complete, remove_incomplete, restore_replaced
+from megatron_cocoa.checkpoint.info import is_complete
+from megatron_cocoa.checkpoint.writer import remove_incomplete, restore_replaced
 from megatron_cocoa.config import STAGES, TrainSettings
 from megatron_cocoa.parallel.collectives import on_first_rank
 from megatron_cocoa.parallel.topology import LaunchInfo

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
+from megatron_cocoa.checkpoint.info import CheckpointInfo
+from megatron_cocoa.checkpoint.store import save_checkpoint
 from megatron_cocoa.checkpoint.writer import CheckpointWriter
 from megatron_cocoa.conversion.picture_sizes import SIZES
 from megatron_cocoa.data.feed import lost_workers_explained

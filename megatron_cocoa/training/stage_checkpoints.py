@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
-from megatron_cocoa.checkpoint.writer import CheckpointWriter, discard, is_complete, remove_incomplete
+from megatron_cocoa.checkpoint.info import CheckpointInfo, is_complete
+from megatron_cocoa.checkpoint.store import load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.writer import CheckpointWriter, discard, remove_incomplete
 from megatron_cocoa.model.adapters import merged_adapters
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.parallel import topology

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_cocoa.batch import PackedBatch
-from megatron_cocoa.checkpoint.store import CheckpointInfo
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.config import StageSettings, TrainSettings
 from megatron_cocoa.model.build import Model
 from megatron_cocoa.model.schedule import microbatches_ahead

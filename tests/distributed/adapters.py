@@ -15,10 +15,11 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.batch import MaskKind
 from megatron_cocoa.checkpoint.adapter_mapping import adapter_mappings, peft_name
 from megatron_cocoa.checkpoint.adapter_weights import gather_adapters
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.checkpoint.mapping import nested_spelling
 from megatron_cocoa.checkpoint.random_weights import RandomWeights
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.store import load_checkpoint, save_checkpoint
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import VISION_TARGETS, AdapterSettings, ParallelSettings
 from megatron_cocoa.model.adapters import attach_adapters, merge_adapters

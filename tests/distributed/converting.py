@@ -18,6 +18,7 @@ from megatron_cocoa.architecture import QwenVLArchitecture
 from megatron_cocoa.checkpoint import store
 from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.info import read_info
 from megatron_cocoa.checkpoint.live import global_name
 from megatron_cocoa.checkpoint.mapping import NameTable
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
@@ -113,7 +114,7 @@ def _run_case(name: str, case: Path) -> dict[str, list[str]]:
         # Megatron's own call, with its default strictness: every key and every empty state must be there.
         dist_checkpointing.load(store.sharded_state(model.bare_chunks), str(mcore))
         if layout_name == RESAVED:
-            info = store.read_info(mcore)
+            info = read_info(mcore)
             store.save_checkpoint(case / "resaved", model.bare_chunks, info)
             model = build(source, LAYOUTS["dp4"], dtype)
             store.load_checkpoint(case / "resaved", model.bare_chunks)
@@ -151,7 +152,7 @@ def decoder_differences(case: Path, dtype: str) -> list[str]:
         for name, parameter in chunk.named_parameters():
             if name.startswith("image_decoder."):
                 parameter.normal_()
-    info = replace(store.read_info(case / "mcore"), stage="warmup", step=3)
+    info = replace(read_info(case / "mcore"), stage="warmup", step=3)
     store.save_checkpoint(trained, model.bare_chunks, info)
     if dist.get_rank() == 0:
         convert_mcore_to_hf(trained, case / "with_decoder", companions=source, with_cocoa_tensors=True)

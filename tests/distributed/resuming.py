@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.info import CheckpointInfo
+from megatron_cocoa.checkpoint.store import load_checkpoint, save_checkpoint
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.config import (
     AdapterSettings,

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.checkpoint.initial import load_initial_weights
-from megatron_cocoa.checkpoint.store import CheckpointInfo, save_checkpoint
+from megatron_cocoa.checkpoint.store import save_checkpoint
 from megatron_cocoa.config import ParallelSettings
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.parallel import topology

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.info import CheckpointInfo
+from megatron_cocoa.checkpoint.store import load_checkpoint, save_checkpoint
 from megatron_cocoa.config import STAGES, ParallelSettings
 from megatron_cocoa.model.build import Model, build_model
 from megatron_cocoa.objectives import build_objective

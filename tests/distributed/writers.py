@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_cocoa.checkpoint.store import OPTIMIZER_SHARDING
+from megatron_cocoa.checkpoint.info import OPTIMIZER_SHARDING
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.checkpoint.writer import CheckpointWriter, remove_incomplete
 from megatron_cocoa.config import ParallelSettings

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from megatron_cocoa import CocoaEmbedder
-from megatron_cocoa.checkpoint.store import read_info
+from megatron_cocoa.checkpoint.info import read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.evaluation.metrics import evaluate_pairs
 from tests.distributed.tiny_run import write_folders

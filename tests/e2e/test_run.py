@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cocoa.checkpoint.store import read_info
+from megatron_cocoa.checkpoint.info import read_info
 from tests.e2e.processes import environment, full_disk_after
 from tests.e2e.test_launch import ROOT, SCRIPT, launch
 

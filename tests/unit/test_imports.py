@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,3 +143,10 @@ def test_the_checks_see_what_they_should():
     code = '"""Runs on cuda.\n"""\nx.cuda()\ntorch.device("cuda:0")\nraise ValueError("needs a CUDA device")\n'
     assert [line for line, _ in names_cuda(ast.parse(code))] == [3, 4]
     assert {part_of(name) for name in imported_modules(PACKAGE / "settings" / "saved.py")} == {"atomic", "config"}
+
+
+@pytest.mark.parametrize("module", ["conversion.hf_to_mcore", "conversion.mcore_to_hf", "export.embedder_options"])
+def test_weights_are_converted_without_megatron(module):
+    """Claim: a conversion does not wait for Megatron and its compilers: half of the time until it begins."""
+    code = f"import sys, megatron_cocoa.{module}; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -15,8 +15,8 @@ from megatron_cocoa.checkpoint import placement, torch_dist_writer
 from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.comparison import compare_weights
 from megatron_cocoa.checkpoint.huggingface import HuggingFaceReader
+from megatron_cocoa.checkpoint.info import read_info
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, config_of, convert_hf_to_mcore
 from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf, table_of

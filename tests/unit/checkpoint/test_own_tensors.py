@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_cocoa.checkpoint.bits import same_bits
+from megatron_cocoa.checkpoint.info import read_info
 from megatron_cocoa.checkpoint.own_tensors import OWN_FILE, own_tensors
 from megatron_cocoa.checkpoint.stacked import StackedTensors
-from megatron_cocoa.checkpoint.store import read_info
 from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, convert_hf_to_mcore
 from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf, table_of

@@ -22,9 +22,9 @@ from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.conversion.mcore_to_hf import convert_mcore_to_hf
 from megatron_cocoa.export.check_golden import check_golden
 from megatron_cocoa.export.embed_corpus import ShardPlan, prepare_output
-from megatron_cocoa.export.embedder_options import EmbedderOptions
+from megatron_cocoa.export.embedder_options import EmbedderOptions, default_format
 from megatron_cocoa.export.export_info import read_export_info
-from megatron_cocoa.export.folder import default_format, export_embedder
+from megatron_cocoa.export.folder import export_embedder
 from megatron_cocoa.export.plain_transformers import PlainEmbedder
 from tests.unit.exported_folders import Folders, write_exported
 from tools.embed import _made_from, main, parse

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.checkpoint.initial import WeightSource, load_initial_weights
-from megatron_cocoa.checkpoint.store import CheckpointInfo, load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.store import load_checkpoint, save_checkpoint
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, convert_hf_to_mcore
 from megatron_cocoa.model.build import build_model
 from tests.parity import compare, reference

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_cocoa.batch import MaskKind
-from megatron_cocoa.checkpoint.store import CheckpointInfo
+from megatron_cocoa.checkpoint.info import INFO_FILE, CheckpointInfo
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
-from megatron_cocoa.checkpoint.writer import INFO_FILE
 from megatron_cocoa.config import EmbeddingSettings, ParallelSettings, ValidationSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
 from megatron_cocoa.recipes.context import evaluation_parts, prepare_context

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cocoa.checkpoint.info import INFO_FILE
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
-from megatron_cocoa.checkpoint.writer import INFO_FILE
 from megatron_cocoa.config import (
     BridgeSettings,
     ContrastiveSettings,

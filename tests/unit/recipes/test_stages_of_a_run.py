@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_cocoa.config import TrainSettings
-from megatron_cocoa.recipes import run
+from megatron_cocoa.config import ContrastiveSettings, TrainSettings
+from megatron_cocoa.config.stages import EmbeddingForm
+from megatron_cocoa.recipes import run, stages
 from megatron_cocoa.recipes.resume import StagePlace
 from megatron_cocoa.training.progress import Progress
 
@@ -59,3 +60,19 @@ def test_each_stage_goes_on_from_the_one_before(monkeypatch, places, expected):
     run._Stages(context, places, stop, {}).run()
     assert begun == expected
     assert run._stage_folders(context) == ["warmup", "bridge", "contrastive", "baseline"]
+
+
+def test_a_checkpoint_says_how_its_stage_sized_pictures_and_embedded():
+    """Claim: whoever loads it embeds in the form, and with pictures of the size, that it was trained with."""
+    form = dict(attention="causal", image_placeholder="bare")
+    sizes = dict(image_size=None, min_image_tokens=4, max_image_tokens=64)
+    context = SimpleNamespace(
+        settings=TrainSettings(contrastive=ContrastiveSettings(**form, **sizes)),
+        bundle=SimpleNamespace(mask_token_id=3, bridge_token_id=5),
+        hf_config={"model_type": "qwen2_5_vl"},
+    )
+    info = stages._describe_checkpoint(context, "contrastive")
+    assert info.pictures == sizes and info.embedding_form == EmbeddingForm(**form)
+    assert (info.stage, info.mask_token_id, info.bridge_token_id) == ("contrastive", 3, 5)
+    # Reconstruction trains in the form that is the default, whatever stage contrastive embeds in.
+    assert stages._describe_checkpoint(context, "warmup").embedding_form == EmbeddingForm()

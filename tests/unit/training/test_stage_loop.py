@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_cocoa.checkpoint.store import CheckpointInfo
+from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.config import BridgeSettings, ParallelSettings, TrainSettings
 from megatron_cocoa.parallel import topology
 from megatron_cocoa.training.trainer import StageKeeping, train_stage
