@@ -73,8 +73,7 @@ def run(settings: TrainSettings, launch: LaunchInfo, *, seconds_since_start: flo
     places = _find_places(context) if is_resumed else {}
     announce_places(places)
     minutes = settings.checkpoint.time_budget_minutes
-    budget = None if minutes is None else minutes * 60
-    with StopWatch(budget_seconds=budget, spent_seconds=seconds_since_start) as stop:
+    with StopWatch(budget_minutes=minutes, spent_seconds=seconds_since_start) as stop:
         stages = _Stages(context, places, stop, loaders)
         findings = stages.run()
     for loader in loaders.values():

@@ -21,12 +21,12 @@ class StopWatch:
     previous ones.
 
     Args:
-        budget_seconds: stop after this time; None for no limit.
+        budget_minutes: stop after this time; None for no limit.
         spent_seconds: how much of it has passed already, such as the time since the process started.
     """
 
-    def __init__(self, *, budget_seconds: float | None = None, spent_seconds: float = 0.0) -> None:
-        self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds - spent_seconds
+    def __init__(self, *, budget_minutes: float | None = None, spent_seconds: float = 0.0) -> None:
+        self._deadline = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes - spent_seconds
         self._signal: int | None = None
         self._failure: str | None = None
         self._previous: dict[int, object] = {}
