@@ -11,6 +11,8 @@ from megatron_cocoa.recipes import run, stages
 from megatron_cocoa.recipes.resume import StagePlace
 from megatron_cocoa.training.progress import Progress
 
+DEFAULT, ASKED = EmbeddingForm(), EmbeddingForm("causal", "bare")
+
 
 @pytest.mark.parametrize(
     ("places", "expected"),
@@ -60,6 +62,65 @@ def test_each_stage_goes_on_from_the_one_before(monkeypatch, places, expected):
     run._Stages(context, places, stop, {}).run()
     assert begun == expected
     assert run._stage_folders(context) == ["warmup", "bridge", "contrastive", "baseline"]
+
+
+@pytest.mark.parametrize(
+    ("names", "with_baseline", "expected"),
+    [
+        (
+            ("warmup", "bridge", "contrastive"),
+            True,
+            {
+                "untrained": DEFAULT,
+                "after warmup": DEFAULT,
+                "after bridge": DEFAULT,
+                "after contrastive": ASKED,
+                "contrastive alone": ASKED,
+            },
+        ),
+        (("contrastive",), False, {"untrained": ASKED, "after contrastive": ASKED}),
+    ],
+)
+def test_each_model_is_measured_in_the_form_that_it_was_trained_in(monkeypatch, names, with_baseline, expected):
+    """Claim: embeddings mean nothing in another form than their stage's, and the untrained model's are in the first
+    stage's. Examples are of the run's last stage, which is neither its first nor the baseline."""
+    measured = {}
+
+    class Probe:
+        def __init__(self, context, stage):
+            self.form = None
+
+        def in_form(self, form):
+            other = Probe(None, None)
+            other.form = form
+            return other
+
+        def embed_pools(self, model):
+            return f"vectors of {model} as {self.form}"
+
+        def recall(self, found, *, label, kind):
+            measured[label] = self.form
+            return []
+
+        def examples(self, found):
+            return [f"examples of {found}"], {}
+
+    def run_stage(context, stage, *, name, after, **more):
+        after(name, name)
+        return SimpleNamespace(name=name, stage=stage, checkpoint=None, progress=Progress(), stopped=None)
+
+    monkeypatch.setattr(run, "run_stage", run_stage)
+    monkeypatch.setattr(run, "RetrievalProbe", Probe)
+    monkeypatch.setattr(run, "describe", lambda summary: "")
+    monkeypatch.setattr(run, "build_with_weights", lambda *args, **more: "untrained")
+    monkeypatch.setattr(run, "reconstructions", lambda *args: [])
+    monkeypatch.setattr(run, "bridge_evidence", lambda *args, **more: None)
+    contrastive = ContrastiveSettings(attention=ASKED.attention, image_placeholder=ASKED.image_placeholder)
+    settings = TrainSettings(stages=names, evaluate=True, with_baseline=with_baseline, contrastive=contrastive)
+    context = SimpleNamespace(settings=settings, output=Path("out"))
+    found = run._Stages(context, {}, SimpleNamespace(reason=lambda: None), {}).run()
+    assert measured == expected
+    assert found.strips == [f"examples of vectors of contrastive as {ASKED}"]
 
 
 def test_a_checkpoint_says_how_its_stage_sized_pictures_and_embedded():
