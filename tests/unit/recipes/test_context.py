@@ -11,6 +11,8 @@ from megatron_cocoa.checkpoint.info import INFO_FILE, CheckpointInfo
 from megatron_cocoa.checkpoint.torch_dist_reader import BACKEND_FILE
 from megatron_cocoa.config import EmbeddingSettings, ParallelSettings, ValidationSettings
 from megatron_cocoa.conversion.hf_to_mcore import read_config
+from megatron_cocoa.data.toy import ToyPaths
+from megatron_cocoa.recipes import context as context_module
 from megatron_cocoa.recipes.context import evaluation_parts, prepare_context
 from megatron_cocoa.recipes.embedding_model import picture_sizes
 from tests.distributed.tiny_run import tiny_settings
@@ -126,3 +128,24 @@ def test_other_folders_than_a_checkpoint_are_told_what_to_name(tiny_folders, tmp
         check(tiny_folders / "model")
     with pytest.raises(ValueError, match="absent does not exist"):
         check(tmp_path / "absent")
+
+
+def test_the_mask_token_is_the_one_that_is_asked_for(tiny_folders):
+    """Claim: ``model.mask_token`` names a token of the tokenizer, and its id is the one that hides text."""
+    settings = tiny_settings(tiny_folders)
+    asked = prepare_context(replace(settings, model=replace(settings.model, mask_token="<|quad_end|>")))
+    vocabulary = json.loads((tiny_folders / "model" / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in vocabulary}
+    assert asked.bundle.mask_token_id == asked.weight_source(None).mask_token_id == ids["<|quad_end|>"]
+
+
+def test_a_toy_run_reads_the_data_that_it_is_given(tiny_folders, tmp_path, monkeypatch):
+    """Claim: without a model folder the toy model is made, and its data is read only where no other is named."""
+    toy = ToyPaths(tiny_folders / "pairs", tiny_folders / "model")
+    monkeypatch.setattr(context_module, "prepare_toy", lambda folder: toy)
+    settings = tiny_settings(tiny_folders)
+    settings = replace(settings, model=replace(settings.model, path=None))
+    for given, read in ((str(tmp_path), tmp_path), (None, toy.pairs)):
+        context = prepare_context(replace(settings, data=replace(settings.data, path=given)))
+        assert context.is_toy and context.settings.model.path == str(toy.model)
+        assert context.settings.data.path == str(read)
