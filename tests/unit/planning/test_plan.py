@@ -190,6 +190,27 @@ def test_packs_are_expected_as_the_loader_fills_them():
     assert small.tokens == 4 * 274 and small.embeddings == 4
 
 
+def test_bare_pictures_have_no_marks():
+    """Claim: a picture that stands bare takes its merged units alone, without the two tokens around it."""
+    architecture = published_architecture("qwen2.5-vl-3b")
+    options = ["--contrastive.image_size=336", "--contrastive.image_placeholder=bare"]
+    settings = settings_of("qwen2.5-vl-3b", *options, "--contrastive.micro_batch_size=4")
+    assert expected_pack(architecture, settings, "contrastive", data_parallel_size=8).tokens == 8 * (144 + 128)
+
+
+def test_a_unit_is_predicted_where_any_of_its_patches_is_hidden():
+    """Claim: patches hidden one by one make more units rows of the image decoder than units hidden whole do.
+
+    By hand: of the 16 ways to hide some of four patches, equally likely at one half, one hides none.
+    """
+    architecture = published_architecture("qwen2.5-vl-3b")
+    for masked, share in (("merged", 8 / 16), ("patch", 15 / 16)):
+        options = [f"--warmup.masked_unit={masked}", "--warmup.unit_mask_ratio=0.5", "--warmup.micro_batch_size=4"]
+        settings = settings_of("qwen2.5-vl-3b", "--warmup.image_size=336", *options)
+        pack = expected_pack(architecture, settings, "warmup", data_parallel_size=8)
+        assert pack.masked_units == 4 * 144 * share
+
+
 @pytest.mark.parametrize("size", [4, 24])
 def test_packs_under_a_budget_are_counted_by_what_fits(size):
     """Claim: with a budget the number of micro-batches, and the memory in flight, follow it and not micro_batch_size,

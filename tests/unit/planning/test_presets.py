@@ -151,3 +151,10 @@ def test_counted_parameters_equal_built_ones_at_other_layouts(preset, layout):
         degrees = degrees | dict(num_layers_in_last_pipeline_stage=4)
     settings = replace(settings, parallel=ParallelSettings(**degrees), freeze=replace(settings.freeze, **frozen))
     check_build(planned_architecture(preset), settings)
+
+
+def test_every_layer_of_the_image_decoder_is_counted():
+    """Claim: a decoder deeper than MoCa's one layer is counted as built."""
+    settings = settings_of("qwen2-vl-2b", "--warmup.decoder_layers=3")
+    settings = replace(settings, parallel=ParallelSettings())
+    check_rank(planned_architecture("qwen2-vl-2b"), settings, 0, True)
