@@ -127,3 +127,19 @@ def test_a_skipped_step_is_counted_and_forgotten(monkeypatch):
     assert (progress.step, progress.skipped, progress.samples) == (STEPS, 3, 16 * STEPS)
     assert progress.recent_norms == [progress.recent_norms[0]] * 5
     assert 0 < progress.data_wait < progress.seconds
+
+
+def test_a_run_ends_at_the_last_of_the_skipped_steps_it_allows(monkeypatch):
+    """Claim: two skipped steps in a row are survived where three are too many, and the third is an error at once."""
+    bad = {1, 2, 4, 5, 6}
+    own = stage_trainer(
+        monkeypatch,
+        BridgeSettings(steps=STEPS, lr=1e-2, lr_warmup_steps=0),
+        OptimizerSettings(max_skipped_steps=3),
+        lambda module, step: module(torch.ones(1, 4)).sum() * (float("nan") if step in bad else 1.0),
+    )
+    for _ in range(6):
+        own.step()
+    message = r"3 steps in a row \(optimizer.max_skipped_steps\), up to step 7 were skipped"
+    with pytest.raises(FloatingPointError, match=message):
+        own.step()

@@ -44,6 +44,12 @@ def test_a_loss_that_is_not_finite_is_not_applied():
     assert _apply(optimizer, {"loss": math.nan}, math.inf)[0] is False and optimizer.steps == 0
 
 
+def test_a_norm_above_the_limit_is_not_applied():
+    """Claim: a finite gradient that stands out is left out as well and its norm told."""
+    optimizer = Optimizer(2.5)
+    assert _apply(optimizer, {"loss": 1.0}, 2.4) == (False, 2.5) and optimizer.steps == 0
+
+
 def test_a_finite_step_is_applied_once():
     optimizer = Optimizer(2.5)
     assert _apply(optimizer, {"loss": 1.0}, 2.5) == (True, 2.5) and optimizer.steps == 1
