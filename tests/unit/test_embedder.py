@@ -353,6 +353,28 @@ def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
     assert float(usual[0] @ other[0]) < 0.999 and np.array_equal(asked, other)
 
 
+def test_a_runs_checkpoint_embeds_with_the_token_that_the_run_names(folders, tmp_path):
+    """Claim: the bridge token of a run's settings.yaml is taken unless another is asked for, which is then refused."""
+    checkpoint = tmp_path / "run" / "bridge" / "checkpoint"
+    convert_hf_to_mcore(folders.hf, checkpoint, bridge_token="<|im_start|>")
+    (tmp_path / "run" / "settings.yaml").write_text("model: {bridge_token: <|im_start|>}\n")
+    wanted = CocoaEmbedder.from_pretrained(folders.hf, bridge_token="<|im_start|>").encode(["a"])
+    assert np.array_equal(CocoaEmbedder.from_pretrained(checkpoint).encode(["a"]), wanted)
+    with pytest.raises(ValueError, match="trained with the bridge token's id"):
+        CocoaEmbedder.from_pretrained(checkpoint, bridge_token="<|im_end|>")
+
+
+def test_a_checkpoint_with_a_padded_tower_gives_the_same_vectors(folders, embedder, items, tmp_path):
+    """Claim: the tower is built as wide as the checkpoint's, which tensor parallelism may need, and zeros change
+    nothing."""
+    convert_hf_to_mcore(folders.hf, tmp_path / "padded", vision_ffn_multiple=32)
+    padded = CocoaEmbedder.from_pretrained(tmp_path / "padded")
+    layers = padded.model.chunks[0].vision_model.decoder.layers
+    # The published folder says 48.
+    assert [layer.mlp.linear_fc2.weight.shape[-1] for layer in layers] == [64, 64]
+    assert np.abs(padded.encode(items) - embedder.encode(items)).max() < BATCH_BOUND
+
+
 def test_the_package_is_light_to_import():
     """Claim: the package and its settings parser do not wait for torch."""
     code = "import sys, megatron_cocoa, megatron_cocoa.settings.parse; sys.exit('torch' in sys.modules)"
