@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import io
 import os
 import pickle
 
@@ -63,7 +64,7 @@ def test_what_torch_writes_is_read(tmp_path):
         for name, tensor in tensors.items():
             assert reader.shape(name) == tuple(tensor.shape) and reader.dtype(name) == tensor.dtype
             assert same_bits(reader.read(name), tensor)
-        assert same_bits(reader.read("a", layer=2), tensors["a"][2])
+        assert all(same_bits(reader.read("a", layer=layer), tensors["a"][layer]) for layer in range(3))
 
 
 def test_chunks_are_put_together(tmp_path):
@@ -141,14 +142,20 @@ class Harmful:
         return os.mkdir, (os.environ["HARM"],)
 
 
+class TorchFunction:
+    def __reduce__(self):
+        return torch.get_default_device, ()
+
+
 @pytest.mark.parametrize("wrap", [False, True])
-def test_metadata_that_runs_code_is_refused_unrun(tmp_path, monkeypatch, wrap):
+@pytest.mark.parametrize(("harmful", "name"), [(Harmful, "posix.mkdir"), (TorchFunction, "torch.get_default_device")])
+def test_metadata_that_runs_code_is_refused_unrun(tmp_path, monkeypatch, harmful, name, wrap):
     """A pickle that is not a checkpoint's metadata is named and never executed, alone or inside of real metadata."""
     write_sample(tmp_path / "c")
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
-    content = Metadata({"x": BytesStorageMetadata()}, planner_data=Harmful()) if wrap else Harmful()
+    content = Metadata({"x": BytesStorageMetadata()}, planner_data=harmful()) if wrap else harmful()
     (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match="names posix.mkdir, which has no place in a checkpoint's metadata"):
+    with pytest.raises(ValueError, match=f"names {name}, which has no place in a checkpoint's metadata"):
         TorchDistReader(tmp_path / "c")
     assert not (tmp_path / "harm").exists()
 
@@ -181,6 +188,11 @@ def test_a_chunk_that_runs_code_or_is_damaged_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"single in .* at byte {place.offset} cannot be read as a tensor"):
             TorchDistReader(tmp_path / "c").read("single")
     assert not (tmp_path / "harm").exists()
+    other = io.BytesIO()
+    torch.save(torch.zeros(5, dtype=torch.int32), other)
+    overwrite(other.getvalue())
+    with pytest.raises(ValueError, match=r"single in .* is \(\(5,\), torch.int32\), needed \(\(5,\), torch.float32\)"):
+        TorchDistReader(tmp_path / "c").read("single")
 
 
 @pytest.mark.parametrize("name", ["../x.distcp", "/etc/x.distcp", "x.txt"])
