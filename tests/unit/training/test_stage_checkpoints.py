@@ -22,6 +22,7 @@ def test_only_folders_with_index_and_description_are_complete(tmp_path):
     make(tmp_path, "step-00000020", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000120.incomplete", "metadata.json", "cocoa.json")
     make(tmp_path, "step-00000110", "metadata.json")
+    make(tmp_path, "step-00000112", "cocoa.json")
     make(tmp_path, "step-00000115", "metadata.json", "cocoa.json")
     (tmp_path / "step-00000115" / "cocoa.json").write_text("")
     make(tmp_path, "step-130", "metadata.json", "cocoa.json")
