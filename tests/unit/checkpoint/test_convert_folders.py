@@ -96,6 +96,8 @@ def test_mixed_dtypes_are_refused_or_cast(tmp_path, tiny):
         convert_hf_to_mcore(folder, tmp_path / "m")
     assert names_in(tmp_path) == ["source"]
     convert_hf_to_mcore(folder, tmp_path / "m", dtype=torch.float32)
+    convert_mcore_to_hf(tmp_path / "m", tmp_path / "back")
+    assert_equal_weights(tmp_path / "back", {name: tensor.float() for name, tensor in state.items()})
 
 
 def test_the_checkpoint_says_what_it_is(tmp_path, source):
@@ -169,6 +171,7 @@ def test_companions_of_another_model_are_refused(tmp_path, tiny):
     for change, said in (
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True, needed False"),
         ({"text_config": {"rms_norm_eps": 1e-3}}, "text.rms_norm_eps is 0.001, needed 1e-05"),
+        ({"vision_config": {"window_size": 56}}, "vision.window_size is 56, needed 112"),
     ):
         content = json.loads((source / "config.json").read_text())
         content |= {name: content[name] | part if isinstance(part, dict) else part for name, part in change.items()}
