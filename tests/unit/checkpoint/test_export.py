@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2Tokenizer, tokenization_utils_base, utils
 
 from megatron_cocoa.checkpoint.bits import same_bits
 from megatron_cocoa.checkpoint.export import export_huggingface
@@ -88,14 +89,37 @@ def test_files_are_filled_up_to_the_bound(tmp_path, small):
 
 
 def test_cast_is_recorded_in_the_configuration(tmp_path, small):
-    """An export to BF16 says BF16 in its config.json, so that loading does not widen it again."""
+    """An export to BF16 says BF16 in its config.json, so that loading does not widen it again, in each part that says a
+    dtype."""
     source, table, tensors = small
+    content = json.loads((source / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        content[part]["dtype"] = "float32"
+    (source / "config.json").write_text(json.dumps(content))
     export_huggingface(tensors.__getitem__, table, tmp_path / "t", source=source, dtype=torch.bfloat16)
     state = load_file(tmp_path / "t" / "model.safetensors")
     assert {t.dtype for t in state.values()} == {torch.bfloat16}
     for config in (tmp_path / "t" / "config.json", source / "config.json"):
         words = {json.loads(config.read_text()).get(key) for key in ("dtype", "torch_dtype")}
         assert ("bfloat16" in words) == (config.parent != source)
+    written = json.loads((tmp_path / "t" / "config.json").read_text())
+    assert [written[part]["dtype"] for part in ("text_config", "vision_config")] == ["bfloat16"] * 2
+
+
+def test_what_transformers_keeps_beside_the_weights_is_copied(tmp_path, small):
+    """Claim: every file in which transformers keeps tokenizer, template, processors and generation goes along."""
+    source, table, tensors = small
+    names = {
+        utils.GENERATION_CONFIG_NAME, utils.IMAGE_PROCESSOR_NAME, utils.VIDEO_PROCESSOR_NAME, utils.PROCESSOR_NAME,
+        utils.CHAT_TEMPLATE_FILE, utils.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, *Qwen2Tokenizer.vocab_files_names.values(),
+        tokenization_utils_base.TOKENIZER_CONFIG_FILE, tokenization_utils_base.SPECIAL_TOKENS_MAP_FILE,
+        tokenization_utils_base.ADDED_TOKENS_FILE,
+    }  # fmt: skip
+    for name in names:
+        (source / name).write_text(name)
+    export_huggingface(tensors.__getitem__, table, tmp_path / "t", source=source)
+    assert {path.name for path in (tmp_path / "t").iterdir()} == {*names, "config.json", "model.safetensors"}
+    assert all((tmp_path / "t" / name).read_text() == name for name in names)
 
 
 def test_own_heads_and_extra_rows_are_left_out_with_a_line(tmp_path, small):
