@@ -87,11 +87,15 @@ def test_transformers_does_not_mind_the_file(tmp_path, tiny, trained):
 
 
 def test_a_plain_export_says_what_it_leaves_out(tmp_path, trained):
-    """Claim: without the request, decoder, padding rows and the mask token's place are named as left out."""
+    """Claim: without the request, decoder, padding rows and the mask token's place are named as left out; the latter
+    not where no stage has trained its row."""
     said = "\n".join(convert_mcore_to_hf(trained, tmp_path / "hf").left_out)
     assert "3 tensor(s) of image_decoder" in said and "2 non-zero row(s)" in said
     assert f"row {MASK_TOKEN} of the embedding is the mask token's" in said
     assert not (tmp_path / "hf" / OWN_FILE).exists()
+    info = json.loads((trained / "cocoa.json").read_text()) | {"stage": "import"}
+    (trained / "cocoa.json").write_text(json.dumps(info))
+    assert "mask token" not in "\n".join(convert_mcore_to_hf(trained, tmp_path / "untrained").left_out)
 
 
 def test_casts_reach_the_file_too(tmp_path, trained):
