@@ -43,6 +43,8 @@ def test_damaged_shards_are_made_again(tmp_path):
         prepare_output(ShardPlan(plan.output, 7, 2), made_from)
     with pytest.raises(ValueError, match="another corpus"):
         prepare_output(plan, {"corpus": "other"})
+    with pytest.raises(ValueError, match="another instruction .instruction was None, is now 'find: '"):
+        prepare_output(plan, made_from | {"instruction": "find: "})
 
 
 def test_a_run_that_made_no_shard_holds_no_folder(tmp_path):
@@ -92,10 +94,12 @@ def test_a_column_that_is_named_must_be_there(tmp_path, suffix, field):
 
 
 def test_a_corpus_stays_in_its_folder(tmp_path):
-    """Claim: an image path cannot leave the folder of the pictures."""
-    (tmp_path / "c.jsonl").write_text('{"image": "../x.png"}\n')
-    with pytest.raises(ValueError, match="leaves the folder"):
-        read_corpus(tmp_path / "c.jsonl").item(0)
+    """Claim: an image path cannot leave the folder of the pictures, nor for one whose name begins with its name."""
+    rows = [{"image": "../x.png"}, {"image": f"../{tmp_path.name}-private/x.png"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in range(2):
+        with pytest.raises(ValueError, match="leaves the folder"):
+            read_corpus(tmp_path / "c.jsonl").item(row)
 
 
 def test_a_file_name_that_is_no_text_is_named_at_once(tmp_path):
