@@ -348,7 +348,7 @@ def test_vectors_on_a_disk_are_those_in_memory(tmp_path):
     found = ShardedVectors(embed(tmp_path / "v", vectors))
     assert found.shape == (7, 3) and len(found) == 7
     slices = slice(1, 6), slice(6, 20), slice(0, 0), slice(5, 1, -2)
-    for rows in (*slices, np.array([5, 0, 0, 6, 1]), np.array([], dtype=int)):
+    for rows in (*slices, np.array([5, 0, 0, 6, 1, 4]), np.array([], dtype=int)):
         assert (found[rows] == vectors[rows]).all() and found[rows].dtype == np.float32
 
 
