@@ -14,6 +14,7 @@ from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, convert_hf_to_m
 from megatron_cocoa.model.build import build_model
 from tests.parity import compare, reference
 from tests.parity.cases import Case
+from tests.unit.rewritten import rewrite_checkpoint
 
 MASK_TOKEN, USED_ROWS = 155, 156
 
@@ -94,6 +95,17 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(tiny, tmp_pat
     convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
     with pytest.raises(ValueError, match=r"does not fit the model, \d+ tensor.* is \(.*\), needed \("):
         load_checkpoint(tmp_path / "mcore", [tiny.chunk])
+
+
+@pytest.mark.parametrize("may_be_missing", [(), ("image_decoder.",)])
+def test_a_checkpoint_that_lacks_a_parameter_is_refused(tiny, tmp_path, may_be_missing):
+    """Claim: no parameter keeps the values that it was drawn with, unless it may."""
+    tiny.huggingface.save_pretrained(tmp_path / "hf")
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    lost = "language_model.decoder.final_layernorm.weight"
+    path = rewrite_checkpoint(tmp_path / "mcore", tmp_path / "lacking", lambda tensors: tensors.pop(lost))
+    with pytest.raises(ValueError, match=f"lacking lacks 1 parameters of the model: {lost}"):
+        load_checkpoint(path, [tiny.chunk], may_be_missing=may_be_missing)
 
 
 @pytest.mark.parametrize(
