@@ -30,6 +30,16 @@ def test_only_folders_with_index_and_description_are_complete(tmp_path):
     assert complete_steps(tmp_path / "absent") == []
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(1, [300]), (2, [200, 300]), (5, [20, 100, 200, 300])])
+def test_the_newest_checkpoints_are_kept(tmp_path, keep, kept):
+    """Claim: exactly as many as asked for stay, and an incomplete one is none of them."""
+    for step in (200, 20, 300, 100):
+        make(tmp_path, f"step-{step:08d}", "metadata.json", "cocoa.json")
+    make(tmp_path, "step-00000400", "metadata.json")
+    StageCheckpoints(tmp_path, keep=keep, asynchronous=False).wait()
+    assert complete_steps(tmp_path) == kept
+
+
 def test_what_cannot_be_removed_is_no_checkpoint_any_more(tmp_path, monkeypatch):
     """Claim: files that somebody still reads neither end the run nor look like a checkpoint, and go another time."""
     make(tmp_path, "step-00000100", "metadata.json", "cocoa.json")
