@@ -20,7 +20,8 @@ def fake_encode(items):
     return np.array([[len(item["text"])] for item in items], dtype=np.float32)
 
 
-def test_damaged_shards_are_made_again(tmp_path):
+@pytest.mark.parametrize("kind", ["embeddings", "ids"])
+def test_damaged_shards_are_made_again(tmp_path, kind):
     """Claim: a shard is kept only if its checksums hold; another corpus or shard size is refused."""
     rows = "".join(json.dumps({"id": str(i), "text": "x" * (i + 1)}) + "\n" for i in range(7))
     (tmp_path / "c.jsonl").write_text(rows)
@@ -32,7 +33,7 @@ def test_damaged_shards_are_made_again(tmp_path):
         assert embed_shards(corpus, fake_encode, plan, rank=rank, num_ranks=2, say=str) == 0
     content = {file: file.read_bytes() for file in plan.output.iterdir()}
     assert embed_shards(corpus, None, plan, say=str) == 3, "all are kept, whatever the number of ranks"
-    damaged = plan.file("embeddings", 1)
+    damaged = plan.file(kind, 1)
     damaged.write_bytes(content[damaged][:-1] + b"\1")
     prepare_output(plan, made_from)
     assert embed_shards(corpus, fake_encode, plan, say=str) == 2
