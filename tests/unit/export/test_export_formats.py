@@ -134,7 +134,8 @@ def sizes_of(path: Path, **options) -> tuple[int | None, tuple[int, int] | None]
 @pytest.mark.parametrize("said_by", ["checkpoint", "settings of the run"])
 def test_squares_travel_with_the_model(run, tmp_path, said_by):
     """Claim: a checkpoint, its export, transformers as the card says and the export converted back resize pictures as
-    the training did, with nothing said at loading, and give the same vectors; `native` keeps shapes in all of them."""
+    the training did, with nothing said at loading, and give the same vectors; `native` keeps shapes in all of them, and
+    in what is exported so from the export converted back."""
     if said_by == "checkpoint":
         output = shutil.copytree(run.parents[1], tmp_path / "output")
         checkpoint = output / run.relative_to(run.parents[1])
@@ -155,6 +156,9 @@ def test_squares_travel_with_the_model(run, tmp_path, said_by):
     vectors = CocoaEmbedder.from_pretrained(checkpoint).encode(items())
     for form in forms[1:]:
         assert np.array_equal(CocoaEmbedder.from_pretrained(form).encode(items()), vectors)
+    native = EmbedderOptions("hf", image_size="native", golden=False)
+    export_embedder(tmp_path / "back", tmp_path / "native", options=native)
+    assert sizes_of(tmp_path / "native") == (None, limits)
     assert f"image_size={SIDE})" in (tmp_path / "exported" / "README.md").read_text()
     wanted = plain_vectors(PlainEmbedder(tmp_path / "exported", image_size=SIDE))
     assert distances(vectors, wanted).max() < 1e-6
