@@ -18,7 +18,9 @@ from megatron_cocoa import CocoaEmbedder
 from megatron_cocoa.conversion.hf_to_mcore import convert_hf_to_mcore
 from megatron_cocoa.export.check_golden import check_golden, main
 from megatron_cocoa.export.embedder_options import EmbedderOptions
+from megatron_cocoa.export.export_info import read_export_info
 from megatron_cocoa.export.folder import export_embedder
+from megatron_cocoa.export.golden import compare_golden
 from megatron_cocoa.parallel import device
 from tests.unit.exported_folders import Folders, write_exported
 
@@ -312,6 +314,21 @@ def test_golden_fails_on_a_perturbed_weight(folders, tmp_path, name, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_golden_vectors_are_compared_by_direction(folders, embedder):
+    """Claim: a shorter vector passes, one that is not finite does not, and one of another length is named."""
+
+    def compared(change) -> list[bool]:
+        found = compare_golden(
+            folders.exported, lambda text, image: change(embedder.encode([{"text": text, "image": image}])[0])
+        )
+        return [result.passed for result in found]
+
+    assert all(compared(lambda vector: vector / 2))
+    assert not any(compared(lambda vector: vector * np.nan))
+    with pytest.raises(ValueError, match=r"text 0: the vector has shape \(63,\), recorded is \(64,\)"):
+        compared(lambda vector: vector[1:])
+
+
 def test_golden_names_a_bad_folder(folders, tmp_path, capsys):
     """Claim: a missing or damaged golden.json is a message, not a pass."""
     copy = shutil.copytree(folders.exported, tmp_path / "copy")
@@ -322,18 +339,23 @@ def test_golden_names_a_bad_folder(folders, tmp_path, capsys):
     assert "golden.json" in capsys.readouterr().err
 
 
-def test_export_replaces_nothing_unasked(folders):
-    """Claim: an existing folder stays, unless it may be overwritten, and no half is left beside it."""
+def test_export_replaces_nothing_unasked(folders, tmp_path):
+    """Claim: an existing folder stays, unless it may be overwritten, and no half is left beside it; the folder that the
+    tokenizer is taken from may never be."""
     before = sorted(folders.root.iterdir())
     with pytest.raises(ValueError, match="exists"):
         export_embedder(folders.checkpoint, folders.exported)
     with pytest.raises(ValueError, match="lacks tokenizer.json"):
         export_embedder(folders.checkpoint, folders.root / "new", companions=folders.exported / "1_Pooling")
     assert sorted(folders.root.iterdir()) == before
+    companions = shutil.copytree(folders.hf, tmp_path / "hf")
+    with pytest.raises(ValueError, match="is the source folder itself"):
+        export_embedder(folders.checkpoint, companions, companions=companions, overwrite=True)
 
 
 def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
-    """Claim: a folder is exported with the token that it was trained with, and every library then uses that one."""
+    """Claim: a folder is exported with the token that it was trained with, which a run's settings name, and every
+    library then uses that one."""
     arguments = dict(options=EmbedderOptions(bridge_token="<|im_start|>"))
     for golden in (True, False):
         options = EmbedderOptions(bridge_token="<|im_start|>", golden=golden)
@@ -342,6 +364,9 @@ def test_another_bridge_is_refused_or_remembered(folders, tmp_path):
     assert not any(tmp_path.iterdir())
     convert_hf_to_mcore(folders.hf, tmp_path / "other", bridge_token="<|im_start|>")
     export_embedder(tmp_path / "other", tmp_path / "exported", **arguments)
+    (tmp_path / "settings.yaml").write_text(json.dumps({"model": {"bridge_token": "<|im_start|>"}}))
+    export_embedder(tmp_path / "other", tmp_path / "unasked", options=EmbedderOptions(golden=False))
+    assert read_export_info(tmp_path / "unasked").bridge_token == "<|im_start|>"
     for library in ("transformers", "megatron_cocoa"):
         assert all(result.passed for result in check_golden(tmp_path / "exported", library=library))
     usual, other, asked = (
