@@ -10,6 +10,7 @@ import torch
 from megatron_cocoa.checkpoint.info import CheckpointInfo
 from megatron_cocoa.checkpoint.initial import WeightSource, load_initial_weights
 from megatron_cocoa.checkpoint.store import load_checkpoint, save_checkpoint
+from megatron_cocoa.checkpoint.torch_dist_reader import TorchDistReader
 from megatron_cocoa.conversion.hf_to_mcore import UNKNOWN_TOKEN, convert_hf_to_mcore
 from megatron_cocoa.model.build import build_model
 from tests.parity import compare, reference
@@ -64,6 +65,17 @@ def test_a_checkpoint_starts_a_run_with_another_padding_of_the_tower(tiny, tmp_p
     found = start(tiny.chunk, table, replace(folder, checkpoint=tmp_path / "mcore"), vision_ffn_multiple=run)
     tower = [name for name in wanted if name.startswith("vision_model.")]
     assert len(tower) > 20 and all(torch.equal(found[name], wanted[name]) for name in tower)
+
+
+def test_a_converted_checkpoint_has_the_keys_that_megatron_writes(tiny, tmp_path):
+    """Claim: the import of a folder names the same tensors and empty states as Megatron's own of the model."""
+    tiny.huggingface.save_pretrained(tmp_path / "hf")
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    info = CheckpointInfo("warmup", 1, MASK_TOKEN, UNKNOWN_TOKEN, tiny.huggingface.config.to_dict())
+    save_checkpoint(tmp_path / "saved", [tiny.chunk], info)
+    with TorchDistReader(tmp_path / "mcore") as found, TorchDistReader(tmp_path / "saved") as wanted:
+        assert set(found.keys()) == set(wanted.keys())
+        assert set(found.state_keys()) == set(wanted.state_keys()) != set()
 
 
 def cut(path):
