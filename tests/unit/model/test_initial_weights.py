@@ -109,6 +109,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_shapes(tiny, tmp_pat
         load_checkpoint(tmp_path / "mcore", [tiny.chunk])
 
 
+def test_weights_alone_are_no_place_to_resume_from(tiny, tmp_path):
+    """Claim: an imported model is refused with what it can be used for, before anything of it is loaded."""
+    tiny.huggingface.save_pretrained(tmp_path / "hf")
+    convert_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore")
+    with pytest.raises(ValueError, match="mcore holds weights alone: it can start a stage"):
+        load_checkpoint(tmp_path / "mcore", [tiny.chunk], optimizer=object())
+
+
 @pytest.mark.parametrize("may_be_missing", [(), ("image_decoder.",)])
 def test_a_checkpoint_that_lacks_a_parameter_is_refused(tiny, tmp_path, may_be_missing):
     """Claim: no parameter keeps the values that it was drawn with, unless it may."""
