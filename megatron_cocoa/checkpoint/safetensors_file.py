@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_cocoa.checkpoint.positioned_read import read_into
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -86,12 +88,9 @@ class SafetensorsFile:
         return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def _read_into(self, buffer: memoryview, position: int) -> None:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], position + done)
-            if count == 0:
-                raise ValueError(f"the file ends at byte {position + done}, {len(buffer) - done} bytes too early")
-            done += count
+        done = read_into(self._descriptor, buffer, position)
+        if done < len(buffer):
+            raise ValueError(f"the file ends at byte {position + done}, {len(buffer) - done} bytes too early")
 
     def _read_header(self) -> tuple[int, dict[str, _Entry]]:
         prefix = os.pread(self._descriptor, 8, 0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from megatron_cocoa.checkpoint.placement import INCOMPLETE_SUFFIX
+from megatron_cocoa.checkpoint.positioned_read import read_into
 
 METADATA_FILE = ".metadata"
 BACKEND_FILE = "metadata.json"
@@ -97,19 +98,14 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self.length - self.position)]
-        done = 0
         try:
-            # Linux gives 2 GiB at once at most, and torch's reader takes fewer bytes than it asked for as damage.
-            while done < len(view):
-                count = os.preadv(self.descriptor, [view[done:]], self.start + self.position + done)
-                if count == 0:
-                    break
-                done += count
+            # Whole: torch's reader takes fewer bytes than it asked for as damage.
+            count = read_into(self.descriptor, view, self.start + self.position)
         except OSError as error:
             self.failure = error
             raise
-        self.position += done
-        return done
+        self.position += count
+        return count
 
 
 class _Chunk(NamedTuple):
